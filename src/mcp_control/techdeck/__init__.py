@@ -1,0 +1,1 @@
+"""techdeck: six deterministic stages that turn a file of conversations into checked, scored, exported data."""
