@@ -1,0 +1,82 @@
+"""Identifiers: a prefix that names the noun, then 48 bits of milliseconds and 128 random bits in lower-case base32.
+
+The alphabet of RFC 4648 section 7 (base32hex) keeps byte order, so ids sort by the time they were made and land at the
+end of an index; the random bits make them unguessable.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Final
+
+from mcp_control.kernel.clock import Clock
+
+_ALPHABET: Final = "0123456789abcdefghijklmnopqrstuv"
+_PAIRS: Final = tuple(a + b for a in _ALPHABET for b in _ALPHABET)
+_BODY_CHARS: Final = 36
+ID_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def make_id(prefix: str, millis: int, entropy: bytes) -> str:
+    """Build an id from its parts. Pure.
+
+    Args:
+        prefix: the noun, without the underscore (`task`, `run`, `agent` …).
+        millis: milliseconds since the Unix epoch, below 2**48.
+        entropy: exactly 16 bytes; random, or a hash for derived ids.
+    """
+    number = (millis << 128 | int.from_bytes(entropy)) << 4
+    pairs = _PAIRS
+    return f"{prefix}_" + "".join([pairs[(number >> shift) & 1023] for shift in range(170, -1, -10)])
+
+
+def derived_id(prefix: str, parent: str, *parts: str | int) -> str:
+    """Build the id that a parent and some parts always lead to, so that creating it twice creates it once.
+
+    It carries the parent's milliseconds and a 128-bit hash of parent and parts.
+    """
+    text = "\x1f".join((parent, *map(str, parts)))
+    return make_id(prefix, id_millis(parent), blake2b(text.encode(), digest_size=16).digest())
+
+
+def id_millis(identifier: str) -> int:
+    """Return the milliseconds an id carries. Raises ValueError where the text is no id of ours."""
+    body = identifier.rpartition("_")[2]
+    if len(body) != _BODY_CHARS:
+        raise ValueError("not an id")
+    return int(body, 32) >> 132
+
+
+def is_id(text: str) -> bool:
+    """Say whether the text could be an id: `[A-Za-z0-9_-]{1,64}`."""
+    return ID_PATTERN.fullmatch(text) is not None
+
+
+class IdSource:
+    """Makes ids from a clock and a source of random bytes; reads the source in blocks, since a system call costs more than an id."""
+
+    __slots__ = ("_at", "_clock", "_pool", "_random")
+
+    def __init__(self, clock: Clock, random: Callable[[int], bytes] = os.urandom) -> None:
+        self._clock = clock
+        self._random = random
+        self._pool = b""
+        self._at = 0
+
+    def new(self, prefix: str) -> str:
+        """Return a fresh id for the noun `prefix`."""
+        return make_id(prefix, self._clock.now(), self.bytes16())
+
+    def bytes16(self) -> bytes:
+        """Return 16 fresh random bytes."""
+        if self._at >= len(self._pool):
+            self._pool = self._random(4096)
+            self._at = 0
+        self._at += 16
+        return self._pool[self._at - 16 : self._at]
+
+    def secret(self) -> str:
+        """Return 256 random bits as 52 characters of base32, for tokens."""
+        number = int.from_bytes(self._random(32)) << 4
+        return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(250, -1, -10)])

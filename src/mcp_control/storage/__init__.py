@@ -1,0 +1,1 @@
+"""Where things are kept: the ports in `ports.py`, an adapter per folder. Components see the ports alone."""

@@ -1,0 +1,196 @@
+"""The ports: what the product needs of a store, a queue, a bus, a cache and a blob store. At most eight methods each.
+
+Adapters never read a clock to decide anything: moments come in as arguments. One conformance suite per port in
+`mcp_control.testing` states the obligations as tests.
+"""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from mcp_control.kernel.changes import Change, Entity, Kind, Query, StoredFact, Where
+from mcp_control.kernel.errors import Problem
+
+Committed = Callable[[Sequence[StoredFact]], None]
+
+
+class Store(Protocol):
+    """The truth. A change that `commit` reported as done survives kill -9 and power loss (promise G1)."""
+
+    async def open(self, kinds: Sequence[Kind], committed: Committed) -> None:
+        """Open or create the store, migrate it, check it.
+
+        Args:
+            kinds: declarations of everything that will be kept.
+            committed: called on the event loop with the facts of every physical commit, in the order of their `seq` and without
+                gaps, before the `commit` calls that caused them return. It must not raise or block.
+
+        Raises:
+            StoreUnavailable: it cannot be opened, is locked by another server, or is damaged; the message says what to do.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish the commits under way and release everything. Calling it twice is a no-op."""
+        ...
+
+    async def commit(self, changes: Sequence[Change]) -> list[Problem | None]:
+        """Apply each change atomically and durably; one outcome per change, in order; None is success.
+
+        A change ends in `Conflict` when an entity is not at the version given (or is there although 0 was given), in `Duplicate` when
+        a unique index is already taken; the other changes of the call are not affected. Changes see the effect of those before them.
+
+        Raises:
+            StorageFull, StoreUnavailable, Overloaded: nothing of this call was applied.
+            OutcomeUnknown: it may or may not have been applied.
+        """
+        ...
+
+    async def get(self, kind: str, ids: Sequence[str], cold: Sequence[str] = ()) -> list[Entity | None]:
+        """Return the entities in the order of the ids, None where there is none, with the named cold parts.
+
+        Never shows a state that later rolls back; shows every change committed before the call.
+        """
+        ...
+
+    async def find(self, kind: str, query: Query) -> list[Entity]:
+        """Return the entities that match, in the query's order, at most `query.limit`."""
+        ...
+
+    async def count(self, kind: str, where: Sequence[Where], limit: int) -> int:
+        """Return how many match, counting no further than `limit`."""
+        ...
+
+    async def facts(self, after: int, limit: int) -> list[StoredFact]:
+        """Return the facts with `seq > after` in order, at most `limit`. The oldest kept may be later than `after + 1`."""
+        ...
+
+    async def trim_facts(self, before_at: int, keep: int, limit: int) -> tuple[int, int]:
+        """Delete facts older than `before_at` and all but the newest `keep`, about `limit` at most in this call.
+
+        Returns the oldest `seq` still kept and the newest `seq` ever given (both 0 when there was never one).
+        """
+        ...
+
+
+class Queued(msgspec.Struct, frozen=True, array_like=True):
+    """A queued task as an index entry: its lane, its id, and what orders it (higher priority first, then lower `order`)."""
+
+    lane: str
+    id: str
+    priority: int
+    order: int
+
+
+class Depth(msgspec.Struct, frozen=True):
+    """A lane that is not empty: how many wait in it and the `order` of the one that waits longest."""
+
+    lane: str
+    waiting: int
+    oldest: int
+
+
+class Queue(Protocol):
+    """Which tasks wait, lane by lane. An index that can be rebuilt from the store; losing it loses nothing."""
+
+    async def push(self, entries: Sequence[Queued]) -> None:
+        """Add entries; one that is already there (same lane and id) is replaced."""
+        ...
+
+    async def take(self, lane: str, limit: int) -> list[Queued]:
+        """Remove and return the first entries of a lane; no other `take` sees them. Cost does not depend on the lane's length."""
+        ...
+
+    async def remove(self, lane: str, ids: Sequence[str]) -> None:
+        """Remove entries; those that are not there are ignored."""
+        ...
+
+    async def ahead(self, lane: str, id: str) -> int | None:
+        """Return how many entries come before this one, None when it is not there. For people, so it may cost a scan."""
+        ...
+
+    async def depths(self) -> list[Depth]:
+        """Return the lanes that are not empty."""
+        ...
+
+    async def clear(self) -> None:
+        """Forget everything, to be rebuilt."""
+        ...
+
+
+class Bus(Protocol):
+    """Tells the other servers that something happened. Best effort: the store's facts are the truth."""
+
+    async def publish(self, topic: str, message: bytes) -> None:
+        """Send a message to all subscribers of the topic, this server's own included."""
+        ...
+
+    def subscribe(self, topic: str) -> AsyncIterator[bytes]:
+        """Return the messages of a topic from now on. A subscriber too slow for its bounded backlog loses the oldest."""
+        ...
+
+    async def close(self) -> None:
+        """End all subscriptions."""
+        ...
+
+
+class Cache(Protocol):
+    """Bytes that may be forgotten at any time."""
+
+    async def get(self, key: str) -> bytes | None:
+        """Return the value, None when it is absent or expired."""
+        ...
+
+    async def set(self, key: str, value: bytes, ttl: float) -> None:
+        """Keep a value for at most `ttl` seconds."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Forget a value; absent ones are ignored."""
+        ...
+
+    async def add(self, key: str, amount: int, ttl: float) -> int:
+        """Add to a counter that lives `ttl` seconds from its first addition, and return its value."""
+        ...
+
+
+class BlobInfo(msgspec.Struct, frozen=True):
+    """A stored blob: lower-case hexadecimal SHA-256 of its bytes, which is its name, and its size."""
+
+    sha256: str
+    size: int
+
+
+class Blobs(Protocol):
+    """Large immutable bytes, named by their SHA-256."""
+
+    async def put(self, chunks: AsyncIterator[bytes], limit: int) -> BlobInfo:
+        """Store a stream durably; equal content is stored once. A stream that breaks off leaves nothing.
+
+        Raises:
+            PayloadTooLarge: more than `limit` bytes came.
+            StorageFull: there is no space.
+        """
+        ...
+
+    def read(self, sha256: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
+        """Return the bytes from `start`, in chunks.
+
+        Raises:
+            NotFound: there is no such blob.
+        """
+        ...
+
+    async def stat(self, sha256: str) -> BlobInfo | None:
+        """Return its size, None when it is absent."""
+        ...
+
+    async def delete(self, sha256: str) -> None:
+        """Remove a blob; absent ones are ignored."""
+        ...
+
+    def local_path(self, sha256: str) -> Path | None:
+        """Return the file that holds the blob, for programs on the same machine; None where there is no such file."""
+        ...
