@@ -27,6 +27,7 @@ help: ## List the targets
 
 .PHONY: setup
 setup: $(VENV)/.stamp-project $(SWAGGER)/swagger-ui-bundle.js ## Install everything into .venv, build the web assets
+	@:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
@@ -91,7 +92,7 @@ types: setup ## mypy --strict on the package, pyright on the SDK
 
 .PHONY: layers
 layers: setup ## import-linter: who may import whom
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 .PHONY: docs
 docs: setup ## Build the documentation; a warning is an error
