@@ -18,7 +18,7 @@ from hashlib import blake2b
 from importlib.resources import files
 
 import polars as pl
-from vaderSentiment.vaderSentiment import (  # type: ignore[import-untyped]  # the package ships no types
+from vaderSentiment.vaderSentiment import (
     NEGATE,
     SentimentIntensityAnalyzer,
 )
