@@ -29,7 +29,10 @@ class Index(msgspec.Struct, frozen=True):
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):
-    """The declaration of one kind of entity: its index fields, its indexes and the names of its cold parts."""
+    """The declaration of one kind of entity: its index fields, its indexes and the names of its cold parts.
+
+    A cold part may have many pieces, written `part/piece` (a run keeps the output of each stage as `output/<stage>`).
+    """
 
     name: str
     fields: tuple[Field, ...] = ()

@@ -85,10 +85,11 @@ class Queued(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Depth(msgspec.Struct, frozen=True):
-    """A lane that is not empty: how many wait in it and the `order` of the one that waits longest."""
+    """A lane that is not empty: how many wait in it, the priority of its first entry and the `order` of the one that waits longest."""
 
     lane: str
     waiting: int
+    priority: int
     oldest: int
 
 

@@ -1,0 +1,1 @@
+"""Agents: who can do what, who is there, and who is free."""

@@ -1,0 +1,1 @@
+"""Artifacts: named, content-addressed data that travels between stages and out to people."""

@@ -1,0 +1,1 @@
+"""Facts: what happened, in one order, for everybody who wants to know."""

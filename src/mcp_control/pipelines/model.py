@@ -1,0 +1,300 @@
+"""Pipeline definitions, runs, and the decisions that move a run (architecture, section 5)."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, Literal
+
+import msgspec
+
+from mcp_control.kernel.changes import Field, Index, Kind
+from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.model import Needs, Origin, Request, RetryPolicy
+
+API_VERSION: Final = "mcp-control/v1"
+
+
+class Param(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A parameter of a pipeline. One without `default` must be given unless `required` is false."""
+
+    type: Literal["string", "integer", "number", "boolean", "object", "array", "artifact"] = "string"
+    required: bool = True
+    default: msgspec.Raw | None = None
+    choices: list[msgspec.Raw] = []
+    description: str = ""
+
+
+class Combine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}):
+    """The one task that follows all items of a fan-out; it sees `items`, their results in order."""
+
+    uses: str
+    with_: Mapping[str, object] = {}
+    retry: RetryPolicy | None = None
+    timeout: float | None = None
+
+
+class FanOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One task per element of a list: `over` is an expression; the element is `item` and its place `index` in `with`."""
+
+    over: str
+    combine: Combine | None = None
+
+
+class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What must hold of a stage's output before anything after it starts: `check` is an expression over `output` and `params`."""
+
+    check: str
+    reason: str = "gate-failed"
+    message: str = ""
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}):
+    """One step of a pipeline.
+
+    Attributes:
+        uses: the task type that does it; `version` a range of it.
+        needs: ids of the stages that must be completed first.
+        with_: the payload; strings of the form `${{ expression }}` are replaced, over `params`, `stages.<id>.output`, `run`.
+    """
+
+    id: str
+    uses: str
+    version: str = "*"
+    needs: list[str] = []
+    with_: Mapping[str, object] = {}
+    fan_out: FanOut | None = None
+    gate: Gate | None = None
+    retry: RetryPolicy | None = None
+    timeout: float | None = None
+    requires: Needs = Needs()
+    priority: int | None = None
+    description: str = ""
+
+
+class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Name and description of a pipeline; the name is its identity, each accepted change a new version."""
+
+    name: str
+    description: str = ""
+    labels: dict[str, str] = {}
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What a pipeline consists of. `progress` names the unit that people count, e.g. rows."""
+
+    stages: list[Stage]
+    params: dict[str, Param] = {}
+    priority: int = 50
+    deadline_seconds: float | None = None
+
+
+class PipelineSpec(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"api_version": "apiVersion"}
+):
+    """A definition as a person writes it, in YAML, JSON or Python."""
+
+    metadata: Metadata
+    spec: Body
+    api_version: Literal["mcp-control/v1"] = "mcp-control/v1"
+    kind: Literal["Pipeline"] = "Pipeline"
+
+
+class Pipeline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The stored definition: one entity per accepted version, never changed; `latest` in the index marks the newest."""
+
+    id: str
+    version: int
+    tenant: str = DEFAULT_TENANT
+    name: str
+    number: int
+    spec: PipelineSpec
+    digest: str
+    created_at: int
+    created_by: str = ""
+
+
+class RunState(StrEnum):
+    """Where a run stands. Gates and failures end it `failed` with a reason."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PAUSED = "paused"
+    INPUT_REQUIRED = "input_required"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class StageState(StrEnum):
+    """Where a stage of a run stands; `ready` is chosen to start, its tasks are being written."""
+
+    PENDING = "pending"
+    READY = "ready"
+    RUNNING = "running"
+    INPUT_REQUIRED = "input_required"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    CANCELLED = "cancelled"
+
+
+RUN_FINAL: Final = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
+STAGE_FINAL: Final = frozenset({StageState.COMPLETED, StageState.FAILED, StageState.SKIPPED, StageState.CANCELLED})
+
+
+class StageRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A stage inside a run: its state and counters; its tasks are rows of their own.
+
+    Attributes:
+        round: raised by every retry of the stage; part of its tasks' ids.
+        total: tasks it consists of, the combine task included; done, failed, cancelled: how many ended so.
+        combining: the combine task has been started.
+        counts: numbers its output told under `counts` (for data: rows_in, rows_out, rejected), summed over items until it ends.
+    """
+
+    id: str
+    state: StageState = StageState.PENDING
+    round: int = 0
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    combining: bool = False
+    counts: dict[str, int] = {}
+    started_at: int | None = None
+    finished_at: int | None = None
+    reason: str = ""
+    message: str = ""
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One execution of one version of a pipeline. Stage outputs and parameters are cold parts beside it.
+
+    Attributes:
+        round: raised by every retry of the run.
+        summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
+    """
+
+    id: str
+    version: int
+    tenant: str = DEFAULT_TENANT
+    pipeline_id: str
+    pipeline: str
+    pipeline_number: int
+    state: RunState
+    state_at: int
+    created_at: int
+    started_at: int | None = None
+    finished_at: int | None = None
+    reason: str = ""
+    message: str = ""
+    round: int = 0
+    stages: list[StageRun]
+    summary: dict[str, object] = {}
+    labels: dict[str, str] = {}
+    priority: int = 50
+    pause: Request | None = None
+    cancel: Request | None = None
+    deadline_at: int | None = None
+    idempotency_key: str | None = None
+    digest: str = ""
+    origin: Origin = Origin()
+    schema: int = 1
+
+    @property
+    def final(self) -> bool:
+        """Whether the run has ended."""
+        return self.state in RUN_FINAL
+
+
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Start a pipeline: its parameters by name, the version (None: the newest), and the usual idempotency key."""
+
+    params: dict[str, msgspec.Raw] = {}
+    version: int | None = None
+    labels: dict[str, str] = {}
+    priority: int | None = None
+    idempotency_key: str | None = None
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs."""
+
+    name: str
+    state: StageState
+    uses: str
+    needs: list[str] = []
+    progress: float
+    message: str = ""
+    reason: str = ""
+    total: int = 0
+    done: int = 0
+    failed: int = 0
+    rows_in: int | None = None
+    rows_out: int | None = None
+    rejected: int | None = None
+    rate: float | None = None
+    counts: dict[str, int] = {}
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    eta: datetime | None = None
+
+
+class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A run as callers see it."""
+
+    id: str
+    pipeline: str
+    pipeline_version: int
+    state: RunState
+    state_since: datetime
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    eta: datetime | None = None
+    reason: str = ""
+    message: str = ""
+    progress: float
+    round: int = 0
+    stages: list[StageView]
+    summary: dict[str, object] = {}
+    labels: dict[str, str] = {}
+    params: dict[str, msgspec.Raw] | None = None
+    cancel_requested: bool = False
+    etag: str
+
+
+class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A definition as callers see it; `spec` is left out of lists."""
+
+    id: str
+    name: str
+    version: int
+    description: str = ""
+    labels: dict[str, str] = {}
+    stages: list[str]
+    created_at: datetime
+    created_by: str = ""
+    spec: PipelineSpec | None = None
+
+
+PIPELINE_KIND: Final = Kind(
+    name="pipeline",
+    fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest")),
+    indexes=(
+        Index("pipeline_version", ("name_number",), unique=True),
+        Index("pipeline_latest", ("latest", "id")),
+        Index("pipeline_name", ("name", "id")),
+    ),
+)
+RUN_KIND: Final = Kind(
+    name="run",
+    fields=(Field("tenant"), Field("state"), Field("pipeline"), Field("unique_key"), Field("finished", "int")),
+    indexes=(
+        Index("run_state", ("state", "id")),
+        Index("run_pipeline", ("pipeline", "id")),
+        Index("run_key", ("unique_key",), unique=True),
+        Index("run_finished", ("finished", "id")),
+    ),
+    cold=("params", "output"),
+)

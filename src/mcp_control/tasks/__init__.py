@@ -1,0 +1,1 @@
+"""Tasks: durable units of work, from submission to one final result."""

@@ -1,0 +1,346 @@
+"""Tasks as they are stored, as callers see them, and as agents hear and report them.
+
+Payload and result are JSON bytes that the server does not look into (architecture, section 3, "Payloads are opaque").
+"""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, Literal
+
+import msgspec
+
+from mcp_control.agents.model import Resources
+from mcp_control.kernel.changes import Field, Index, Kind
+from mcp_control.security.model import DEFAULT_TENANT
+
+
+class TaskState(StrEnum):
+    """Where a task stands; the glossary of task states.
+
+    scheduled: not before a time, or waiting to retry · blocked: waits for a condition or capacity · queued: waits for an agent ·
+    assigned: given to an agent, not yet started · running · input_required: waits for a person, its slot is free · completed ·
+    failed: attempts used up or a permanent error; the dead-letter set · cancelled · expired: its deadline passed · rejected: refused
+    by policy, a person or matching. The last five are final, and final is final.
+    """
+
+    SCHEDULED = "scheduled"
+    BLOCKED = "blocked"
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    RUNNING = "running"
+    INPUT_REQUIRED = "input_required"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+
+
+FINAL_STATES: Final = frozenset(
+    {TaskState.COMPLETED, TaskState.FAILED, TaskState.CANCELLED, TaskState.EXPIRED, TaskState.REJECTED}
+)
+HELD_STATES: Final = frozenset({TaskState.ASSIGNED, TaskState.RUNNING})
+
+ErrorClass = Literal["temporary", "permanent", "critical"]
+Cause = Literal["app", "infra", "policy", "budget", "deadline", "timeout", "lost"]
+PRIORITIES: Final = {"critical": 90, "high": 70, "medium": 50, "low": 30}
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How often and when to try again. The n-th wait is random between 0 and min(first · factor^(n-1), longest) seconds (full jitter)."""
+
+    max_attempts: int = 3
+    first_seconds: float = 1.0
+    factor: float = 2.0
+    longest_seconds: float = 300.0
+
+
+class Needs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What an agent must have beside the task's type.
+
+    Attributes:
+        capabilities: capability name to version range (`*`, `2`, `>=1.2,<2`).
+        labels: label to the value it must have.
+        agent: name or id of the only agent that may take it.
+    """
+
+    capabilities: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    resources: Resources = Resources()
+    agent: str | None = None
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Through which door and request a task came, and for whom."""
+
+    protocol: str = "rest"
+    request_id: str = ""
+    principal: str = ""
+    on_behalf_of: str | None = None
+
+
+class Links(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a task relates to others. `round` counts retries of a stage in a run; `item` numbers fan-out items, -1 the combine task."""
+
+    run_id: str | None = None
+    stage: str | None = None
+    item: int | None = None
+    round: int = 0
+    parent_id: str | None = None
+    root_id: str | None = None
+    depth: int = 0
+    retry_of: str | None = None
+    context_id: str | None = None
+    references: list[str] = []
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """The right to work on a task, held by an agent instance until a committed write ends it."""
+
+    agent_id: str
+    instance_id: str
+    token: str
+    since: int
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why an attempt or a task failed. `error_class` decides on retries, `cause` says where it came from."""
+
+    error_class: ErrorClass = "temporary"
+    cause: Cause = "app"
+    code: str = "error"
+    message: str = ""
+    traceback: str = ""
+    data: dict[str, object] | None = None
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One assignment that ended. `outcome` is completed, failed, cancelled, lost, released or expired."""
+
+    number: int
+    agent_id: str
+    instance_id: str
+    assigned_at: int
+    started_at: int | None = None
+    ended_at: int
+    outcome: str
+    failure: Failure | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody asked for something (cancel, hold): when, who and why."""
+
+    at: int
+    by: str
+    reason: str = ""
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The stored task. Times are wall milliseconds, durations milliseconds.
+
+    Attributes:
+        version: the version of this value in the store.
+        type_version: version range of the capability `type`; `*` is any.
+        lane: key of the lane it waits in (`lanes.py`).
+        order: what sorts it inside its priority, lower first.
+        attempt: number of the newest attempt, 0 before the first.
+        generation, epoch: the fence; the pair strictly grows with every change of holder.
+        lost: leases lost in a row.
+        not_before: it stays `scheduled` until then.
+        timeout_ms: one attempt may take this long; None is no limit.
+        deadline_at: then it ends `expired`.
+        reason, message: why it is in its state: a stable code and a sentence.
+        digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
+    """
+
+    id: str
+    version: int
+    tenant: str = DEFAULT_TENANT
+    type: str
+    type_version: str = "*"
+    state: TaskState
+    state_at: int
+    created_at: int
+    reason: str = ""
+    message: str = ""
+    priority: int = 50
+    lane: str
+    order: int
+    needs: Needs = Needs()
+    labels: dict[str, str] = {}
+    retry: RetryPolicy = RetryPolicy()
+    timeout_ms: int | None = None
+    not_before: int | None = None
+    deadline_at: int | None = None
+    attempt: int = 0
+    generation: int = 1
+    epoch: int = 0
+    lost: int = 0
+    lease: Lease | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    attempts: list[Attempt] = []
+    progress: float = 0.0
+    progress_message: str = ""
+    failure: Failure | None = None
+    cancel: Request | None = None
+    hold: Request | None = None
+    idempotency_key: str | None = None
+    digest: str = ""
+    origin: Origin = Origin()
+    links: Links = Links()
+    trust: Literal["trusted", "external", "tainted"] = "trusted"
+    traceparent: str | None = None
+    log_lines: int = 0
+    schema: int = 1
+
+    @property
+    def fence(self) -> str:
+        """`generation.epoch`, strictly growing per task: hand it to outside systems to refuse a stale holder."""
+        return f"{self.generation}.{self.epoch}"
+
+    @property
+    def final(self) -> bool:
+        """Whether the task has its final state."""
+        return self.state in FINAL_STATES
+
+
+class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A submission. Only `type` is required.
+
+    Attributes:
+        payload: any JSON, at most 1 MiB, at most 32 levels deep.
+        priority: 0 to 100, or critical, high, medium, low.
+        run_at: not before this time (RFC 3339 with a zone).
+        timeout: seconds one attempt may take.
+        deadline: when it still waits or runs then, it ends `expired`.
+        idempotency_key: repeating a submission with the same key returns the first task.
+        on_unroutable: what to do when no registered agent could ever take it.
+    """
+
+    type: str
+    payload: msgspec.Raw = msgspec.Raw(b"null")
+    type_version: str = "*"
+    priority: int | str = 50
+    needs: Needs = Needs()
+    labels: dict[str, str] = {}
+    retry: RetryPolicy = RetryPolicy()
+    run_at: datetime | None = None
+    timeout: float | None = None
+    deadline: datetime | None = None
+    idempotency_key: str | None = None
+    context_id: str | None = None
+    parent_id: str | None = None
+    trust: Literal["trusted", "external", "tainted"] = "trusted"
+    on_unroutable: Literal["accept", "reject"] = "accept"
+
+
+class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists."""
+
+    id: str
+    type: str
+    state: TaskState
+    state_since: datetime
+    created_at: datetime
+    reason: str = ""
+    message: str = ""
+    priority: int
+    progress: float
+    progress_message: str = ""
+    type_version: str = "*"
+    labels: dict[str, str] = {}
+    needs: Needs = Needs()
+    retry: RetryPolicy = RetryPolicy()
+    attempt: int
+    attempts: list[Attempt] = []
+    agent_id: str | None = None
+    fence: str
+    failure: Failure | None = None
+    run_at: datetime | None = None
+    deadline: datetime | None = None
+    timeout: float | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    eta: datetime | None = None
+    cancel_requested: bool = False
+    cancel_reason: str = ""
+    idempotency_key: str | None = None
+    run_id: str | None = None
+    stage: str | None = None
+    item: int | None = None
+    parent_id: str | None = None
+    retry_of: str | None = None
+    context_id: str | None = None
+    log_lines: int = 0
+    warnings: list[str] = []
+    etag: str
+    payload: msgspec.Raw | None = None
+    result: msgspec.Raw | None = None
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a task is not running: the first reason in the order the scheduler looks, who holds it and since when.
+
+    Attributes:
+        code: stable, e.g. `scheduled`, `no-capable-agent`, `agents-offline`, `agents-full`, `waiting-turn`, `running`, `finished`.
+        held_by: ids of what it waits for.
+        ahead: tasks before it in its lane; None where that does not apply.
+    """
+
+    task_id: str
+    state: TaskState
+    code: str
+    message: str
+    since: datetime
+    held_by: list[str] = []
+    ahead: int | None = None
+    expected_start: datetime | None = None
+
+
+class LogLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line a task logged. `at` is wall milliseconds on the agent."""
+
+    at: int
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    message: str
+    fields: dict[str, object] | None = None
+    attempt: int = 0
+
+
+class LogChunk(msgspec.Struct, frozen=True):
+    """Lines of one task, as they came in one report; `first` is the number of the first line (from 0)."""
+
+    task_id: str
+    first: int
+    lines: list[LogLine]
+
+
+TASK_KIND: Final = Kind(
+    name="task",
+    fields=(
+        Field("tenant"),
+        Field("state"),
+        Field("type"),
+        Field("run"),
+        Field("agent"),
+        Field("unique_key"),
+        Field("due", "int"),
+        Field("finished", "int"),
+    ),
+    indexes=(
+        Index("task_state", ("state", "id")),
+        Index("task_type", ("type", "id")),
+        Index("task_run", ("run", "id")),
+        Index("task_agent", ("agent", "id")),
+        Index("task_key", ("unique_key",), unique=True),
+        Index("task_due", ("due", "id")),
+        Index("task_finished", ("finished", "id")),
+    ),
+    cold=("payload", "result"),
+)
+LOG_KIND: Final = Kind(
+    name="log",
+    fields=(Field("task"), Field("first", "int")),
+    indexes=(Index("log_task", ("task", "first")),),
+)
