@@ -1,0 +1,1 @@
+"""Stage 4: enrichment per partition, then duplicates and splits over the whole data set."""
