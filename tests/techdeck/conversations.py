@@ -1,6 +1,7 @@
 """Canonical conversations for tests, built from (role, text) pairs."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -53,7 +54,7 @@ def processed(
     """Stage 4 over `data` divided before the rows `cuts`."""
     bounds = [0, *(cuts or []), data.height]
     results = []
-    for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for number, (begin, end) in enumerate(pairwise(bounds)):
         part = folder / f"in-{number}.parquet"
         folder.mkdir(parents=True, exist_ok=True)
         write_parquet(data.slice(begin, end - begin), part)

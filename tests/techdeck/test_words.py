@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcp_control.techdeck.processing.repetition import repetition
-from mcp_control.techdeck.processing.words import WordTable, Words, index_words
+from mcp_control.techdeck.processing.words import Words, WordTable, index_words
 
 
 def _index(*texts: str) -> Words:

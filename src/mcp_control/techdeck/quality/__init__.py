@@ -1,0 +1,1 @@
+"""Stage 5: scores of the whole data set, hard gates, recommendations and the report."""
