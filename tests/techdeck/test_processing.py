@@ -64,11 +64,11 @@ def test_emotions_are_hits_per_hundred_words_of_the_talk(tmp_path: Path) -> None
     [
         ("ok", "und"),
         ("haha ok thx", "und"),
-        ("Ich bin sehr traurig und wei\u00df nicht, was ich tun soll, weil alles so schwer ist.", "de"),
-        ("Je me sens tr\u00e8s seule depuis que mon mari est parti et je ne dors plus.", "fr"),
+        ("Ich bin sehr traurig und weiß nicht, was ich tun soll, weil alles so schwer ist.", "de"),
+        ("Je me sens très seule depuis que mon mari est parti et je ne dors plus.", "fr"),
         ("I have been feeling down for weeks and I do not know what to do about it.", "en"),
         (
-            "\u041c\u043d\u0435 \u043e\u0447\u0435\u043d\u044c \u0433\u0440\u0443\u0441\u0442\u043d\u043e \u0441\u0435\u0433\u043e\u0434\u043d\u044f",
+            "Мне очень грустно сегодня, и я не знаю почему",
             "ru",
         ),
     ],
