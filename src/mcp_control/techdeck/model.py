@@ -197,7 +197,8 @@ class Ingested(msgspec.Struct, frozen=True, kw_only=True):
 
 class Standardized(msgspec.Struct, frozen=True, kw_only=True):
     """Result of stage 2 for one partition. Rows in are raw records; for a long table many make one conversation, and
-    `rows_merged` counts those that joined another row's conversation: rows_in = rows_out + rejected + rows_merged."""
+    `rows_merged` counts those that joined another row's conversation: rows_in = rows_out + rejected + rows_merged.
+    """
 
     conversations: Path | None
     quarantine: Path | None
@@ -211,13 +212,20 @@ class Standardized(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """A row on its way to quarantine. `message` never quotes raw content."""
+    """A row on its way to quarantine: `message` never quotes raw content, `raw` holds at most `RAW_LIMIT` bytes of it."""
 
     row: int
     byte_offset: int | None
     code: str
     message: str
     raw: bytes
+    sha256: str
+
+
+def reject(row: int, byte_offset: int | None, code: str, message: str, raw: bytes, sha256: str | None = None) -> Reject:
+    """Set a row aside. `raw` is the whole record, or its head when `sha256` of the whole is given."""
+    digest = sha256 or hashlib.sha256(raw).hexdigest()
+    return Reject(row=row, byte_offset=byte_offset, code=code, message=message, raw=raw[:RAW_LIMIT], sha256=digest)
 
 
 def canonical_json(value: Any) -> str:
@@ -230,13 +238,13 @@ def quarantine_frame(file: str, stage: str, rejects: list[Reject]) -> pl.DataFra
     return pl.DataFrame(
         {
             "file": [file] * len(rejects),
-            "row": [reject.row for reject in rejects],
-            "byte_offset": [reject.byte_offset for reject in rejects],
+            "row": [item.row for item in rejects],
+            "byte_offset": [item.byte_offset for item in rejects],
             "stage": [stage] * len(rejects),
-            "code": [reject.code for reject in rejects],
-            "message": [reject.message for reject in rejects],
-            "raw": [reject.raw[:RAW_LIMIT].decode("utf-8", "replace") for reject in rejects],
-            "sha256": [hashlib.sha256(reject.raw).hexdigest() for reject in rejects],
+            "code": [item.code for item in rejects],
+            "message": [item.message for item in rejects],
+            "raw": [item.raw.decode("utf-8", "replace") for item in rejects],
+            "sha256": [item.sha256 for item in rejects],
         },
         schema=QUARANTINE_SCHEMA,
     )
