@@ -1,0 +1,1 @@
+"""Stage 3: tiers of checks over conversations (structure, content, privacy, bias), redaction and additive counts."""
