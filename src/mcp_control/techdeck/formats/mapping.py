@@ -4,6 +4,8 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import orjson
+
 from mcp_control.techdeck.formats import names, recognise, text
 from mcp_control.techdeck.formats.names import shown, type_name
 
@@ -269,6 +271,8 @@ def by_mapping(record: Any, mapping: Mapping[str, str]) -> Mapped:
     field = "messages" if "messages" in mapping else "text"
     column = mapping.get(field, "")
     value = record.get(column)
+    if field == "messages" and isinstance(value, str):
+        value = _unpack(value) or value
     inner = {"messages": value} if isinstance(value, list) else value
     name = recognise.recognise(inner)
     if name is None and isinstance(value, list):
@@ -278,7 +282,34 @@ def by_mapping(record: Any, mapping: Mapping[str, str]) -> Mapped:
     return RULES[name](inner)._replace(used=(column,))
 
 
-def prefer(record: dict[str, Any]) -> dict[str, Any]:
+def prepare(record: Any) -> tuple[Any, tuple[str, ...]]:
+    """What holds for every format before its rule: lists packed as JSON text are unpacked, preferences reduced.
+
+    Returns the record and the flags earned. Raises E_JSON for a packed list of messages that is broken.
+    """
+    if not isinstance(record, dict):
+        return record, ()
+    for key in names.PACKED:
+        value = record.get(key)
+        if isinstance(value, str) and value[:1] in ("[", "{"):
+            unpacked = _unpack(value)
+            if unpacked is not None:
+                record = {**record, key: unpacked}
+            elif key in ("messages", "conversations"):
+                raise MappingError("E_JSON", f"column {key} is not valid JSON")
+    if "chosen" in record and "rejected" in record:
+        return _prefer(record), ("W_PREFERENCE",)
+    return record, ()
+
+
+def _unpack(value: str) -> Any:
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _prefer(record: dict[str, Any]) -> dict[str, Any]:
     """A preference pair reduced to its chosen side, before any other rule; the rejected side stays as a field."""
     chosen, prompt = record["chosen"], record.get("prompt")
     rest = {key: value for key, value in record.items() if key not in ("chosen", "prompt")}

@@ -24,6 +24,8 @@ LABELS = {
 QUESTIONS = ("question", "questiontext", "prompt", "query", "input", "context", "user")
 ANSWERS = ("answer", "answertext", "response", "completion", "output", "reply", "assistant")
 TURN_LISTS = ("dialog", "dialogue", "turns", "utterances", "history")
+PACKED = ("messages", "conversations", "conversation", *TURN_LISTS, "personality", "chosen", "rejected")
+"""Fields whose lists may come as JSON text, as in a table's cell."""
 ROLE_KEYS = ("role", "from", "speaker", "author")
 TEXT_KEYS = ("content", "value", "text", "utterance", "message")
 TIME_KEYS = ("ts", "timestamp", "created_at", "time")

@@ -9,7 +9,7 @@ import polars as pl
 
 from mcp_control.techdeck.formats.table import conversation_of
 from mcp_control.techdeck.ingestion.records import Row
-from mcp_control.techdeck.model import RAW_SCHEMA, Part, write_parquet
+from mcp_control.techdeck.model import RAW_SCHEMA, TEXT_LIST, Part, series_of, write_parquet
 
 
 class PartitionWriter:
@@ -47,7 +47,7 @@ class PartitionWriter:
                 "byte_offset": offsets,
                 "encoding": encodings,
                 "key": keys,
-                "flags": pl.Series(list(flags), dtype=pl.List(pl.String())),
+                "flags": series_of("flags", flags, TEXT_LIST),
                 "record": texts,
             },
             schema=RAW_SCHEMA,

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from mcp_control.techdeck.formats.mapping import RULES, MappingError, by_mapping, prefer
+from mcp_control.techdeck.formats.mapping import RULES, MappingError, by_mapping, prepare
 from mcp_control.techdeck.formats.names import ALIASES, FORMATS, SIGNATURES, shown
 from mcp_control.techdeck.formats.recognise import recognise
 from mcp_control.techdeck.formats.table import columns_of
@@ -33,7 +33,7 @@ def find_format(texts: list[str], options: IngestOptions) -> Finding:
     The format of at least 90 % of the recognised records names the file. Raises DataError E_FORMAT_UNKNOWN when there
     is none, and E_AMBIGUOUS_COLUMNS when every record has several candidate columns.
     """
-    records = [_reduced(orjson.loads(text)) for text in texts[:SAMPLE]]
+    records = [_prepared(orjson.loads(text)) for text in texts[:SAMPLE]]
     columns = sorted({key for record in records if isinstance(record, dict) for key in record})
     if options.format is not None:
         name = ALIASES.get(options.format, options.format)
@@ -41,6 +41,7 @@ def find_format(texts: list[str], options: IngestOptions) -> Finding:
             raise DataError("E_FORMAT_UNKNOWN", f"format {shown(name)} is not one of {', '.join(FORMATS)}, mixed")
         return Finding(format=name, subformat=None, columns=columns)
     if options.mapping:
+        records = [orjson.loads(text) for text in texts[:SAMPLE]]
         return Finding(format=_mapped(records, columns, options.mapping), subformat=None, columns=columns)
     counts = Counter(name for name in map(recognise, records) if name is not None)
     name, times = counts.most_common(1)[0] if counts else ("", 0)
@@ -51,8 +52,11 @@ def find_format(texts: list[str], options: IngestOptions) -> Finding:
     return Finding(format=name, subformat=_subformat(name, records), columns=columns)
 
 
-def _reduced(record: Any) -> Any:
-    return prefer(record) if isinstance(record, dict) and "chosen" in record and "rejected" in record else record
+def _prepared(record: Any) -> Any:
+    try:
+        return prepare(record)[0]
+    except MappingError:
+        return record
 
 
 def _mapped(records: list[Any], columns: list[str], mapping: dict[str, str]) -> str:

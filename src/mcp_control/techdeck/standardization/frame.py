@@ -6,10 +6,11 @@ import polars as pl
 import pyarrow as pa
 
 from mcp_control.techdeck.formats.mapping import Message
-from mcp_control.techdeck.model import CONVERSATION_SCHEMA, SCHEMA_VERSION, Plan
+from mcp_control.techdeck.model import CONVERSATION_SCHEMA, SCHEMA_VERSION, TEXT_LIST, Plan, arrow_series, series_of
 
 _MESSAGE = ("role", "content", "name", "ts")
 
+_LABELS = pa.large_list(pa.struct([("key", pa.large_string()), ("value", pa.large_string())]))
 Source = tuple[int, int | None, str, str, float]
 """Row, byte offset, format, encoding and role confidence."""
 
@@ -70,8 +71,8 @@ class Columns:
                 self._message_lists(),
                 source,
                 pl.Series("meta", self._meta, dtype=pl.String()),
-                pl.Series("labels", self._labels, dtype=CONVERSATION_SCHEMA["labels"]),
-                pl.Series("flags", self._flags, dtype=CONVERSATION_SCHEMA["flags"]),
+                series_of("labels", self._labels, _LABELS),
+                series_of("flags", self._flags, TEXT_LIST),
                 pl.Series("schema_version", [SCHEMA_VERSION] * size, dtype=pl.Int32()),
             ]
         )
@@ -81,10 +82,7 @@ class Columns:
         arrays = [pa.array(column, pa.large_string()) for column in columns]
         structs = pa.StructArray.from_arrays(arrays, names=list(_MESSAGE))
         lists = pa.LargeListArray.from_arrays(pa.array(self._offsets, pa.int64()), structs)
-        series = pl.from_arrow(lists)
-        if not isinstance(series, pl.Series):
-            raise TypeError("an Arrow list column gives a series")
-        return series.rename("messages").cast(CONVERSATION_SCHEMA["messages"])
+        return arrow_series("messages", lists)
 
 
 def _fields(column: str) -> list[pl.Field]:

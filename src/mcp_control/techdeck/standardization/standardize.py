@@ -75,8 +75,8 @@ class _Standardization:
         record: Any = orjson.loads(raw.record)
         try:
             extra: tuple[str, ...] = ()
-            if isinstance(record, dict) and "chosen" in record and "rejected" in record and not self._plan.mapping:
-                record, extra = mapping.prefer(record), ("W_PREFERENCE",)
+            if not self._plan.mapping:
+                record, extra = mapping.prepare(record)
             name, mapped = self._map(record)
             if not mapped.messages:
                 raise MappingError("E_NO_MESSAGES", "no messages")
