@@ -1,12 +1,15 @@
-"""Applying one Change inside the open transaction: check everything by reading, then write.
+"""Applying one Change inside the open transaction: check everything first, then write.
 
-Guards are checked by point reads before the first write, so a change that conflicts has written nothing, and the read tells which
-index columns change, so that an UPDATE touches no other index. Only a unique index can then refuse a statement. One such statement is
-put first; where there are two or more, or deletes that may free the value, the change runs in a SAVEPOINT.
+Guards are checked before the first write, so a change that conflicts has written nothing, and the check tells which index columns
+change, so that an UPDATE touches no other index. Only a unique index can then refuse a statement. One such statement is put first;
+where there are two or more, or deletes that may free the value, the change runs in a SAVEPOINT.
+
+What a guard needs is remembered from the last write of an entity (`Memory`), since the entity that was just written is the one most
+likely to be written next: this saves a read per write.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import apsw
 
@@ -14,26 +17,58 @@ from mcp_control.kernel.changes import Change, Entity, IndexValue, Key
 from mcp_control.kernel.errors import Conflict, Duplicate, Problem
 from mcp_control.storage.sqlite.schema import Table
 
+_State = tuple[Any, ...]  # row, version, index values
+_Write = tuple[
+    Table, Entity, int | None, tuple[str, ...], tuple[IndexValue, ...]
+]  # row (None: insert), columns to set, their values
+_REMEMBERED: Final = 50_000  # entities, some 300 bytes each
 
-class _Write(NamedTuple):
-    """A write whose guard holds: row is None for an insert; `changed` names the index columns to set, with their values."""
 
-    table: Table
-    entity: Entity
-    row: int | None
-    changed: tuple[str, ...]
-    values: tuple[IndexValue, ...]
+class Memory:
+    """States of lately written entities. Only true while this connection is the only one that writes and no write is taken back."""
+
+    __slots__ = ("_data_version", "states")
+
+    def __init__(self) -> None:
+        self.states: dict[tuple[str, str], _State] = {}
+        self._data_version = 0
+
+    def keep(self, key: tuple[str, str], state: _State) -> None:
+        """Remember a state as the newest; the oldest goes when there are too many."""
+        states = self.states
+        states.pop(key, None)
+        states[key] = state
+        if len(states) > _REMEMBERED:
+            del states[next(iter(states))]
+
+    def check(self, data_version: int) -> None:
+        """Forget all when another connection has written; `data_version` is the value of that PRAGMA in a new transaction."""
+        if data_version != self._data_version:
+            self._data_version = data_version
+            self.states.clear()
 
 
 class Applier:
     """Applies changes through one connection, in a transaction that somebody else opens and ends."""
 
-    __slots__ = ("_execute", "_last_row", "_tables")
+    __slots__ = ("_connection", "_execute", "_memory", "_tables")
 
     def __init__(self, connection: apsw.Connection, tables: Mapping[str, Table]) -> None:
+        self._connection = connection
         self._execute: Callable[..., Any] = connection.cursor().execute
-        self._last_row = connection.last_insert_rowid
         self._tables = tables
+        self._memory = Memory()
+
+    def begin(self) -> None:
+        """Open a transaction. Raises apsw.BusyError when another connection writes."""
+        self._execute("BEGIN IMMEDIATE")
+        self._memory.check(self._execute("PRAGMA data_version").fetchall()[0][0])
+
+    def rollback(self) -> None:
+        """Take the open transaction back, if there is one; SQLite may have done so itself."""
+        self._memory.states.clear()
+        if self._connection.in_transaction:
+            self._execute("ROLLBACK")
 
     def apply(self, change: Change) -> Problem | None:
         """Apply all of the change or nothing of it; deletes come before writes. Facts are not touched here.
@@ -42,92 +77,102 @@ class Applier:
             None, or the Conflict or Duplicate that kept it from being applied.
 
         Raises:
-            ValueError: an undeclared kind, field or part, or one entity twice. Nothing of the change was applied.
+            ValueError: an undeclared kind, field or part, or one entity twice.
+            Exception: a value that cannot be bound. After any of these the transaction must be taken back.
         """
-        deletes: list[tuple[Table, int]] = []
+        if len(change.writes) == 1 and not change.deletes:
+            write = self._guard(change.writes[0])
+            return write if isinstance(write, Problem) else self._write(*write)
+        return self._apply_many(change)
+
+    def _apply_many(self, change: Change) -> Problem | None:
+        _refuse_repeated(change)
+        deletes: list[tuple[Table, str, int]] = []
         for key in change.deletes:
-            found = self._find_delete(key)
-            if isinstance(found, Problem):
-                return found
-            deletes.append(found)
+            state = self._state(self._table(key.kind), key.id)
+            if state is None and key.version is None:
+                continue  # nothing there to delete, which is what was asked for
+            if state is None or (key.version is not None and state[1] != key.version):
+                return _conflict(key)
+            deletes.append((self._table(key.kind), key.id, state[0]))
         writes: list[_Write] = []
         risky = 0  # writes that a unique index could refuse
         for entity in change.writes:
-            write = self._find_write(entity)
+            write = self._guard(entity)
             if isinstance(write, Problem):
                 return write
-            if write.table.uniques and not write.table.unique_columns.isdisjoint(write.changed):
+            if _takes_unique(*write):
                 risky += 1
                 writes.insert(0, write)
             else:
                 writes.append(write)
-        if len(writes) + len(deletes) > 1:
-            _refuse_repeated(change)
         if risky == 0 or (risky == 1 and not deletes):
-            return self._write(deletes, writes)
+            return self._write_all(deletes, writes)
         self._execute("SAVEPOINT change")
-        problem = self._write(deletes, writes)
+        problem = self._write_all(deletes, writes)
         if problem is not None:
             self._execute("ROLLBACK TO change")
+            self._memory.states.clear()
         self._execute("RELEASE change")
         return problem
 
-    def _find_delete(self, key: Key) -> tuple[Table, int] | Problem:
-        table = self._table(key.kind)
-        rows = self._execute(table.state_sql, (key.id,)).fetchall()
-        found = rows[0] if rows else None
-        if found is None or (key.version is not None and found[1] != key.version):
-            if found is None and key.version is None:
-                return table, 0  # nothing there to delete, which is what was asked for
-            return _conflict(key.kind, key.id)
-        return table, found[0]
+    def _state(self, table: Table, identifier: str) -> _State | None:
+        found = self._memory.states.get((table.name, identifier))
+        if found is None:
+            rows = self._execute(table.state_sql, (identifier,)).fetchall()
+            return rows[0] if rows else None
+        return found
 
-    def _find_write(self, entity: Entity) -> _Write | Problem:
+    def _guard(self, entity: Entity) -> _Write | Problem:
+        """Check that the entity is at its version, and find what to set."""
         table = self._table(entity.kind)
         index = entity.index
-        if not index.keys() <= table.names:
-            raise ValueError(f"kind {entity.kind} has no index field {sorted(index.keys() - table.names)}")
-        for name in entity.cold:
-            if name.partition("/")[0] not in table.cold_write_sql:
-                raise ValueError(f"kind {entity.kind} has no cold part {name}")
-        rows = self._execute(table.state_sql, (entity.id,)).fetchall()
+        shape = tuple(index)
+        if shape not in table.shapes:
+            table.check_shape(shape)
+        state = self._state(table, entity.id)
+        if entity.version != (0 if state is None else state[1]):
+            return _conflict(entity)
         get = index.get
-        if not rows:
-            if entity.version != 0:
-                return _conflict(entity.kind, entity.id)
-            return _Write(table, entity, None, table.columns, tuple([get(name) for name in table.columns]))
-        found = rows[0]
-        if entity.version != found[1]:
-            return _conflict(entity.kind, entity.id)
-        changed = []
-        values = []
-        at = 2
-        for name in table.columns:
-            value = get(name)
-            if value != found[at]:
-                changed.append(name)
-                values.append(value)
-            at += 1
-        return _Write(table, entity, found[0], tuple(changed), tuple(values))
+        return table, entity, tuple([get(name) for name in table.columns]), state
 
-    def _write(self, deletes: list[tuple[Table, int]], writes: list[_Write]) -> Problem | None:
-        execute = self._execute
-        for table, gone in deletes:
+    def _write_all(self, deletes: list[tuple[Table, str, int]], writes: list[_Write]) -> Problem | None:
+        for table, identifier, row in deletes:
+            self._memory.states.pop((table.name, identifier), None)
             for sql in table.delete_sql:
-                execute(sql, (gone,))
-        for table, entity, found, changed, values in writes:
-            row = found
-            try:
-                if row is None:
-                    execute(table.insert_sql, (entity.id, entity.hot, *values))
-                    row = self._last_row()
+                self._execute(sql, (row,))
+        for write in writes:
+            problem = self._write(*write)
+            if problem is not None:
+                return problem
+        return None
+
+    def _write(
+        self, table: Table, entity: Entity, values: tuple[IndexValue, ...], state: _State | None
+    ) -> Problem | None:
+        execute = self._execute
+        try:
+            if state is None:
+                execute(table.insert_sql, (entity.id, entity.hot, *values))
+                row = self._connection.last_insert_rowid()
+            else:
+                row = state[0]
+                old = state[2:]
+                if values == old:
+                    execute(table.update_sql(()), (entity.version + 1, entity.hot, row))
                 else:
-                    execute(table.update_sql(changed), (entity.version + 1, entity.hot, *values, row))
-            except apsw.ConstraintError:
-                return self._duplicate(table, entity)
-            for name, data in entity.cold.items():
-                part, _, piece = name.partition("/")
-                execute(table.cold_write_sql[part], (row, piece, data))
+                    changed = [at for at, value in enumerate(values) if value != old[at]]
+                    new = [values[at] for at in changed]
+                    execute(table.update_sql(tuple(changed)), (entity.version + 1, entity.hot, *new, row))
+        except apsw.ConstraintError:
+            return self._duplicate(table, entity)
+        for name, data in entity.cold.items():
+            part, _, piece = name.partition("/")
+            sql = table.cold_write_sql.get(part)
+            if sql is None:
+                raise ValueError(f"kind {table.name} has no cold part {part}")
+            execute(sql, (row, piece, data))
+        self._memory.keep((table.name, entity.id), (row, entity.version + 1, *values))
         return None
 
     def _duplicate(self, table: Table, entity: Entity) -> Problem:
@@ -136,7 +181,7 @@ class Applier:
             for (existing,) in self._execute(sql, values).fetchall():
                 if existing != entity.id:
                     return Duplicate(f"{table.name} already has this {index.name}", index=index.name, existing=existing)
-        raise AssertionError("a constraint failed that is not a declared unique index")
+        raise ValueError(f"an index value of {table.name} {entity.id} is not of its declared type")
 
     def _table(self, kind: str) -> Table:
         table = self._tables.get(kind)
@@ -145,8 +190,13 @@ class Applier:
         return table
 
 
-def _conflict(kind: str, identifier: str) -> Conflict:
-    return Conflict(f"{kind} {identifier} was changed by somebody else", kind=kind, id=identifier)
+def _takes_unique(table: Table, entity: Entity, values: tuple[IndexValue, ...], state: _State | None) -> bool:
+    """Whether a unique index could refuse this write."""
+    return any(state is None or values[at] != state[2 + at] for at in table.unique_at)
+
+
+def _conflict(item: Entity | Key) -> Conflict:
+    return Conflict(f"{item.kind} {item.id} was changed by somebody else", kind=item.kind, id=item.id)
 
 
 def _refuse_repeated(change: Change) -> None:

@@ -46,7 +46,10 @@ class Table:
         self.columns: Final = tuple(field.name for field in kind.fields)
         self.names: Final = frozenset(self.columns)
         self.uniques: Final = tuple(index for index in kind.indexes if index.unique)
-        self.unique_columns: Final = frozenset(name for index in self.uniques for name in index.fields)
+        self.unique_at: Final = tuple(
+            sorted({self.columns.index(name) for index in self.uniques for name in index.fields if name != "id"})
+        )
+        self.shapes: set[tuple[str, ...]] = set()  # names given as index fields that were found to be declared
         columns = "".join(f', "{name}"' for name in self.columns)
         marks = ", ?" * len(self.columns)
         self.state_sql: Final = f'SELECT row, version{columns} FROM "{self.name}" WHERE id = ?'
@@ -70,16 +73,22 @@ class Table:
             (index, f'SELECT id FROM "{self.name}" WHERE ' + " AND ".join(f'"{name}" = ?' for name in index.fields))
             for index in self.uniques
         )
-        self._updates: dict[tuple[str, ...], str] = {}
+        self._updates: dict[tuple[int, ...], str] = {}
 
-    def update_sql(self, changed: tuple[str, ...]) -> str:
+    def check_shape(self, shape: tuple[str, ...]) -> None:
+        """Remember that these are index fields of the kind. Raises ValueError where one is not."""
+        if not self.names.issuperset(shape):
+            raise ValueError(f"kind {self.name} has no index field {sorted(set(shape) - self.names)}")
+        self.shapes.add(shape)
+
+    def update_sql(self, changed: tuple[int, ...]) -> str:
         """Return the UPDATE that sets version, hot and these columns; values in that order, then the row number.
 
         Columns that keep their value are left out: SQLite rewrites the entry of every index whose column is named in SET.
         """
         sql = self._updates.get(changed)
         if sql is None:
-            columns = "".join(f', "{name}" = ?' for name in changed)
+            columns = "".join(f', "{self.columns[at]}" = ?' for at in changed)
             sql = self._updates[changed] = f'UPDATE "{self.name}" SET version = ?, hot = ?{columns} WHERE row = ?'
         return sql
 

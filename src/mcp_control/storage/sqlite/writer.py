@@ -86,8 +86,7 @@ class GroupCommit:
         self.read_only = False
         self.commits = 0
         self._connection = connection
-        self._execute = connection.cursor().execute
-        self._apply = applier.apply
+        self._applier = applier
         self._committed = committed
         self._loop = loop
         self._max_waiting = max_waiting
@@ -156,7 +155,7 @@ class GroupCommit:
 
     def _begin(self, tries: int = _BUSY_TRIES) -> None:
         try:
-            self._execute("BEGIN IMMEDIATE")
+            self._applier.begin()
         except apsw.BusyError:  # another program, such as a backup, writes
             if tries:
                 self._loop.call_later(_BUSY_PAUSE, self._begin, tries - 1)
@@ -179,6 +178,7 @@ class GroupCommit:
     def _slice(self, at: int, change_at: int) -> None:
         """Apply changes from the `change_at`th of the `at`th call on; come back later when the slice is used up."""
         left = self._slice_writes
+        apply = self._applier.apply
         batch = self._batch
         call = batch[at] if at < len(batch) else None
         try:
@@ -190,7 +190,7 @@ class GroupCommit:
                     if left <= 0:
                         self._loop.call_soon(self._slice, at, change_at)
                         return
-                    outcome = self._apply(change)
+                    outcome = apply(change)
                     if outcome is None and change.facts:
                         self._facts.extend(change.facts)
                     call.outcomes.append(outcome)
@@ -209,7 +209,7 @@ class GroupCommit:
 
     def _drop(self, call: _Call, error: Exception) -> None:
         """Take the transaction back and build it again without this call."""
-        self._rollback()
+        self._applier.rollback()
         call.fail(error)
         again = [other for other in self._batch if other is not call]
         self._batch = []
@@ -224,7 +224,7 @@ class GroupCommit:
 
     def _statement_failed(self, error: apsw.Error) -> None:
         """Nothing of the batch was applied: the transaction is taken back."""
-        self._rollback()
+        self._applier.rollback()
         calls, self._batch = self._batch, []
         if _is_full(error):
             self._disk_full(calls)
@@ -232,10 +232,6 @@ class GroupCommit:
             problem = StoreUnavailable(f"the database cannot be written: {error}")
             self._broken(calls, problem, problem)
         self._free()
-
-    def _rollback(self) -> None:
-        if self._connection.in_transaction:
-            self._execute("ROLLBACK")
 
     # --- the commit thread ----------------------------------------------------------------------------------------
 
@@ -287,7 +283,7 @@ class GroupCommit:
     def _commit_failed(self, calls: list[_Call], error: apsw.Error) -> None:
         self._stored = []
         if _is_full(error):
-            self._rollback()
+            self._applier.rollback()
             self._disk_full(calls)
             return
         # What reached the disk is unknown, and the kernel may have dropped dirty pages: nothing written from here on could be
