@@ -1,0 +1,133 @@
+"""Settings come from four places in one order, are checked as a whole, and tell where each value came from."""
+
+from pathlib import Path
+
+import pytest
+
+from mcp_control.configuration.settings import Settings, SettingsError, is_loopback, load
+
+
+@pytest.fixture(autouse=True)
+def _no_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "nobody"))
+
+
+def test_each_layer_overrides_the_one_below(tmp_path: Path) -> None:
+    """Defaults < file < environment < flags, setting by setting."""
+    file = tmp_path / "config.toml"
+    file.write_text('port = 1001\nhost = "localhost"\nagents = 1\n[limits]\nmax_page = 10\nmax_batch = 20\n')
+    environ = {"MCP_CONTROL_PORT": "1002", "MCP_CONTROL_AGENTS": "2", "MCP_CONTROL_LIMITS__MAX_BATCH": "30"}
+    loaded = load({"port": 1003, "data": None}, environ, file)
+    settings = loaded.settings
+    assert (settings.host, settings.port, settings.agents) == ("localhost", 1003, 2)
+    assert (settings.limits.max_page, settings.limits.max_batch) == (10, 30)
+    assert settings.limits.max_body_bytes == 1 << 20
+    origins = {source.name: source.origin for source in loaded.sources()}
+    assert origins["port"] == "flag"
+    assert origins["agents"] == origins["limits.max_batch"] == "environment"
+    assert origins["host"] == origins["limits.max_page"] == "file"
+    assert origins["data"] == origins["limits.max_body_bytes"] == "default"
+
+
+def test_plain_names_are_understood_and_secrets_stay_hidden() -> None:
+    """JWT_SECRET and LOG_LEVEL work without the prefix; no view of the settings shows the secret."""
+    secret = "canary-" + "0123456789abcdef" * 3
+    loaded = load(environ={"JWT_SECRET": secret, "LOG_LEVEL": "WARNING"})
+    assert loaded.settings.security.jwt_secret is not None
+    assert loaded.settings.security.jwt_secret.get_secret_value() == secret
+    assert loaded.settings.log.level == "warning"
+    assert secret not in repr(loaded) + str(loaded.sources()) + loaded.model_dump_json()
+
+
+def test_prefixed_name_wins_over_the_plain_one() -> None:
+    """MCP_CONTROL_LOG__LEVEL is more specific than LOG_LEVEL."""
+    loaded = load(environ={"LOG_LEVEL": "error", "MCP_CONTROL_LOG__LEVEL": "debug"})
+    assert loaded.settings.log.level == "debug"
+
+
+@pytest.mark.parametrize("name", ["MONGODB_URI", "REDIS_URL"])
+def test_stores_that_are_not_supported_are_refused_by_name(name: str) -> None:
+    """A server that would silently keep its data elsewhere does not start."""
+    with pytest.raises(SettingsError, match=name):
+        load(environ={name: "x://y"})
+    assert load(environ={name: ""}).settings.port == 8640
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"port": 70_000}, "port"),
+        ({"prot": 1}, "prot"),
+        ({"limits.max_page": 501}, "limits.max_page"),
+        ({"security.token_seconds": 60}, "security.token_seconds"),
+        ({"host": "0.0.0.0"}, "TLS"),
+        ({"host": "::"}, "TLS"),
+        ({"host": "example.org"}, "TLS"),
+        ({"tls_cert": "/a.pem"}, "go together"),
+        ({"leases.min_seconds": 60, "leases.default_seconds": 30}, "leases"),
+    ],
+)
+def test_wrong_settings_are_named(flags: dict[str, object], says: str) -> None:
+    """An unknown, wrong or unsafe setting ends the start with its name."""
+    with pytest.raises(SettingsError, match=says):
+        load(flags, {})
+
+
+def test_bad_secret_value_is_not_echoed() -> None:
+    """What is wrong with a value is said without the value."""
+    with pytest.raises(SettingsError) as caught:
+        load({"security.jwt_secret": ["canary-value"]}, {})
+    assert "canary-value" not in str(caught.value)
+
+
+def test_listening_beyond_loopback_needs_tls_or_the_operators_word() -> None:
+    """TLS or the explicit flag opens other addresses."""
+    assert load({"host": "0.0.0.0", "tls_cert": "/c", "tls_key": "/k"}, {}).settings.host == "0.0.0.0"
+    assert load({"host": "0.0.0.0", "allow_insecure_bind": True}, {}).settings.host == "0.0.0.0"
+    assert [
+        is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost", "10.0.0.1", "a.b")
+    ] == [
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_file_that_is_named_must_exist_and_parse(tmp_path: Path) -> None:
+    """A named file that is missing or broken is an error; the default one may be absent."""
+    with pytest.raises(SettingsError, match="no such file"):
+        load(environ={"MCP_CONTROL_CONFIG": str(tmp_path / "absent.toml")})
+    broken = tmp_path / "broken.toml"
+    broken.write_text("port = = 1")
+    with pytest.raises(SettingsError, match=r"broken\.toml"):
+        load(environ={}, file=broken)
+
+
+def test_lists_in_the_environment_are_written_with_commas() -> None:
+    """Nobody has to write JSON into an environment variable."""
+    settings = load(
+        environ={"MCP_CONTROL_PLUGINS": "techdeck, other", "MCP_CONTROL_SECURITY__ALLOWED_ORIGINS": "https://a.example"}
+    ).settings
+    assert settings.plugins == ("techdeck", "other")
+    assert settings.security.allowed_origins == ("https://a.example",)
+    assert load({"plugins": ["a"]}, {}).settings.plugins == ("a",)
+
+
+def test_every_setting_explains_itself() -> None:
+    """Help, the docs and the checks share one source, so no setting may lack its text."""
+    sources = load(environ={}).sources()
+    assert len(sources) > 40
+    assert [source.name for source in sources if len(source.help) < 10] == []
+
+
+def test_settings_do_not_change_after_the_start() -> None:
+    """Settings are frozen at every level."""
+    settings = load(environ={}).settings
+    for target, name in ((settings, "port"), (settings.limits, "max_page")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(target, name, 1)
+    assert isinstance(settings, Settings)
