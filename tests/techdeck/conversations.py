@@ -81,9 +81,12 @@ def validated(data: pl.DataFrame, *, pii: int = 0, residual: int = 0) -> pl.Data
     return data.with_columns(
         pl.struct(
             pl.lit("ok").alias("verdict"),
+            pl.lit([], dtype=pl.List(pl.String)).alias("warnings"),
             pairs.list.first().cast(pl.Int32).alias("same_role_pairs"),
             (pl.col("messages").list.len().cast(pl.Int32) - 1).alias("adjacent_pairs"),
             pl.lit(value=True).alias("content_ok"),
+            pl.col("messages").list.len().cast(pl.Int32).alias("language_turns"),
+            pl.col("messages").list.len().cast(pl.Int32).alias("same_language_turns"),
             pl.lit(pii, dtype=pl.Int32).alias("pii_spans"),
             pl.lit(residual, dtype=pl.Int32).alias("residual_pii"),
         ).alias("validation")

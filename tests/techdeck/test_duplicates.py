@@ -149,3 +149,8 @@ def test_a_bucket_is_compared_in_linear_time_and_stays_connected(size: int) -> N
     assert len(pairs) <= max(24 * 23 // 2, size * 9)
     assert {(0, member) for member in range(1, size)} <= set(pairs)
     assert all(left < right for left, right in pairs)
+
+
+def test_no_partitions_at_all_are_an_empty_data_set(tmp_path: Path) -> None:
+    """When every row was rejected, no partition is left to combine."""
+    assert combined([], tmp_path).rows == 0

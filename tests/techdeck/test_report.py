@@ -229,3 +229,12 @@ def test_an_empty_data_set_is_reported_as_not_assessed(tmp_path: Path) -> None:
 def test_numbers_are_short_and_stable() -> None:
     """Thousands are grouped, fractions have three places, larger ones one."""
     assert [number(value) for value in (1234, 0.5, 12.345, 0.0, -3)] == ["1,234", "0.500", "12.3", "0", "-3"]
+
+
+def test_no_partitions_at_all_give_a_report(tmp_path: Path) -> None:
+    """Every row rejected: the report says so."""
+    stages = [StageCount(name="ingestion", rows_in=3, rows_out=0, rejected=3, rejected_by_code={"E_JSON": 3})]
+    result = assess_quality(
+        [], [], combined([], tmp_path), Checks(structure_valid=None), stages, PLAN, tmp_path, Options(), quiet
+    )
+    assert result.failed == ["overall", "rejected"]

@@ -11,9 +11,9 @@ from msgspec import Struct, to_builtins
 from mcp_control.techdeck.export.card import card
 from mcp_control.techdeck.export.formats import convert
 from mcp_control.techdeck.export.writers import Files, sha256
-from mcp_control.techdeck.model import VERSION, Options, Plan, Progress
+from mcp_control.techdeck.model import CONVERSATION_SCHEMA, VERSION, Options, Plan, Progress
 from mcp_control.techdeck.processing.groups import SPLITS
-from mcp_control.techdeck.processing.metrics import ENCODING
+from mcp_control.techdeck.processing.metrics import ENCODING, METRICS
 from mcp_control.techdeck.quality.report import StageCount
 
 SLICE_ROWS = 10_000
@@ -63,9 +63,14 @@ def export(
     languages: dict[str, int] = {}
     read = dropped = trimmed = duplicates = 0
     with Files(out, options.export.container, SPLITS) as files:
+        nothing = convert(
+            pl.DataFrame(schema={**CONVERSATION_SCHEMA, "metrics": pl.Struct(METRICS)}), options.export.format
+        )
+        for split in SPLITS:
+            files.write(split, nothing.frame)  # a file without rows still has its header or schema
         for part in _in_order(parts):
             frame = pl.read_parquet(part, columns=["id", "messages", "source", "meta", "labels", "metrics"])
-            for offset in range(0, max(frame.height, 1), SLICE_ROWS):
+            for offset in range(0, frame.height, SLICE_ROWS):
                 rows = frame.slice(offset, SLICE_ROWS).with_columns(pl.col("source").struct.field("row"))
                 kept = rows.join(table, on="row", how="left", maintain_order="left").filter(
                     pl.col("duplicate_of").is_null()
@@ -129,7 +134,7 @@ def export(
 
 
 def _in_order(parts: Sequence[Path]) -> list[Path]:
-    """Partitions by their first row; empty ones last, for their schema."""
+    """Partitions by their first row."""
     row = pl.col("source").struct.field("row").min()
     first = {part: pl.scan_parquet(part).select(row).collect().item() for part in parts}
-    return sorted(parts, key=lambda part: (first[part] is None, first[part] or 0))
+    return sorted(parts, key=lambda part: first[part] or 0)

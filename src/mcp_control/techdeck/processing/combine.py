@@ -56,8 +56,7 @@ def combine(parts: list[Path], signatures: list[Path], out: Path, options: Optio
     shares = options.process.split
     if len(shares) != len(SPLITS) or min(shares) < 0 or not sum(shares) > 0:
         raise DataError("E_SPLIT", "process.split must be three shares, none negative, not all 0")
-    columns = ["row", "id", "exact", "subject"]
-    loaded = pl.concat([pl.read_parquet(path, columns=columns) for path in signatures])
+    loaded = neardup.read_all(signatures, ["row", "id", "exact", "subject"])
     order = loaded["row"].arg_sort()
     rows = loaded.select(pl.all().gather(order))
     if rows["row"].n_unique() != rows.height:
@@ -106,7 +105,7 @@ def _candidates(signatures: list[Path], order: pl.Series, exact: list[int]) -> l
     pairs: set[tuple[int, int]] = set()
     first = pl.Series(exact, dtype=pl.Int64) == pl.int_range(len(exact), eager=True)
     for name in neardup.BAND_NAMES:
-        keys = pl.concat([pl.read_parquet(path, columns=[name]) for path in signatures])[name].gather(order)
+        keys = neardup.read_all(signatures, [name])[name].gather(order)
         shared = (
             pl.DataFrame({"place": pl.int_range(len(keys), eager=True), "key": keys})
             .filter(first & keys.is_not_null())

@@ -30,7 +30,6 @@ METRICS: dict[str, pl.DataType] = {
     "sentences": pl.Int32(),
     "syllables": pl.Int32(),
     "language": pl.String(),
-    "language_assistant": pl.String(),
     "sentiment_user": pl.Float32(),
     "sentiment_assistant": pl.Float32(),
     "vader_user": pl.Float32(),
@@ -95,11 +94,8 @@ def summarise(turns: pl.DataFrame) -> pl.DataFrame:
         pl.col("tokens").filter(user).sum().alias("tokens_user"),
         pl.col("tokens").filter(assistant).sum().alias("tokens_assistant"),
         *[pl.col(name).filter(talk).sum() for name in sums],
-        *[
-            pl.col(name).filter(who).sum().alias(f"{name}_{role}")
-            for name in ("words", "function_words")
-            for role, who in (("user", user), ("assistant", assistant))
-        ],
+        pl.col("words").filter(user).sum().alias("words_user"),
+        pl.col("function_words").filter(user).sum().alias("function_words_user"),
         *[
             pl.col(source).filter(who).mean().alias(f"{name}_{role}")
             for source, name in (("valence", "sentiment"), ("vader", "vader"))
@@ -109,14 +105,14 @@ def summarise(turns: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def plainly_english(role: str) -> pl.Expr:
-    """Whether a role's text of a summary row is English beyond doubt, so that no model is asked."""
-    share = pl.col(f"function_words_{role}") / pl.col(f"words_{role}")
-    return (pl.col(f"words_{role}") >= language.MIN_WORDS) & (share >= language.MIN_SHARE)
+def plainly_english() -> pl.Expr:
+    """Whether the user's text of a summary row is English beyond doubt, so that no model is asked."""
+    share = pl.col("function_words_user") / pl.col("words_user")
+    return (pl.col("words_user") >= language.MIN_WORDS) & (share >= language.MIN_SHARE)
 
 
 def finish(summary: pl.DataFrame) -> pl.Series:
-    """The `metrics` structs of `summary` (with `language` and `language_assistant` filled in)."""
+    """The `metrics` structs of `summary` (with `language` filled in)."""
     words, sentences, syllables = (pl.col(name).cast(pl.Float64) for name in ("words", "sentences", "syllables"))
     readable = (pl.col("words") > 0) & (pl.col("language") == "en")
     per_sentence, per_word = words / sentences, syllables / words

@@ -8,8 +8,10 @@ Source: Broder 1997 (MinHash); Leskovec, Rajaraman, Ullman, Mining of Massive Da
 
 from hashlib import blake2b
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 from rensa import RMinHash
 
@@ -25,6 +27,25 @@ _SEED = 42
 """Of the permutations; fixed, so that signatures of different runs can be compared."""
 
 BAND_NAMES = [f"band_{number:02d}" for number in range(BANDS)]
+
+SIGNATURE_SCHEMA = pl.Schema(
+    {
+        "row": pl.Int64(),
+        "id": pl.String(),
+        "subject": pl.String(),
+        "exact": pl.String(),
+        "words": pl.Int64(),
+        "opening": pl.UInt64(),
+        **dict.fromkeys(BAND_NAMES, pl.UInt64()),
+    }
+)
+"""One row per conversation: `exact` is the hash of roles and texts, `opening` that of the user's first three words."""
+
+
+def read_all(signatures: list[Path], columns: list[str]) -> pl.DataFrame:
+    """Some columns of all signature files, which may be none."""
+    empty = pl.DataFrame(schema={name: SIGNATURE_SCHEMA[name] for name in columns})
+    return pl.concat([empty, *(pl.read_parquet(path, columns=columns) for path in signatures)])
 
 
 def exact_hash(roles: list[str], contents: list[str]) -> str:

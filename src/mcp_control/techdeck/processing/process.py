@@ -162,27 +162,17 @@ def _vader(turns: pl.DataFrame, sampled: pl.Series) -> pl.Series:
 
 
 def _languages(summary: pl.DataFrame, turns: pl.DataFrame) -> pl.DataFrame:
-    """Add `language` (of the user's text) and `language_assistant`."""
-    columns = []
-    for role, name in (("user", "language"), ("assistant", "language_assistant")):
-        english = summary.select(plainly_english(role).fill_null(value=False)).to_series()
-        doubtful = summary["conversation"].filter(~english)
-        texts = (
-            turns.filter((pl.col("role") == role) & pl.col("conversation").is_in(doubtful.implode()))
-            .group_by("conversation")
-            .agg(pl.col("content").str.slice(0, language.MAX_CHARS).str.join("\n"))
-        )
-        found = {
-            row: language.identify(text) for row, text in zip(texts["conversation"], texts["content"], strict=True)
-        }
-        columns.append(
-            pl.Series(
-                name,
-                [
-                    "en" if sure else found.get(row, language.UNDETERMINED)
-                    for row, sure in zip(summary["conversation"].to_list(), english.to_list(), strict=True)
-                ],
-                dtype=pl.String,
-            )
-        )
-    return summary.with_columns(columns)
+    """Add `language`, that of the user's text."""
+    english = summary.select(plainly_english().fill_null(value=False)).to_series()
+    doubtful = summary["conversation"].filter(~english)
+    texts = (
+        turns.filter((pl.col("role") == "user") & pl.col("conversation").is_in(doubtful.implode()))
+        .group_by("conversation")
+        .agg(pl.col("content").str.slice(0, language.MAX_CHARS).str.join("\n"))
+    )
+    found = {row: language.identify(text) for row, text in zip(texts["conversation"], texts["content"], strict=True)}
+    named = [
+        "en" if sure else found.get(row, language.UNDETERMINED)
+        for row, sure in zip(summary["conversation"].to_list(), english.to_list(), strict=True)
+    ]
+    return summary.with_columns(pl.Series("language", named, dtype=pl.String))

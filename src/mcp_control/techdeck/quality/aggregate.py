@@ -12,8 +12,9 @@ import polars as pl
 from msgspec import Struct, field
 from numpy.typing import NDArray
 
+from mcp_control.techdeck.model import MESSAGE
 from mcp_control.techdeck.processing.emotion import EMOTIONS
-from mcp_control.techdeck.processing.language import UNDETERMINED
+from mcp_control.techdeck.processing.neardup import read_all
 from mcp_control.techdeck.processing.repetition import LIMITS
 from mcp_control.techdeck.processing.turns import turns_of
 from mcp_control.techdeck.processing.words import index_words, ngrams
@@ -91,14 +92,20 @@ def _load(part: Path) -> pl.DataFrame:
             "id",
             source.field("row", "file", "format", "role_confidence"),
             "flags",
-            check.field("verdict", "same_role_pairs", "adjacent_pairs", "content_ok", "pii_spans", "residual_pii"),
+            check.field(
+                "verdict",
+                "warnings",
+                "same_role_pairs",
+                "adjacent_pairs",
+                "content_ok",
+                "language_turns",
+                "same_language_turns",
+                "pii_spans",
+                "residual_pii",
+            ),
             pl.col("metrics").struct.unnest(),
         )
         .with_columns(
-            (pl.col("language") == pl.col("language_assistant")).alias("same_language"),
-            ((pl.col("language") != UNDETERMINED) & (pl.col("language_assistant") != UNDETERMINED)).alias(
-                "two_languages"
-            ),
             (pl.col("role_confidence") >= CONFIDENT).fill_null(value=False).alias("confident"),
             pl.any_horizontal(
                 (pl.col(f"repetition_{size}") > limit).fill_null(value=False) for size, limit in LIMITS.items()
@@ -109,7 +116,6 @@ def _load(part: Path) -> pl.DataFrame:
 
 
 def _count(frame: pl.DataFrame, totals: Totals) -> None:
-    compared = pl.col("two_languages")
     counted = {
         "rows": pl.len(),
         "id": (pl.col("id").str.strip_chars() != "").sum(),
@@ -118,8 +124,8 @@ def _count(frame: pl.DataFrame, totals: Totals) -> None:
         "source": (pl.col("file").is_not_null() & pl.col("row").is_not_null()).sum(),
         "adjacent": pl.col("adjacent_pairs").sum(),
         "same_role": pl.col("same_role_pairs").sum(),
-        "compared_languages": compared.sum(),
-        "same_language": (compared & pl.col("same_language")).sum(),
+        "language_turns": pl.col("language_turns").sum(),
+        "same_language_turns": pl.col("same_language_turns").sum(),
         "confident": pl.col("confident").sum(),
         "content_ok": pl.col("content_ok").sum(),
         "warned": (pl.col("verdict") == "warn").sum(),
@@ -161,7 +167,9 @@ def _worst_rows(frame: pl.DataFrame) -> list[Worst]:
         "roles repeat": pl.col("same_role_pairs") == 0,
         "broken text": pl.col("content_ok"),
         "roles guessed": pl.col("confident"),
-        "languages differ": pl.col("same_language") | ~pl.col("two_languages"),
+        "languages differ": pl.col("same_language_turns") == pl.col("language_turns"),
+        "derogation": ~pl.col("warnings").list.contains("W_DEROGATION"),
+        "too long": ~pl.col("warnings").list.contains("W_TOO_LONG"),
         "personal data left": pl.col("residual_pii") == 0,
         "personal data": pl.col("pii_spans") == 0,
         "repetitive": ~pl.col("repetitive"),
@@ -193,27 +201,24 @@ def _worst(candidates: Iterable[Worst]) -> list[Worst]:
 
 def _openings(signatures: list[Path]) -> list[int]:
     """How many conversations open with each three words, most frequent first."""
-    column = pl.concat([pl.read_parquet(path, columns=["opening"]) for path in signatures])["opening"].drop_nulls()
+    column = read_all(signatures, ["opening"])["opening"].drop_nulls()
     return sorted(column.value_counts()["count"].to_list(), reverse=True)
 
 
 def _distinct_bigrams(parts: list[Path], signatures: list[Path], table: pl.DataFrame) -> Count:
     """Distinct of the first `BIGRAMS` word bigrams of kept conversations, in the order of their content's hash."""
     kept = table.filter(pl.col("duplicate_of").is_null()).select("row")
-    order = (
-        pl.concat([pl.read_parquet(path, columns=["row", "exact", "words"]) for path in signatures])
-        .join(kept, on="row", how="semi")
-        .sort("exact", "row")
-    )
+    order = read_all(signatures, ["row", "exact", "words"]).join(kept, on="row", how="semi").sort("exact", "row")
     # Enough conversations even if every message wasted a word; the exact cut is made below.
     reached = order.filter(pl.col("words").cum_sum().shift(1, fill_value=0) < BIGRAMS * 2)
     wanted = reached["row"]
     row = pl.col("source").struct.field("row")
-    texts = [
-        pl.scan_parquet(part).select(row, "messages").filter(pl.col("row").is_in(wanted.implode())).collect()
-        for part in parts
-    ]
-    sample = reached.select("row").join(pl.concat(texts), on="row", how="left", maintain_order="left")
+    texts = pl.DataFrame(schema={"row": pl.Int64(), "messages": pl.List(MESSAGE)})
+    for part in parts:
+        texts.extend(
+            pl.scan_parquet(part).select(row, "messages").filter(pl.col("row").is_in(wanted.implode())).collect()
+        )
+    sample = reached.select("row").join(texts, on="row", how="left", maintain_order="left")
     turns = turns_of(sample).filter(pl.col("role") != "system")
     words = index_words(turns["content"])
     grams = ngrams(words, 2)

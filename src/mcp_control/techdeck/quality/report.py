@@ -125,7 +125,7 @@ def facts_of(totals: Totals, combined: Combined, checks: Checks, stages: Sequenc
         fields={name: sums[name] for name in ("id", "user", "assistant", "source")},
         structure_valid=checks.structure_valid,
         alternation=Count(hits=sums["adjacent"] - sums["same_role"], total=sums["adjacent"]),
-        same_language=Count(hits=sums["same_language"], total=sums["compared_languages"]),
+        same_language=Count(hits=sums["same_language_turns"], total=sums["language_turns"]),
         confident_roles=Count(hits=sums["confident"], total=rows),
         content_ok=Count(hits=sums["content_ok"], total=rows),
         distinct_2=totals.distinct_2,
