@@ -7,16 +7,21 @@ def _words(alternatives: str) -> re.Pattern[str]:
     return re.compile(rf"\b(?:{alternatives})\b", re.IGNORECASE)
 
 
+def word_set(words: str) -> frozenset[str]:
+    """The words of a blank-separated list."""
+    return frozenset(words.split())
+
+
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 
 EXAMPLE_DOMAINS = frozenset({"example.com", "example.org", "example.net"})  # RFC 2606: nobody's
-ROLE_LOCALS = frozenset(
+ROLE_LOCALS = word_set(
     "abuse admin billing careers contact donotreply enquiries hello help helpdesk hr info inquiries jobs mail media"
-    " newsletter no-reply noreply office postmaster press privacy sales security service support team webmaster".split()
+    " newsletter no-reply noreply office postmaster press privacy sales security service support team webmaster"
 )
-PERSONAL_HOSTS = frozenset(
+PERSONAL_HOSTS = word_set(
     "facebook.com fb.com instagram.com twitter.com x.com tiktok.com snapchat.com linkedin.com t.me wa.me vk.com"
-    " onlyfans.com venmo.com paypal.me cash.app".split()
+    " onlyfans.com venmo.com paypal.me cash.app"
 )
 PERSONAL_PATH = re.compile(
     r"/(?:users?|u|profiles?|people|members?|therapists?|counsell?ors?|staff)/[^/?#]+|/~\w|/@\w", re.IGNORECASE
@@ -45,21 +50,21 @@ STREET_TYPES = (
     "Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Way|Place|Pl|Terrace|Square|Sq|Close|Crescent"
     "|Highway|Hwy|Parkway|Pkwy|Trail|Circle|Cir"
 )
-ADDRESS_STOPS = frozenset(
+ADDRESS_STOPS = word_set(
     "step steps hour hours day days minute minutes week weeks month months year years second seconds point points mile"
-    " miles percent way ways people times session sessions the a an and or of is was in".split()
+    " miles percent way ways people times session sessions the a an and or of is was in"
 )
 """Words that make "12 Step Way" or "24 Hour Drive" something else than a place."""
 
 CREDENTIALS = r"(?:LCSW|LICSW|LMSW|LMFT|LPCC|LPC|LMHC|LCPC|LCMHC|LCDC|NCC|Psy\.?D\b|Ph\.?\s?D\b|Ed\.?D\b|M\.D\.|MD\b|MSW\b|M\.S\.W|RN\b)"
-NAME_STOPS = frozenset(
+NAME_STOPS = word_set(
     "a also an and anonymous as at being but by call dead don't for from god he hi hello her here his how i i'm if important"
     " in irrelevant is it its just legion like may mine mud my no nobody none not nothing now of off on only or our out"
     " private right said secret she since so something still that the their then there they this to too unknown was we"
     " what when where which who why will with worthless would you your yours not-important monday tuesday wednesday"
     " thursday friday saturday sunday january february march april june july august september october november december"
-    " thanks thank yes okay ok".split()
+    " thanks thank yes okay ok"
 )
 """Words that are no name and end one."""
-NAME_FIRST = frozenset("april august june may will".split())
+NAME_FIRST = word_set("april august june may will")
 """Of those, the ones that can still stand first in a name ("my name is Will")."""

@@ -52,7 +52,17 @@ class Candidate(NamedTuple):
     accepted: bool
 
 
-Detector = Callable[[str, str, tuple[str, ...]], Iterator[Candidate]]
+class View(NamedTuple):
+    """What a detector looks at: `text`, what was said `before` it, and where its digits are (with a margin)."""
+
+    text: str
+    before: str
+    regions: tuple[str, ...]
+    start: int
+    end: int
+
+
+Detector = Callable[[View], Iterator[Candidate]]
 
 _NAME = r"[A-ZÀ-ÖØ-Þ][A-Za-zÀ-ÖØ-öø-ÿ'’-]+"
 _NAMES = rf"{_NAME}(?: {_NAME}){{0,2}}"
@@ -110,7 +120,8 @@ _NAME_CREDENTIAL = re.compile(rf"\b({_NAME}(?: [A-Z]\.)?(?: {_NAME}){{1,2}}),? ?
 _CREDENTIAL_HINT = re.compile(CREDENTIALS)
 
 
-def _urls(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
+def _urls(view: View) -> Iterator[Candidate]:
+    text = view.text
     if "://" not in text and "www." not in text.lower():
         return
     for match in _URL.finditer(text):
@@ -126,7 +137,8 @@ def _urls(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candid
         yield Candidate(match.start(), match.start() + len(url), "URL", url.lower(), personal)
 
 
-def _emails(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
+def _emails(view: View) -> Iterator[Candidate]:
+    text = view.text
     if "@" not in text:
         return
     for match in _EMAIL.finditer(text):
@@ -136,8 +148,9 @@ def _emails(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Cand
         yield Candidate(match.start(), match.end(), "EMAIL", value, personal)
 
 
-def _ibans(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    for match in _IBAN.finditer(text):
+def _ibans(view: View) -> Iterator[Candidate]:
+    text = view.text
+    for match in _IBAN.finditer(text, view.start, view.end):
         found = match.group()
         # The pattern may run on into the next words: the longest valid head that ends at a word's end is the IBAN.
         ends = [len(found), *(i for i in range(len(found) - 1, 14, -1) if found[i] == " ")]
@@ -166,19 +179,21 @@ def _is_card(digits: str) -> bool:
     return known and luhn.is_valid(digits)
 
 
-def _cards(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    for match in _CARD.finditer(text):
+def _cards(view: View) -> Iterator[Candidate]:
+    text = view.text
+    for match in _CARD.finditer(text, view.start, view.end):
         digits = re.sub(r"\D", "", match.group())
         if not _is_card(digits):
             continue
-        context = before + " " + text[max(0, match.start() - 40) : match.start()]
+        context = view.before + " " + text[max(0, match.start() - 40) : match.start()]
         if match.group().isdigit() and BARE_NUMBER_REFUSED.search(context) and not CARD_CONTEXT.search(context):
             continue  # one in ten order numbers passes the checksum
         yield Candidate(match.start(), match.end(), "CARD", digits, accepted=True)
 
 
-def _ssns(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    for match in _SSN.finditer(text):
+def _ssns(view: View) -> Iterator[Candidate]:
+    text = view.text
+    for match in _SSN.finditer(text, view.start, view.end):
         area, serial = match.group(1), match.group(6)
         group = match.group(2) or match.group(4) or match.group(5)
         if area in ("000", "666") or area[0] == "9" or group == "00" or serial == "0000":
@@ -187,21 +202,22 @@ def _ssns(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candida
         if value in ("078051120", "219099999"):  # printed on specimen cards
             continue
         dashed = match.group(2) is not None
-        context = before + " " + text[max(0, match.start() - 40) : match.start()]
+        context = view.before + " " + text[max(0, match.start() - 40) : match.start()]
         if dashed or SSN_CONTEXT.search(context):
             yield Candidate(match.start(), match.end(), "SSN", value, accepted=True)
 
 
-def _ips(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    found4 = _IP4.finditer(text) if text.count(".") >= 3 else ()
-    found6 = _IP6.finditer(text) if text.count(":") >= 2 else ()
+def _ips(view: View) -> Iterator[Candidate]:
+    text = view.text
+    found4 = _IP4.finditer(text, view.start, view.end) if text.count(".") >= 3 else ()
+    found6 = _IP6.finditer(text, view.start, view.end) if text.count(":") >= 2 else ()
     for match in (*found4, *found6):
         found = match.group().rstrip(":") if not match.group().endswith("::") else match.group()
         try:
             address = ipaddress.ip_address(found)
         except ValueError:
             continue
-        context = before + " " + text[max(0, match.start() - 30) : match.start()]
+        context = view.before + " " + text[max(0, match.start() - 30) : match.start()]
         if address.version == 4:
             if VERSION_CONTEXT.search(context):
                 continue
@@ -238,13 +254,14 @@ def _date_value(match: re.Match[str]) -> str | None:
     return None
 
 
-def _births(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    low = (before + " " + text).lower()
+def _births(view: View) -> Iterator[Candidate]:
+    text = view.text
+    low = (view.before + " " + text).lower()
     if not any(word in low for word in ("born", "birth", "bday", "dob", "d.o.b", "do.b", "d.ob")):
         return
-    for match in _DATE.finditer(text):
+    for match in _DATE.finditer(text, view.start, view.end):
         head = text[max(0, match.start() - 60) : match.start()]
-        ahead = _BIRTH_BEFORE.search(head) or (_BIRTH_BEFORE.search(before) if not head.strip() else None)
+        ahead = _BIRTH_BEFORE.search(head) or (_BIRTH_BEFORE.search(view.before) if not head.strip() else None)
         named = (ahead is not None and not DOB_REFUSED.search(ahead.group(1))) or _BIRTH_AFTER.search(
             text[match.end() : match.end() + 40]
         )
@@ -253,24 +270,28 @@ def _births(text: str, before: str, _regions: tuple[str, ...]) -> Iterator[Candi
             yield Candidate(match.start(), match.end(), "DOB", value, accepted=True)
 
 
-def _phones(text: str, before: str, regions: tuple[str, ...]) -> Iterator[Candidate]:
-    for start, end, value, personal in phones(text, before, regions):
+def _phones(view: View) -> Iterator[Candidate]:
+    for start, end, value, personal in phones(view.text, view.before, view.regions, view.start, view.end):
         yield Candidate(start, end, "PHONE", value, personal)
 
 
-def _addresses(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    for match in _ADDRESS.finditer(text):
+def _addresses(view: View) -> Iterator[Candidate]:
+    text = view.text
+    for match in _ADDRESS.finditer(text, view.start, view.end):
         words = match.group(1).lower().split()
         if not ADDRESS_STOPS.intersection(words):
             yield Candidate(
                 match.start(), match.end(), "ADDRESS", " ".join(match.group().lower().split()), accepted=True
             )
-    for match in _PO_BOX.finditer(text):
+    for match in _PO_BOX.finditer(text, view.start, view.end):
         yield Candidate(match.start(), match.end(), "ADDRESS", match.group().lower(), accepted=True)
 
 
-def _names(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candidate]:
-    patterns = [_NAME_TITLE]
+def _names(view: View) -> Iterator[Candidate]:
+    text = view.text
+    patterns = []
+    if any(title in text for title in ("Dr", "Mr", "Ms", "Prof")):
+        patterns.append(_NAME_TITLE)
     if "name" in text.lower():
         patterns.append(_NAME_SELF)
     if "\n" in text:
@@ -288,10 +309,11 @@ def _names(text: str, _before: str, _regions: tuple[str, ...]) -> Iterator[Candi
                 yield Candidate(match.start(1), match.start(1) + len(name), "NAME", name.casefold(), accepted=True)
 
 
-_DIGIT = re.compile(r"\d")
+_DIGIT = re.compile(r"[0-9]")
 _TEXTUAL: tuple[Detector, ...] = (_urls, _emails)
 _NUMERIC: tuple[Detector, ...] = (_ibans, _cards, _ssns, _ips, _births, _phones, _addresses)
 _SHORT: tuple[Detector, ...] = (_ibans, _ips, _births, _addresses)  # the ones that do without seven digits in a run
+_MARGIN = 40  # characters; street names and month names are shorter
 _RUN = re.compile(r"\d(?:[ \u00a0().\-–/]{0,3}\d){6}")
 
 
@@ -301,13 +323,18 @@ def scan(text: str, before: str = "", regions: tuple[str, ...] = ("US", "GB")) -
     `before` is what was said just before (the question a bare number answers); it lends context and is not scanned.
     `regions` are ISO 3166 codes whose national phone numbers are known.
     """
-    if _DIGIT.search(text):
-        numeric = _NUMERIC if _RUN.search(text) else _SHORT
+    first = _DIGIT.search(text)
+    if first is None:
+        numeric: tuple[Detector, ...] = ()
+        view = View(text, before, regions, 0, len(text))
     else:
-        numeric = ()
+        # Everything numeric lies around the digits; most texts have them in one place.
+        last = max(text.rfind(digit) for digit in "0123456789")
+        view = View(text, before, regions, max(0, first.start() - _MARGIN), min(len(text), last + 4 * _MARGIN))
+        numeric = _NUMERIC if _RUN.search(text, first.start()) else _SHORT
     kept: list[Candidate] = []
     for detector in (*_TEXTUAL, *numeric, _names):
-        for candidate in detector(text, before, regions):
+        for candidate in detector(view):
             if all(candidate.end <= other.start or candidate.start >= other.end for other in kept):
                 kept.append(candidate)
     return sorted(kept)

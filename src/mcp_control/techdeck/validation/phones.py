@@ -72,13 +72,15 @@ def _match(window: str, region: str) -> tuple[int, int, str] | None:
     return None
 
 
-def phones(text: str, before: str, regions: tuple[str, ...]) -> Iterator[tuple[int, int, str, bool]]:
-    """Start, end, E.164 value and whether it is personal, for each number in `text`.
+def phones(
+    text: str, before: str, regions: tuple[str, ...], begin: int, finish: int
+) -> Iterator[tuple[int, int, str, bool]]:
+    """Start, end, E.164 value and whether it is personal, for each number in `text[begin:finish]`.
 
     Digits without any separator or plus sign count only next to a word such as "call" or "phone", and never right after
     "order", "invoice" and the like.
     """
-    for run in _RUN.finditer(text):
+    for run in _RUN.finditer(text, begin, finish):
         tokens = [(run.start() + token.start(), run.start() + token.end()) for token in _TOKEN.finditer(run.group())]
         at = 0
         while at < len(tokens):

@@ -15,7 +15,7 @@ import orjson
 import polars as pl
 
 from mcp_control.techdeck.model import QUARANTINE_SCHEMA, canonical_json
-from mcp_control.techdeck.validation.contexts import CREDENTIALS, STREET_TYPES
+from mcp_control.techdeck.validation.contexts import CREDENTIALS, STREET_TYPES, word_set
 from mcp_control.techdeck.validation.detectors import CLASSES, Candidate, scan
 
 _GATES = (
@@ -75,9 +75,9 @@ _KEY_NAME = re.compile(
 )
 _PLAIN_NAME = re.compile(r"^[A-ZÀ-Þ][a-zà-ÿ'’-]+(?: [A-ZÀ-Þ][A-Za-zà-ÿ.'’-]*){0,3}$")
 _GATE_NAME = r"(?m)^[A-ZÀ-Þ][a-zà-ÿ'’-]"
-_ROLE_NAMES = frozenset(
+_ROLE_NAMES = word_set(
     "user assistant system tool human bot ai client patient therapist counselor counsellor doctor speaker seeker supporter"
-    " model agent anonymous unknown question answer interviewer interviewee person host guest".split()
+    " model agent anonymous unknown question answer interviewer interviewee person host guest"
 )
 
 
@@ -186,41 +186,40 @@ class Redacted(msgspec.Struct, frozen=True, kw_only=True):
     found: Found
 
 
-def redact_conversation(row: dict[str, Any], regions: tuple[str, ...], flagged: list[bool]) -> Redacted:
+def redact_conversation(row: dict[str, Any], regions: tuple[str, ...]) -> Redacted:
     """Redact id, messages (content and name), meta and label values of one conversation.
 
-    `row` holds these four columns and `row`, its number in the file; `flagged` says of each message whether `gate` let
-    its content through, the others are copied. An id that holds personal data gets `#row` appended, since placeholders
-    repeat from conversation to conversation.
+    `row` holds these four columns, `row`, its number in the file, `flag`, which says of each message whether `gate` let
+    its content through, and `side`, which says the same of all the rest; what was not let
+    through is copied. An id that holds personal data gets `#row` appended, since placeholders repeat from conversation
+    to conversation.
     """
     messages: list[dict[str, str | None]] = row["messages"] or []
     labels: list[dict[str, str]] = row["labels"] or []
-    identity, meta = row["id"] or "", row["meta"] or ""
+    identity, meta, side = row["id"] or "", row["meta"] or "", row["side"]
     texts = [text for message in messages for text in (message["content"], message["name"]) if text]
     redactor = Redactor(regions, [identity, meta, *texts, *(label["value"] or "" for label in labels)])
     clean: list[dict[str, str | None]] = []
     before = ""
-    for message, worth in zip(messages, flagged, strict=True):
+    for message, worth in zip(messages, row["flag"] or (), strict=True):
         content, name = message["content"] or "", message["name"]
         clean.append(
             {
                 **message,
                 "content": redactor.text(content, before) if worth else message["content"],
-                "name": redactor.speaker(name) if name else name,
+                "name": redactor.speaker(name) if name and side else name,
             }
         )
         before = content
-    clean_id = redactor.text(identity)
-    return Redacted(
-        id=clean_id if clean_id == identity else f"{clean_id}#{row['row']}",
-        messages=clean,
-        meta=redactor.json(meta) if meta else meta,
-        labels=[
+    if side:
+        clean_id = redactor.text(identity)
+        identity = identity if clean_id == identity else f"{clean_id}#{row['row']}"
+        meta = redactor.json(meta) if meta else meta
+        labels = [
             {**label, "value": redactor.text(label["value"], label["key"] or "")} if label["value"] else label
             for label in labels
-        ],
-        found=redactor.found(),
-    )
+        ]
+    return Redacted(id=identity, messages=clean, meta=meta, labels=labels, found=redactor.found())
 
 
 def redact_text(text: str, regions: tuple[str, ...] = ("US", "GB")) -> str:

@@ -1,7 +1,6 @@
 """The privacy tier over a frame of conversations: gate in polars, detectors on the rows it lets through, re-scan."""
 
 from collections import Counter
-from typing import Any
 
 import msgspec
 import polars as pl
@@ -86,17 +85,32 @@ def _scan(frame: pl.DataFrame, regions: tuple[str, ...]) -> list[tuple[int, Reda
         .join(wanted, on="place", how="left", maintain_order="left")
         .filter(pl.col("side") | pl.col("any"))
     )
-    return [(row["at"], redact_conversation(row, regions, row["flag"] or [])) for row in worth.iter_rows(named=True)]
+    return [(row["at"], redact_conversation(row, regions)) for row in worth.iter_rows(named=True)]
 
 
 def _frame_of(results: list[tuple[int, Redacted]]) -> pl.DataFrame:
-    """The texts of redacted conversations, with a `source` for their row."""
-    schema: dict[str, Any] = {"at": pl.UInt32, **{name: CONVERSATION_SCHEMA[name] for name in _TEXT_COLUMNS}}
-    columns: dict[str, list[Any]] = {"at": [at for at, _ in results]}
-    columns |= {name: [getattr(result, name) for _, result in results] for name in _TEXT_COLUMNS}
-    return pl.DataFrame(columns, schema=schema).with_columns(
-        pl.lit(None, dtype=CONVERSATION_SCHEMA["source"]).alias("source")
+    """The texts of redacted conversations, with an empty `source`."""
+    order = pl.DataFrame({"at": [at for at, _ in results]}, schema={"at": pl.UInt32})
+    plain = order.with_columns(
+        pl.Series("id", [result.id for _, result in results], dtype=pl.String),
+        pl.Series("meta", [result.meta for _, result in results], dtype=pl.String),
+        pl.lit(None, dtype=CONVERSATION_SCHEMA["source"]).alias("source"),
     )
+    for name, fields in (("messages", ("role", "content", "name", "ts")), ("labels", ("key", "value"))):
+        plain = plain.join(_lists(results, name, fields), on="at", how="left", maintain_order="left").with_columns(
+            pl.col(name).fill_null(pl.lit([], dtype=CONVERSATION_SCHEMA[name]))
+        )
+    return plain
+
+
+def _lists(results: list[tuple[int, Redacted]], name: str, fields: tuple[str, ...]) -> pl.DataFrame:
+    """The list column `name`, built from flat columns: polars is slow at taking nested Python values apart."""
+    items = [(at, item) for at, result in results for item in getattr(result, name)]
+    flat = pl.DataFrame(
+        {"at": [at for at, _ in items], **{field: [item[field] for _, item in items] for field in fields}},
+        schema={"at": pl.UInt32, **dict.fromkeys(fields, pl.String)},
+    )
+    return flat.group_by("at", maintain_order=True).agg(pl.struct(*fields).alias(name))
 
 
 def _replaced(frame: pl.DataFrame, texts: pl.DataFrame) -> pl.DataFrame:

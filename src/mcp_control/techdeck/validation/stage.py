@@ -30,6 +30,7 @@ Source: design of techdeck, sections 3 and 4.
 """
 
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ import polars as pl
 
 from mcp_control.techdeck.model import (
     CONVERSATION_SCHEMA,
-    RAW_LIMIT,
     Options,
     Progress,
-    Reject,
     canonical_json,
     quarantine_frame,
+    reject,
     write_parquet,
 )
 from mcp_control.techdeck.validation.bias import BLOCKS, assess
@@ -100,7 +100,7 @@ def validate(part: Path, out: Path, options: Options, progress: Progress) -> Val
         write_parquet(judged.select(*CONVERSATION_SCHEMA.names(), "validation"), conversations)
     if rejects.height:
         write_parquet(_quarantine(rejects, regions), quarantine)
-    by_code = {code: count for code, count in sorted(Counter(rejects["code"]).items())}
+    by_code = dict(sorted(Counter(rejects["code"]).items()))
     progress(rows, rows, "validated")
     return Validated(
         conversations=conversations if judged.height else None,
@@ -175,20 +175,21 @@ def _judge(kept: pl.DataFrame, bias: pl.DataFrame, languages: list[str]) -> pl.D
 
 def _quarantine(rejects: pl.DataFrame, regions: tuple[str, ...]) -> pl.DataFrame:
     """The rejected rows, with the digest of the record as it was and its redacted head."""
-    raws = [
-        canonical_json(record) for record in rejects.select("id", "messages", "meta", "labels").iter_rows(named=True)
-    ]
     sources = rejects["source"].struct
-    items = [
-        Reject(row=row, byte_offset=offset, code=code, message=f"row {row}: {_REASONS[code]}", raw=raw.encode())
-        for row, offset, code, raw in zip(
-            sources.field("row"), sources.field("byte_offset"), rejects["code"], raws, strict=True
+    items = []
+    for record, row, offset, code in zip(
+        rejects.select("id", "messages", "meta", "labels").iter_rows(named=True),
+        sources.field("row"),
+        sources.field("byte_offset"),
+        rejects["code"],
+        strict=True,
+    ):
+        raw = canonical_json(record)
+        digest = sha256(raw.encode()).hexdigest()
+        items.append(
+            reject(row, offset, code, f"row {row}: {_REASONS[code]}", redact_text(raw, regions).encode(), digest)
         )
-    ]
-    heads = [redact_text(raw, regions).encode()[:RAW_LIMIT].decode("utf-8", "ignore") for raw in raws]
-    return quarantine_frame("", "validation", items).with_columns(
-        sources.field("file").alias("file"), pl.Series("raw", heads, dtype=pl.String)
-    )
+    return quarantine_frame("", "validation", items).with_columns(sources.field("file").alias("file"))
 
 
 def _stats(rows: int, by_code: dict[str, int], judged: pl.DataFrame, screened: Screened) -> dict[str, Any]:
