@@ -1,0 +1,157 @@
+"""What the agent has to tell the server: gathered, sent in natural batches, kept until acknowledged. No I/O."""
+
+from typing import Final
+
+import msgspec
+
+from mcp_control.tasks.model import LogLine
+from mcp_control.tasks.wire import Ack, Done, Logged, Progress, Report, Started
+
+FRAME_BYTES: Final = 768 * 1024
+MAX_LINES: Final = 2000
+_ENVELOPE: Final = 300
+
+
+class Outbox:
+    """Reports in the making and on their way.
+
+    Ends of attempts and starts go out at once. Progress and logs alone wait while a report is unacknowledged, so that their rate is the
+    rate at which the server takes them; progress is replaced by newer progress, logs are bounded per task.
+    """
+
+    __slots__ = ("_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked")
+
+    def __init__(self) -> None:
+        self._started: dict[str, Started] = {}
+        self._progress: dict[str, Progress] = {}
+        self._logs: dict[str, tuple[str, list[LogLine]]] = {}
+        self._dropped: dict[str, int] = {}
+        self._done: list[Done] = []
+        self._unacked: dict[int, Report] = {}
+        self._next = 1
+
+    def started(self, task_id: str, token: str) -> None:
+        """An attempt has begun."""
+        self._started[task_id] = Started(task_id=task_id, lease_token=token)
+
+    def progress(self, task_id: str, token: str, fraction: float, message: str) -> None:
+        """An attempt has come so far."""
+        self._progress[task_id] = Progress(task_id=task_id, lease_token=token, fraction=fraction, message=message)
+
+    def log(self, task_id: str, token: str, line: LogLine) -> None:
+        """An attempt logged a line. Over 2,000 lines unsent, further ones are counted and left out."""
+        held = self._logs.setdefault(task_id, (token, []))[1]
+        if len(held) < MAX_LINES:
+            held.append(line)
+        else:
+            self._dropped[task_id] = self._dropped.get(task_id, 0) + 1
+
+    def done(self, item: Done) -> None:
+        """An attempt has ended; its start and progress need no telling any more."""
+        self._started.pop(item.task_id, None)
+        self._progress.pop(item.task_id, None)
+        self._done.append(item)
+
+    def forget(self, task_id: str) -> None:
+        """The task belongs to somebody else: tell nothing more about it."""
+        self._started.pop(task_id, None)
+        self._progress.pop(task_id, None)
+        self._logs.pop(task_id, None)
+        self._dropped.pop(task_id, None)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a report should go out now."""
+        return bool(self._done or self._started or (not self._unacked and (self._progress or self._logs)))
+
+    @property
+    def settled(self) -> bool:
+        """Whether every end of an attempt is known to be durable."""
+        return not self._done and not any(report.done for report in self._unacked.values())
+
+    def take(self) -> Report:
+        """Return the next report, at most about 768 KiB of it; the rest stays for the next one."""
+        if (
+            not self._progress
+            and not self._logs
+            and len(self._done) < 100
+            and sum(len(d.result) for d in self._done) < FRAME_BYTES
+        ):
+            report = Report(id=self._next, started=list(self._started.values()), done=self._done)
+            self._done = []
+        else:
+            report = self._take_bounded()
+        self._started = {}
+        self._unacked[self._next] = report
+        self._next += 1
+        return report
+
+    def _take_bounded(self) -> Report:
+        room = FRAME_BYTES
+        logs: list[Logged] = []
+        for task_id, (token, lines) in list(self._logs.items()):
+            taken = 0
+            for line in lines:
+                size = _line_bytes(line)
+                if size > room:
+                    break
+                room -= size
+                taken += 1
+            kept = lines[taken:]
+            if taken:
+                sent = lines[:taken]
+                if not kept and (dropped := self._dropped.pop(task_id, 0)):
+                    sent.append(
+                        LogLine(
+                            at=sent[-1].at,
+                            level="warning",
+                            message=f"{dropped} lines left out",
+                            attempt=sent[-1].attempt,
+                        )
+                    )
+                logs.append(Logged(task_id=task_id, lease_token=token, lines=sent))
+            if kept:
+                self._logs[task_id] = (token, kept)
+            else:
+                del self._logs[task_id]
+        count = 0
+        for item in self._done:
+            if item.task_id in self._logs:
+                break  # its lines go first
+            size = len(item.result) + _ENVELOPE + (len(item.failure.traceback) * 2 + 4096 if item.failure else 0)
+            if size > room and (count or logs):
+                break
+            room -= size
+            count += 1
+        done, self._done = self._done[:count], self._done[count:]
+        progress, self._progress = list(self._progress.values()), {}
+        return Report(id=self._next, started=list(self._started.values()), progress=progress, logs=logs, done=done)
+
+    def acked(self, ack: Ack) -> None:
+        """A report is durable, or must be sent again."""
+        report = self._unacked.pop(ack.id, None)
+        if report is not None and ack.retry:
+            self._put_back(report)
+
+    def resend(self) -> None:
+        """The connection was lost: what is not acknowledged goes out again, under new numbers."""
+        reports, self._unacked = list(self._unacked.values()), {}
+        for report in reversed(reports):
+            self._put_back(report)
+
+    def _put_back(self, report: Report) -> None:
+        ended = {item.task_id for item in self._done} | {item.task_id for item in report.done}
+        for start in report.started:
+            if start.task_id not in ended:
+                self._started.setdefault(start.task_id, start)
+        for progress in report.progress:
+            if progress.task_id not in ended:
+                self._progress.setdefault(progress.task_id, progress)
+        for logged in report.logs:
+            newer = self._logs.get(logged.task_id, ("", []))[1]
+            self._logs[logged.task_id] = (logged.lease_token, [*logged.lines, *newer])
+        self._done = [*report.done, *self._done]
+
+
+def _line_bytes(line: LogLine) -> int:
+    return len(msgspec.json.encode(line)) + 2
