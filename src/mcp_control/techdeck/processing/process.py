@@ -38,10 +38,11 @@ def process(part: Path, out: Path, options: Options, progress: Progress, *, tota
     """Measure the conversations of the Parquet file `part`; write `processed.parquet` and `signatures.parquet` to `out`.
 
     `total_rows` is the size of the whole data set (this partition's when None): the VADER sample is drawn from all of
-    it by hash, so it does not depend on how the rows were divided.
+    it by hash, so it does not depend on how the rows were divided. It is about `process.vader_sample` messages, the first
+    of each role.
     """
     rows = pl.scan_parquet(part).select(pl.len()).collect().item()
-    share = options.process.vader_sample / max(total_rows or rows, 1)
+    share = options.process.vader_sample / max(total_rows or rows, 1) / 2
     bpe = encoding()
     done: list[pl.DataFrame] = []
     signed: list[pl.DataFrame] = []
