@@ -19,8 +19,8 @@ from mcp_control.storage.sqlite.schema import Table
 
 _State = tuple[Any, ...]  # row, version, index values
 _Write = tuple[
-    Table, Entity, int | None, tuple[str, ...], tuple[IndexValue, ...]
-]  # row (None: insert), columns to set, their values
+    Table, Entity, tuple[IndexValue, ...], _State | None
+]  # the new index values; the state before (None: insert)
 _REMEMBERED: Final = 50_000  # entities, some 300 bytes each
 
 
