@@ -39,7 +39,12 @@ _ASSESSED = ("user", "assistant")
 
 
 class BiasResult(msgspec.Struct, frozen=True):
-    """`frame`: one row per conversation in order, a struct column per category and `sentences`; `stats`: plain sums."""
+    """`frame`: one row per conversation in order, a struct column per category and `sentences`; `stats`: plain sums.
+
+    `stats`: `sentences`; `mentions` category:group to conversations; `hits` by category (conversations that mention it,
+    raw hits, unexcused ones, their weight); `regard` category:group:block to [sentences, valence]; `alone`
+    category:group to sentences that name no other group of the category; `attributes` the same with :attribute.
+    """
 
     frame: pl.DataFrame
     stats: dict[str, Any]
@@ -90,8 +95,8 @@ def _derogations(sentences: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={"at": pl.UInt32, "category": pl.String, "weight": pl.Float64}, orient="row")
 
 
-def _regard(sentences: pl.DataFrame, single: pl.DataFrame) -> list[list[Any]]:
-    """[category, group, block, sentences, sum of valence in ten-thousandths] over assistant sentences with one group."""
+def _regard(sentences: pl.DataFrame, single: pl.DataFrame) -> dict[str, list[int]]:
+    """category:group:block to [sentences, sum of valence in ten-thousandths], over assistant sentences with one group."""
     spoken = single.filter(pl.col("role") == "assistant")
     masked = sentences.join(spoken.select("sid").unique(), on="sid", how="semi").select(
         "sid", pl.col("sentence").str.replace_all(_MASK, " ").alias("content")
@@ -99,16 +104,18 @@ def _regard(sentences: pl.DataFrame, single: pl.DataFrame) -> list[list[Any]]:
     valued = turn_valence(masked).select(
         "sid", (pl.col("valence") * REGARD_SCALE).round().cast(pl.Int64).alias("regard")
     )
-    return _rows(
+    keys = ("category", "group", "block")
+    summed = (
         spoken.join(valued, on="sid")
-        .group_by("category", "group", "block")
+        .group_by(keys)
         .agg(pl.len().cast(pl.Int64).alias("n"), pl.col("regard").sum())
-        .sort("category", "group", "block")
+        .sort(keys)
     )
+    return {f"{category}:{group}:{block}": [n, total] for category, group, block, n, total in summed.iter_rows()}
 
 
-def _attributes(sentences: pl.DataFrame, single: pl.DataFrame) -> tuple[list[list[Any]], list[list[Any]]]:
-    """[category, group, attribute, sentences] and [category, group, sentences]: what a log-odds ratio needs."""
+def _attributes(sentences: pl.DataFrame, single: pl.DataFrame) -> pl.DataFrame:
+    """One row per sentence with one group of a category, and per attribute word in it."""
     words = (
         sentences.join(single.select("sid").unique(), on="sid", how="semi")
         .filter(pl.col("sentence").str.contains(_ATTRIBUTE))
@@ -122,18 +129,13 @@ def _attributes(sentences: pl.DataFrame, single: pl.DataFrame) -> tuple[list[lis
         )
         .unique(["sid", "attribute"])
     )
-    together = (
-        single.join(words, on="sid")
-        .group_by("category", "group", "attribute")
-        .agg(pl.len().cast(pl.Int64).alias("n"))
-        .sort("category", "group", "attribute")
-    )
-    totals = single.group_by("category", "group").agg(pl.len().cast(pl.Int64).alias("n")).sort("category", "group")
-    return _rows(together), _rows(totals)
+    return single.join(words, on="sid")
 
 
-def _rows(frame: pl.DataFrame) -> list[list[Any]]:
-    return [list(row) for row in frame.iter_rows()]
+def _counts(frame: pl.DataFrame, *keys: str) -> dict[str, int]:
+    """Rows of `frame` by the values of `keys`, joined with colons."""
+    counted = frame.group_by(keys).agg(pl.len().cast(pl.Int64).alias("n")).sort(keys)
+    return dict(counted.select(pl.concat_str(keys, separator=":").alias("key"), "n").iter_rows())
 
 
 def assess(turns: pl.DataFrame, rows: int) -> BiasResult:
@@ -150,17 +152,10 @@ def assess(turns: pl.DataFrame, rows: int) -> BiasResult:
     mentions = _mentions(sentences)
     hits = _derogations(sentences)
     single = mentions.filter(pl.len().over("sid", "category") == 1)
-    together, totals = _attributes(sentences, single)
-    represented = (
-        mentions.select("at", "category", "group")
-        .unique()
-        .group_by("category", "group")
-        .agg(pl.len().cast(pl.Int64).alias("n"))
-    ).sort("category", "group")
     frame = _by_conversation(rows, counts, mentions, hits)
     stats = {
         "sentences": int(frame["sentences"].sum()),
-        "mentions": _rows(represented),
+        "mentions": _counts(mentions.unique(["at", "category", "group"]), "category", "group"),
         "hits": {
             category: {
                 "conversations": int(frame[category].struct.field("mention").sum()),
@@ -171,8 +166,8 @@ def assess(turns: pl.DataFrame, rows: int) -> BiasResult:
             for category in CATEGORIES
         },
         "regard": _regard(sentences, single),
-        "attributes": together,
-        "attribute_totals": totals,
+        "attributes": _counts(_attributes(sentences, single), "category", "group", "attribute"),
+        "alone": _counts(single, "category", "group"),
     }
     return BiasResult(frame, stats)
 
