@@ -1,17 +1,19 @@
 """What the input is, by its bytes and never by its name. Source: design of techdeck, section 2 (container precedence)."""
 
 import json
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import orjson
 
 from mcp_control.techdeck.formats.names import LABELS
-from mcp_control.techdeck.formats.recognise import recognise
+from mcp_control.techdeck.formats.recognise import recognise, role_key
+from mcp_control.techdeck.formats.text import is_chatml
 from mcp_control.techdeck.ingestion.encoding import mark_of
-from mcp_control.techdeck.ingestion.jsonstream import outline
-from mcp_control.techdeck.ingestion.streams import GZIP_MAGIC, ZSTD_MAGIC
+from mcp_control.techdeck.ingestion.jsonstream import Splitter, outline
+from mcp_control.techdeck.ingestion.streams import GZIP_MAGIC, ZSTD_MAGIC, Oversize
 from mcp_control.techdeck.ingestion.tabular import sniff
 from mcp_control.techdeck.model import DataError
 
@@ -21,6 +23,8 @@ PARQUET_MAGIC = b"PAR1"
 _PROBE = 64 * 1024
 _NUL_SHARE = 0.001
 _LINES = 1000
+_ITEMS = 100
+_LABEL = 40
 _MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"\xff\xd8\xff": "JPEG",
@@ -77,7 +81,7 @@ def shape_of(head: bytes, *, whole: bool, limit: int, named: bool = False) -> Sh
     if text[:1] in b"{[":
         return Shape(container=_json_shape(text, whole=whole, limit=limit, named=named))
     readable = head.decode("utf-8", "replace")
-    if _starts_with_label(readable):
+    if _starts_with_label(readable) or is_chatml(readable.lstrip()[:_LABEL]):
         return Shape(container="text")
     if text[:1] == b'"' and _parse(text.split(b"\n", 1)[0]) is not None:
         return Shape(container="jsonl")
@@ -99,7 +103,8 @@ def _json_shape(text: bytes, *, whole: bool, limit: int, named: bool) -> Contain
             return "json_concatenated"
         if not rest or not any(alone):
             return _single(text[:end], whole=True, limit=limit, named=named)
-    if any(alone):
+    # An array or object over several lines has at most its last record alone on a line.
+    if (text[:1] == b"{" or alone[0]) and sum(alone) > len(alone) / 5:
         return "jsonl"
     if len(found) == 1 and whole and text[:1] == b"{":
         return "jsonl"  # one broken record: the reader names the place
@@ -108,7 +113,7 @@ def _json_shape(text: bytes, *, whole: bool, limit: int, named: bool) -> Contain
 
 def _single(text: bytes, *, whole: bool, limit: int, named: bool) -> Container:
     if text[:1] == b"[":
-        return "json_array"
+        return "json_array" if named or _holds_records(text, limit) else "json_object"
     value = _parse(text) if whole else None
     seen = outline(text, limit)
     sketch = value if value is not None else {key: [first] for key, first in seen.firsts.items()}
@@ -118,6 +123,17 @@ def _single(text: bytes, *, whole: bool, limit: int, named: bool) -> Container:
     if any(recognise(first) is not None for first in records):
         return "json_wrapper"
     return "json_wrapper" if named and any(isinstance(first, dict) for first in records) else "json_object"
+
+
+def _holds_records(text: bytes, limit: int) -> bool:
+    """False for an array that is itself one conversation: its items are turns and none is a record."""
+    items: list[Any] = []
+    for raw in islice(Splitter("array", limit).split([text]), _ITEMS):
+        value = None if isinstance(raw, Oversize) else _parse(raw[2])
+        if value is None or recognise(value) is not None or (isinstance(value, dict) and role_key(value) is None):
+            return True
+        items.append(value)
+    return recognise(items) is None
 
 
 def _parse(data: bytes) -> object | None:

@@ -4,7 +4,6 @@ The splitter finds where records begin and end from brackets and strings alone, 
 size needs the memory of one record, and a broken record does not take its neighbours with it.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -13,8 +12,7 @@ import msgspec
 import orjson
 
 from mcp_control.techdeck.ingestion.records import Raw
-from mcp_control.techdeck.ingestion.streams import Oversize
-from mcp_control.techdeck.model import RAW_LIMIT
+from mcp_control.techdeck.ingestion.streams import Oversize, Skipping
 
 Shape = Literal["array", "wrapper", "concatenated"]
 _LEVEL: dict[Shape, int] = {"concatenated": 0, "array": 1, "wrapper": 2}
@@ -24,19 +22,6 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _TOKEN = re.compile(rb'\{(?:[^{}\[\]"]++|' + _STRING + rb")*+\}|" + _STRING + rb'|["\[\]{},]', re.DOTALL)
 _LONGEST_NAME = 64 * 1024
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
-
-
-class _Skipped:
-    """A record over the limit while its end is looked for."""
-
-    def __init__(self, offset: int, data: bytes) -> None:
-        self.offset = offset
-        self.head = data[:RAW_LIMIT]
-        self.digest = hashlib.sha256(data)
-
-    def done(self, data: bytes) -> Oversize:
-        self.digest.update(data)
-        return Oversize(self.offset, self.head, self.digest.hexdigest())
 
 
 class Splitter:
@@ -54,7 +39,7 @@ class Splitter:
         self._in_string = False
         self._name = b""
         self._key: str | None = None
-        self._skipped: _Skipped | None = None
+        self._skipped: Skipping | None = None
         self.closed = shape == "concatenated"
 
     def split(self, source: Iterable[bytes]) -> Iterator[Raw]:
@@ -68,10 +53,9 @@ class Splitter:
         inside = self._depth >= self._level
         keep = self._anchor if inside else self._pos
         if inside and self._skipped is None and self._pos - keep > self._limit:
-            self._skipped = _Skipped(self._base + keep, self._buffer[keep : self._pos])
-            keep = self._pos
-        elif self._skipped is not None:
-            self._skipped.digest.update(self._buffer[keep : self._pos])
+            self._skipped = Skipping(self._base + keep)
+        if self._skipped is not None:
+            self._skipped.feed(self._buffer[keep : self._pos])
             keep = self._pos
         self._buffer = self._buffer[keep:] + chunk
         self._base += keep
@@ -85,14 +69,17 @@ class Splitter:
         if self._depth < self._level and not self._skipped:
             return
         if self._skipped is not None:
-            yield self._skipped.done(data)
+            self._skipped.feed(data)
+            yield self._skipped.done()
             self._skipped = None
             return
         trimmed = data.lstrip()
         offset += len(data) - len(trimmed)
         trimmed = trimmed.rstrip()
         if len(trimmed) > self._limit:
-            yield _Skipped(offset, trimmed).done(b"")
+            skipping = Skipping(offset)
+            skipping.feed(trimmed)
+            yield skipping.done()
         elif trimmed:
             yield self._key, offset, trimmed
 

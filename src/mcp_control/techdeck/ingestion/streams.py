@@ -36,6 +36,25 @@ class Oversize(NamedTuple):
     sha256: str
 
 
+class Skipping:
+    """A record over the limit while its end is looked for: only its first bytes and its digest are kept."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset
+        self._head = b""
+        self._digest = hashlib.sha256()
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the record."""
+        if len(self._head) < RAW_LIMIT:
+            self._head += data[: RAW_LIMIT - len(self._head)]
+        self._digest.update(data)
+
+    def done(self) -> Oversize:
+        """The record has ended."""
+        return Oversize(self._offset, self._head, self._digest.hexdigest())
+
+
 class _Decompressor(Protocol):
     @property
     def eof(self) -> bool: ...
@@ -125,42 +144,35 @@ def lines(
     """
     held: list[bytes] = []
     size = 0
-    skipped: tuple[bytes, hashlib._Hash] | None = None
+    skipping: Skipping | None = None
     for chunk in source:
         pieces = chunk.split(b"\n")
         last = pieces.pop()
         for piece in pieces:
-            if held or skipped:
+            if held:
                 held.append(piece)
                 piece = b"".join(held)
                 held, size = [], 0
-            if skipped or len(piece) > limit:
-                item, offset = _oversize(offset, piece, skipped)
-                skipped = None
-                yield item
-                continue
-            yield offset, piece
+            if skipping is not None or len(piece) > limit:
+                skipping = skipping or Skipping(offset)
+                skipping.feed(piece)
+                yield skipping.done()
+                skipping = None
+            else:
+                yield offset, piece
             offset += len(piece) + 1
         if last:
             held.append(last)
             size += len(last)
-        if size > limit:
-            joined = b"".join(held)
-            if skipped is None:
-                skipped = joined[:RAW_LIMIT], hashlib.sha256()
-            skipped[1].update(joined)
-            offset += len(joined)
+        if size > limit or (skipping is not None and held):
+            skipping = skipping or Skipping(offset)
+            for piece in held:
+                skipping.feed(piece)
+            offset += size
             held, size = [], 0
     if cut is not None and cut():
         return
-    tail = b"".join(held)
-    if skipped:
-        yield _oversize(offset, tail, skipped)[0]
-    elif tail:
-        yield offset, tail
-
-
-def _oversize(offset: int, piece: bytes, skipped: tuple[bytes, "hashlib._Hash"] | None) -> tuple[Oversize, int]:
-    head, digest = skipped or (piece[:RAW_LIMIT], hashlib.sha256())
-    digest.update(piece)
-    return Oversize(offset, head, digest.hexdigest()), offset + len(piece) + 1
+    if skipping is not None:
+        yield skipping.done()
+    elif held:
+        yield offset, b"".join(held)
