@@ -131,8 +131,8 @@ async def test_past_and_present_join_without_gap_or_duplicate(world: World) -> N
             return seqs(await take(subscription, total - after))
 
     async def late(at: int) -> list[int]:
-        while world.events.newest < at:
-            await asyncio.sleep(0)
+        async with await world.events.subscribe(after=0) as waiting:
+            await take(waiting, at)
         return await follow(at // 2)
 
     writing = asyncio.create_task(write())
