@@ -35,6 +35,7 @@ BARE_NUMBER_REFUSED = re.compile(
     r"|account|transaction|version|build)\b[^.!?\n]{0,20}$",
     re.IGNORECASE,
 )
+HELPLINE = _words("hot ?line|help ?line|life ?line|crisis line|warm ?line|safe ?line|crisis text")
 CARD_CONTEXT = _words("card|visa|mastercard|amex|credit|debit|cc")
 SSN_CONTEXT = _words("ssn|ssns|social security|social|tax id|taxpayer")
 IP_CONTEXT = _words("ip|ipv4|address|host|server|ping|router|network|login|logged")

@@ -33,6 +33,8 @@ from mcp_control.techdeck.validation.lexicon import (
     any_of,
 )
 
+_FLAGS = re.IGNORECASE | re.ASCII  # the phrases are ASCII; full case folding would match letters that no phrase has
+
 WEIGHTS = {"assistant": 1.0, "user": 0.5}
 """Weight of an unexcused hit by role; other roles are not assessed."""
 
@@ -48,24 +50,24 @@ _PREDICATE = (
 )
 _GENERALISATION = re.compile(
     rf"\b(?P<who>{PLURAL_PATTERN})(?: today| nowadays| these days| in general| like (?:you|her|him|them|that))? {_PREDICATE}\b",
-    re.IGNORECASE,
+    _FLAGS,
 )
-_SAYING = re.compile(rf"\b(?P<who>{any_of(SINGULAR_SAYINGS)})\b", re.IGNORECASE)
-_LIKE_YOU = re.compile(rf"\bpeople like you (?:just |really )?(?:{any_of(LIKE_YOU_DO)})\b", re.IGNORECASE)
-_SLUR = re.compile(rf"\b(?P<who>{any_of(SLURS)})\b", re.IGNORECASE)
-_MENTION = re.compile(rf"\b(?:{MENTION_PATTERN})\b", re.IGNORECASE)
+_SAYING = re.compile(rf"\b(?P<who>{any_of(SINGULAR_SAYINGS)})\b", _FLAGS)
+_LIKE_YOU = re.compile(rf"\bpeople like you (?:just |really )?(?:{any_of(LIKE_YOU_DO)})\b", _FLAGS)
+_SLUR = re.compile(rf"\b(?P<who>{any_of(SLURS)})\b", _FLAGS)
+_MENTION = re.compile(rf"\b(?:{MENTION_PATTERN})\b", _FLAGS)
 _LIMITED = re.compile(
-    r"\b(?:some|many|certain|few|several|a lot of|not all|not every|other|which|if|whether|are) $", re.IGNORECASE
+    r"\b(?:some|many|certain|few|several|a lot of|not all|not every|other|which|if|whether|are) $", _FLAGS
 )
 _REPORT = re.compile(
     rf"(?P<own>\bi(?:'d|'ll| would| will| also| just| really| honestly)? )?\b(?P<verb>{any_of(REPORTING)})\b",
-    re.IGNORECASE,
+    _FLAGS,
 )
 _REPORT_AFTER = re.compile(
     r"[,\"”'] ?(?:he|she|they|my \w+|his \w+|her \w+|people|everyone|someone) (?:said|says|say|told|tells|thinks|thought|yelled|wrote)\b",
-    re.IGNORECASE,
+    _FLAGS,
 )
-_CHALLENGE = re.compile(rf"\b(?:{any_of(CHALLENGE)})\b", re.IGNORECASE)
+_CHALLENGE = re.compile(rf"\b(?:{any_of(CHALLENGE)})\b", _FLAGS)
 _OPEN_SINGLE = re.compile(r"(?<!\w)'(?!\w*'(?=\w))[^']*$")
 _OWN = frozenset(OWN_OPINION)
 

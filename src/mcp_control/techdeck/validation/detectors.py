@@ -43,13 +43,17 @@ CLASSES = ("URL", "EMAIL", "IBAN", "CARD", "SSN", "IP", "DOB", "PHONE", "ADDRESS
 
 
 class Candidate(NamedTuple):
-    """A place in a text. `value` is normalised: equal values are the same datum. Not `accepted` means not personal."""
+    """A place in a text. `value` is normalised: equal values are the same datum. Not `accepted` means not personal.
+
+    `claim` is where the evidence for it starts (the title before a name): the span falls if a stronger one has that place.
+    """
 
     start: int
     end: int
     kind: str
     value: str
     accepted: bool
+    claim: int | None = None
 
 
 class View(NamedTuple):
@@ -91,7 +95,7 @@ _DATE = re.compile(
     rf"(?<![\w/.-])(?:(?P<y>\d{{4}})[-/.](?P<m>\d{{1,2}})[-/.](?P<d>\d{{1,2}})"
     rf"|(?P<a>\d{{1,2}})[-/.](?P<b>\d{{1,2}})[-/.](?P<c>\d{{4}}|\d{{2}})"
     rf"|(?P<d2>\d{{1,2}})(?:st|nd|rd|th)?(?: of)? (?P<m2>{_MONTH})(?:,? (?P<y2>\d{{4}}))?"
-    rf"|(?P<m3>{_MONTH}) (?P<d3>\d{{1,2}})(?:st|nd|rd|th)?(?:,? (?P<y3>\d{{4}}))?)(?![\w/-])",
+    rf"|(?P<m3>{_MONTH}) (?P<d3>\d{{1,2}})(?:st|nd|rd|th)?(?:,? (?P<y3>\d{{4}}))?)(?![\w/-]| (?:years?|months?|weeks?|days?) )",
     re.IGNORECASE,
 )
 _BIRTH_BEFORE = re.compile(
@@ -242,6 +246,8 @@ def _date_value(match: re.Match[str]) -> str | None:
         days = [(year, parts["a"], parts["b"]), (year, parts["b"], parts["a"])]
     else:
         name = (parts["m2"] or parts["m3"])[:3].lower()
+        if name not in MONTHS:  # a letter that only case folding takes for one of ours
+            return None
         month = str(MONTHS.index(name) + 1)
         days = [(parts["y2"] or parts["y3"] or "2000", month, parts["d2"] or parts["d3"])]
     for year, month, day in days:
@@ -306,7 +312,8 @@ def _names(view: View) -> Iterator[Candidate]:
                 kept += 1
             if kept:
                 name = " ".join(words[:kept])
-                yield Candidate(match.start(1), match.start(1) + len(name), "NAME", name.casefold(), accepted=True)
+                start, end = match.start(1), match.start(1) + len(name)
+                yield Candidate(start, end, "NAME", name.casefold(), accepted=True, claim=match.start())
 
 
 _DIGIT = re.compile(r"[0-9]")
@@ -335,6 +342,7 @@ def scan(text: str, before: str = "", regions: tuple[str, ...] = ("US", "GB")) -
     kept: list[Candidate] = []
     for detector in (*_TEXTUAL, *numeric, _names):
         for candidate in detector(view):
-            if all(candidate.end <= other.start or candidate.start >= other.end for other in kept):
+            begin = candidate.start if candidate.claim is None else candidate.claim
+            if all(candidate.end <= other.start or begin >= other.end for other in kept):
                 kept.append(candidate)
-    return sorted(kept)
+    return sorted(kept, key=lambda candidate: candidate.start)

@@ -1,6 +1,7 @@
 """Telephone numbers in one text: the numbering plans of `phonenumbers`, crisis lines and context.
 
-Crisis lines stay in the text: taking them out of a counselling data set would do harm and protect nobody.
+Crisis lines stay in the text: taking them out of a counselling data set would do harm and protect nobody. They are known
+by number, or as a free number that the text calls a helpline.
 """
 
 import re
@@ -9,7 +10,7 @@ from functools import lru_cache
 
 import phonenumbers
 
-from mcp_control.techdeck.validation.contexts import BARE_NUMBER_REFUSED, PHONE_CONTEXT
+from mcp_control.techdeck.validation.contexts import BARE_NUMBER_REFUSED, HELPLINE, PHONE_CONTEXT
 
 CRISIS_LINES = frozenset(
     {
@@ -20,6 +21,7 @@ CRISIS_LINES = frozenset(
         "+18006564673",  # RAINN, sexual assault (US)
         "+18664887386",  # Trevor Project (US)
         "+18775658860",  # Trans Lifeline (US)
+        "+18773306366",  # Trans Lifeline (CA)
         "+18888434564",  # LGBT national help centre (US)
         "+18007842433",  # 1-800-SUICIDE (US)
         "+18009506264",  # NAMI (US)
@@ -59,8 +61,8 @@ _DIGITS = (7, 15)  # E.164 allows 15
 
 
 @lru_cache(maxsize=16_384)
-def _match(window: str, region: str) -> tuple[int, int, str] | None:
-    """Start, end and E.164 of a valid number of `region` that takes all digits of `window`."""
+def _match(window: str, region: str) -> tuple[int, int, str, bool] | None:
+    """Start, end, E.164 and whether the call is free, of a valid number of `region` that takes all digits of `window`."""
     digits = sum(character.isdigit() for character in window)
     if not _DIGITS[0] <= digits <= _DIGITS[1]:
         return None
@@ -68,7 +70,8 @@ def _match(window: str, region: str) -> tuple[int, int, str] | None:
         if sum(character.isdigit() for character in found.raw_string) < digits:
             return None
         e164 = phonenumbers.format_number(found.number, phonenumbers.PhoneNumberFormat.E164)
-        return found.start, found.end, e164
+        free = phonenumbers.number_type(found.number) == phonenumbers.PhoneNumberType.TOLL_FREE
+        return found.start, found.end, e164, free
     return None
 
 
@@ -93,7 +96,10 @@ def phones(
                 if hit is not None:
                     start, end = start + hit[0], start + hit[1]
                     if _in_context(text, before, start, end):
-                        yield start, end, hit[2], hit[2] not in CRISIS_LINES
+                        public = hit[2] in CRISIS_LINES or (
+                            hit[3] and bool(HELPLINE.search(text[max(0, start - 60) : start]))
+                        )
+                        yield start, end, hit[2], not public
                     step = last - at
                     break
             at += step
