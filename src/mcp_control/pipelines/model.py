@@ -15,16 +15,21 @@ API_VERSION: Final = "mcp-control/v1"
 
 
 class Param(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A parameter of a pipeline. One without `default` must be given unless `required` is false."""
+    """A parameter of a pipeline. One without `default` must be given unless `required` is false (then it is null).
+
+    `artifact` is the id of an artifact as text, or an object that describes one.
+    """
 
     type: Literal["string", "integer", "number", "boolean", "object", "array", "artifact"] = "string"
     required: bool = True
-    default: msgspec.Raw | None = None
-    choices: list[msgspec.Raw] = []
+    default: object = msgspec.UNSET
+    choices: list[object] = []
     description: str = ""
 
 
-class Combine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}):
+class Combine(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}
+):
     """The one task that follows all items of a fan-out; it sees `items`, their results in order."""
 
     uses: str
@@ -48,7 +53,9 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     message: str = ""
 
 
-class Stage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}):
+class Stage(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}
+):
     """One step of a pipeline.
 
     Attributes:
@@ -80,16 +87,28 @@ class Metadata(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What a pipeline consists of. `progress` names the unit that people count, e.g. rows."""
+    """What a pipeline consists of.
+
+    Attributes:
+        deadline_seconds: a run that has not ended this long after it was created (or retried) is ended `failed`.
+        max_running: stages that may run at once: 1 is strictly one after the other, None all whose needs are met. Where there is a
+            choice, higher `priority` of the stage first, then the order of the definition.
+    """
 
     stages: list[Stage]
     params: dict[str, Param] = {}
     priority: int = 50
     deadline_seconds: float | None = None
+    max_running: int | None = None
 
 
 class PipelineSpec(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"api_version": "apiVersion"}
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    rename={"api_version": "apiVersion"},
 ):
     """A definition as a person writes it, in YAML, JSON or Python."""
 
@@ -126,7 +145,7 @@ class RunState(StrEnum):
 
 
 class StageState(StrEnum):
-    """Where a stage of a run stands; `ready` is chosen to start, its tasks are being written."""
+    """Where a stage of a run stands. `pending` waits for its needs, `ready` for the run (paused, or `max_running`); `running` has tasks."""
 
     PENDING = "pending"
     READY = "ready"
@@ -148,7 +167,10 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         round: raised by every retry of the stage; part of its tasks' ids.
         total: tasks it consists of, the combine task included; done, failed, cancelled: how many ended so.
-        combining: the combine task has been started.
+        combining: the combine task has been started; it is the last of the stage's tasks.
+        ended, bad: bit sets over its tasks: those that ended, and among them those that did not complete, so that each counts once.
+        since: the first round whose results still count (a retry within a fan-out keeps those that are there).
+        has_output: its output is kept as the run's cold part `output/<id>`.
         counts: numbers its output told under `counts` (for data: rows_in, rows_out, rejected), summed over items until it ends.
     """
 
@@ -160,6 +182,10 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failed: int = 0
     cancelled: int = 0
     combining: bool = False
+    ended: bytes = b""
+    bad: bytes = b""
+    since: int = 0
+    has_output: bool = False
     counts: dict[str, int] = {}
     started_at: int | None = None
     finished_at: int | None = None
@@ -172,6 +198,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     Attributes:
         round: raised by every retry of the run.
+        ending: the final state it is on its way to: nothing starts any more, it waits for the tasks it had cancelled.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
     """
 
@@ -189,6 +216,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     message: str = ""
     round: int = 0
+    ending: RunState | None = None
     stages: list[StageRun]
     summary: dict[str, object] = {}
     labels: dict[str, str] = {}
@@ -264,6 +292,14 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     etag: str
 
 
+class RunFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which runs to list: all conditions that are given. `pipeline` is a name."""
+
+    state: RunState | None = None
+    pipeline: str | None = None
+    ascending: bool = False
+
+
 class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A definition as callers see it; `spec` is left out of lists."""
 
@@ -283,17 +319,25 @@ PIPELINE_KIND: Final = Kind(
     fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest")),
     indexes=(
         Index("pipeline_version", ("name_number",), unique=True),
-        Index("pipeline_latest", ("latest", "id")),
+        Index("pipeline_latest", ("latest",), unique=True),
         Index("pipeline_name", ("name", "id")),
     ),
 )
 RUN_KIND: Final = Kind(
     name="run",
-    fields=(Field("tenant"), Field("state"), Field("pipeline"), Field("unique_key"), Field("finished", "int")),
+    fields=(
+        Field("tenant"),
+        Field("state"),
+        Field("pipeline"),
+        Field("unique_key"),
+        Field("due", "int"),
+        Field("finished", "int"),
+    ),
     indexes=(
         Index("run_state", ("state", "id")),
         Index("run_pipeline", ("pipeline", "id")),
         Index("run_key", ("unique_key",), unique=True),
+        Index("run_due", ("due", "id")),
         Index("run_finished", ("finished", "id")),
     ),
     cold=("params", "output"),

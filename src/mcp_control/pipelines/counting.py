@@ -1,0 +1,114 @@
+"""The tasks of one stage: which there are, which have ended, and what their results tell. Pure."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.kernel.ids import derived_id
+from mcp_control.pipelines.expressions import Raw
+from mcp_control.pipelines.model import StageRun, StageState
+from mcp_control.pipelines.plan import PlannedStage
+from mcp_control.tasks.followers import Finished
+from mcp_control.tasks.model import TaskState
+
+_COUNTS_MAX: Final = 64
+
+
+class Told(msgspec.Struct):
+    """What an output tells about itself: numbers under `counts`, anything under `summary`."""
+
+    counts: dict[str, object] | None = None
+    summary: dict[str, object] | None = None
+
+
+_told: Final = msgspec.json.Decoder(Told).decode
+_NOTHING: Final = Told()
+
+
+def told_by(output: Raw) -> Told:
+    """Return what an output tells; nothing when it is of another shape."""
+    try:
+        return _told(output)
+    except msgspec.MsgspecError:
+        return _NOTHING
+
+
+def numbers(counts: Mapping[str, object] | None) -> dict[str, int]:
+    """Return the whole numbers among told counts, at most 64."""
+    if not counts:
+        return {}
+    found = {name: value for name, value in counts.items() if type(value) is int and len(name) <= 64}
+    return found if len(found) <= _COUNTS_MAX else dict(list(found.items())[:_COUNTS_MAX])
+
+
+def task_id(run_id: str, stage: str, item: int | None, round: int) -> str:
+    """Return the id of a task of a run; the same work has the same id."""
+    return derived_id("task", run_id, stage, "" if item is None else item, round)
+
+
+def outstanding(planned: PlannedStage, stage: StageRun) -> list[int | None]:
+    """Return the items of the tasks a running stage waits for."""
+    if stage.state is not StageState.RUNNING:
+        return []
+    started = started_in(planned, stage)
+    ended = int.from_bytes(stage.ended, "little")
+    if planned.over is None:
+        return [] if ended & 1 else [None]
+    items = items_in(planned, stage)
+    return [-1 if at == items else at for at in range(started) if not ended >> at & 1]
+
+
+def items_in(planned: PlannedStage, stage: StageRun) -> int:
+    """Return how many items a started fan-out has."""
+    return stage.total - (planned.combine is not None)
+
+
+def started_in(planned: PlannedStage, stage: StageRun) -> int:
+    """Return how many tasks of a running stage have been created."""
+    return stage.total if planned.combine is None or stage.combining else stage.total - 1
+
+
+def count(run_id: str, planned: PlannedStage, stage: StageRun, finished: Finished) -> tuple[StageRun, int] | None:
+    """Count the end of a task.
+
+    Returns:
+        The stage after it and the task's place in the stage; None when it does not count: another run or round, counted before, or not
+        waited for.
+    """
+    task = finished.task
+    links = task.links
+    if stage.state is not StageState.RUNNING or links.round != stage.round or links.run_id != run_id:
+        return None
+    item = links.item
+    at = 0 if item is None else stage.total - 1 if item == -1 else item
+    ended = int.from_bytes(stage.ended, "little")
+    if not 0 <= at < started_in(planned, stage) or ended >> at & 1:
+        return None
+    size = (stage.total + 7) >> 3
+    after = (ended | 1 << at).to_bytes(size, "little")
+    if task.state is TaskState.COMPLETED:
+        counts = stage.counts
+        if planned.over is not None and item != -1 and finished.result is not None:
+            counts = _added(counts, numbers(told_by(finished.result).counts))
+        return replace(stage, ended=after, done=stage.done + 1, counts=counts), at
+    bad = (int.from_bytes(stage.bad, "little") | 1 << at).to_bytes(size, "little")
+    if task.state is TaskState.CANCELLED:
+        return replace(stage, ended=after, bad=bad, cancelled=stage.cancelled + 1), at
+    reason, message = stage.reason, stage.message
+    if not stage.failed:
+        failure = task.failure
+        reason = (failure.code if failure else task.reason) or f"task-{task.state.value}"
+        message = (failure.message if failure else task.message)[:500]
+    return replace(stage, ended=after, bad=bad, failed=stage.failed + 1, reason=reason, message=message), at
+
+
+def _added(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    if not more:
+        return counts
+    total = dict(counts)
+    for name, number in more.items():
+        if name in total or len(total) < _COUNTS_MAX:
+            total[name] = total.get(name, 0) + number
+    return total

@@ -1,0 +1,57 @@
+"""The shapes `decide` works with: what is known of a run, and what it decided."""
+
+from collections.abc import Mapping
+
+import msgspec
+
+from mcp_control.pipelines.expressions import Raw
+from mcp_control.pipelines.model import Run, StageRun
+from mcp_control.pipelines.plan import PlannedStage
+
+
+class Missing(Exception):
+    """Something needed is stored and not in hand: load it and decide again."""
+
+    def __init__(self, *, params: bool = False, output: str | None = None, results: int | None = None) -> None:
+        """Name it: the parameters, the output of a stage by id, or the item results of a stage by place."""
+        super().__init__()
+        self.params = params
+        self.output = output
+        self.results = results
+
+
+class Material:
+    """What is known beside the run document: parameters, outputs of stages, results of fan-out items by stage id."""
+
+    __slots__ = ("outputs", "params", "results")
+
+    def __init__(self, params: Mapping[str, Raw] | None = None) -> None:
+        self.params = params
+        self.outputs: dict[str, Raw] = {}
+        self.results: dict[str, dict[int, Raw]] = {}
+
+
+class Start(msgspec.Struct, frozen=True):
+    """A task to create. `item` is None for the task of a plain stage, -1 for the combine task."""
+
+    stage: PlannedStage
+    item: int | None
+    round: int
+    payload: bytes
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What follows. `run` is the very object that was given when nothing changed.
+
+    Attributes:
+        moved: stages whose state changed, as they are now; progressed: stages that counted a task and go on.
+        outputs: outputs of stages that ended, to be kept; results: results of fan-out items counted.
+    """
+
+    run: Run
+    start: list[Start] = []
+    cancel: list[str] = []
+    outputs: dict[str, Raw] = {}
+    results: dict[str, dict[int, Raw]] = {}
+    moved: list[StageRun] = []
+    progressed: list[StageRun] = []

@@ -1,0 +1,77 @@
+"""A definition made ready for running: places instead of names, expressions compiled once."""
+
+from graphlib import TopologicalSorter
+
+import msgspec
+
+from mcp_control.pipelines.expressions import Expression
+from mcp_control.pipelines.model import PipelineSpec, Stage
+from mcp_control.pipelines.templates import Template
+
+
+class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage with its place in the definition, the places before and after it, and what it computes with.
+
+    Attributes:
+        rank: order in which stages start where there is a choice: higher priority first, then the place.
+    """
+
+    place: int
+    stage: Stage
+    rank: tuple[int, int]
+    needs: tuple[int, ...]
+    after: tuple[int, ...]
+    payload: Template
+    over: Expression | None = None
+    combine: Template | None = None
+    gate: Expression | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole definition. `order` lists places so that needs come first."""
+
+    spec: PipelineSpec
+    stages: tuple[PlannedStage, ...]
+    place_of: dict[str, int]
+    order: tuple[int, ...]
+
+    def descendants(self, place: int) -> set[int]:
+        """Return the places of all stages that come after one."""
+        found: set[int] = set()
+        waiting = [place]
+        while waiting:
+            for after in self.stages[waiting.pop()].after:
+                if after not in found:
+                    found.add(after)
+                    waiting.append(after)
+        return found
+
+
+def compile_plan(spec: PipelineSpec) -> Plan:
+    """Compile a definition that `validate` accepted."""
+    stages = spec.spec.stages
+    place_of = {stage.id: place for place, stage in enumerate(stages)}
+    after: list[list[int]] = [[] for _ in stages]
+    for place, stage in enumerate(stages):
+        for need in stage.needs:
+            after[place_of[need]].append(place)
+    planned = tuple(
+        _planned(place, stage, place_of, tuple(after[place]), spec.spec.priority) for place, stage in enumerate(stages)
+    )
+    order = tuple(TopologicalSorter({stage.place: stage.needs for stage in planned}).static_order())
+    return Plan(spec=spec, stages=planned, place_of=place_of, order=order)
+
+
+def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[int, ...], priority: int) -> PlannedStage:
+    fan_out = stage.fan_out
+    return PlannedStage(
+        place=place,
+        stage=stage,
+        rank=(-(priority if stage.priority is None else stage.priority), place),
+        needs=tuple(place_of[need] for need in stage.needs),
+        after=after,
+        payload=Template(stage.with_),
+        over=None if fan_out is None else Expression(fan_out.over),
+        combine=None if fan_out is None or fan_out.combine is None else Template(fan_out.combine.with_),
+        gate=None if stage.gate is None else Expression(stage.gate.check),
+    )

@@ -1,0 +1,51 @@
+"""Which states of runs and stages lead to which, and from which states of a run each verb is allowed.
+
+`input_required` is entered by nothing yet, so it has no row.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+from mcp_control.kernel.errors import InvalidTransition
+from mcp_control.pipelines.model import Run, RunState, StageState
+
+R = RunState
+S = StageState
+
+RUN_TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
+    R.PENDING: frozenset({R.RUNNING, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.RUNNING: frozenset({R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.PAUSED: frozenset({R.RUNNING, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.COMPLETED: frozenset(),
+    R.FAILED: frozenset({R.RUNNING}),  # retry
+    R.CANCELLED: frozenset({R.RUNNING}),  # retry
+}
+
+STAGE_TRANSITIONS: Final[Mapping[StageState, frozenset[StageState]]] = {
+    S.PENDING: frozenset({S.READY, S.RUNNING, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
+    S.READY: frozenset({S.RUNNING, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
+    S.RUNNING: frozenset({S.COMPLETED, S.FAILED, S.CANCELLED}),
+    S.COMPLETED: frozenset({S.PENDING}),  # retry of a run from this stage or one before it
+    S.FAILED: frozenset({S.PENDING}),
+    S.SKIPPED: frozenset({S.PENDING}),
+    S.CANCELLED: frozenset({S.PENDING}),
+}
+
+VERBS: Final[Mapping[str, frozenset[RunState]]] = {
+    "pause": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
+    "resume": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
+    "cancel": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
+    "retry": frozenset({R.FAILED, R.CANCELLED}),
+}
+
+
+def allow(verb: str, run: Run) -> None:
+    """Raise InvalidTransition unless the verb is allowed in the state the run is in."""
+    allowed = VERBS[verb]
+    if run.state not in allowed:
+        states = sorted(state.value for state in allowed)
+        raise InvalidTransition(
+            f"cannot {verb} a run that is {run.state.value}; it would have to be {' or '.join(states)}",
+            state=run.state.value,
+            allowed=sorted(name for name, states in VERBS.items() if run.state in states),
+        )
