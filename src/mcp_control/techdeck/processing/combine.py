@@ -101,7 +101,7 @@ def leaks(assignments: pl.DataFrame) -> int:
 
 
 def _candidates(signatures: list[Path], order: pl.Series, exact: list[int]) -> list[tuple[int, int]]:
-    """Pairs of places (lower, higher), sorted, that share a band; of exact copies only the first takes part."""
+    """Pairs of places (lower, higher), sorted, that share a band and look similar; of exact copies only the first takes part."""
     pairs: set[tuple[int, int]] = set()
     first = pl.Series(exact, dtype=pl.Int64) == pl.int_range(len(exact), eager=True)
     for name in neardup.BAND_NAMES:
@@ -115,7 +115,14 @@ def _candidates(signatures: list[Path], order: pl.Series, exact: list[int]) -> l
         )
         for members in shared["place"].to_list():
             pairs.update(bucket_pairs(members))
-    return sorted(pairs)
+    if not pairs:
+        return []
+    ordered = sorted(pairs)
+    left, right = np.array(ordered, dtype=np.int64).T
+    places, compact = np.unique(np.concatenate((left, right)), return_inverse=True)
+    sketches = neardup.read_all(signatures, ["sketch"])["sketch"].gather(order.gather(places)).to_list()
+    kept = neardup.plausible(sketches, compact[: len(left)], compact[len(left) :])
+    return [pair for pair, keep in zip(ordered, kept.tolist(), strict=True) if keep]
 
 
 def _verify(parts: list[Path], numbers: I64, pairs: list[tuple[int, int]], union: Union) -> None:

@@ -82,7 +82,7 @@ def _sign(frame: pl.DataFrame, turns: pl.DataFrame) -> tuple[pl.DataFrame, pl.Da
     compared = pl.col("words") >= neardup.MIN_WORDS
     signed = pl.concat(signatures).with_columns(
         pl.when("opens").then("opening").alias("opening"),
-        *[pl.when(compared).then(name).alias(name) for name in neardup.BAND_NAMES],
+        *[pl.when(compared).then(name).alias(name) for name in ("sketch", *neardup.BAND_NAMES)],
     )
     return named.hstack(signed.drop("opens")), pl.concat(measured)
 
@@ -96,6 +96,7 @@ def _signatures(chunk: pl.DataFrame, words: Words, begin: int, end: int) -> pl.D
     roles, contents = chunk["role"].to_list(), chunk["content"].to_list()
     edges = np.searchsorted(conversation, np.arange(count + 1)).tolist()
     exact = [neardup.exact_hash(roles[first:last], contents[first:last]) for first, last in pairwise(edges)]
+    keys, sketches = neardup.sketch(hashes, bounds)
     opening, opens = _openings(chunk, words, conversation, count)
     return pl.DataFrame(
         {
@@ -103,7 +104,8 @@ def _signatures(chunk: pl.DataFrame, words: Words, begin: int, end: int) -> pl.D
             "words": pl.Series(total, dtype=pl.Int64),
             "opening": opening,
             "opens": opens,
-            **dict(zip(neardup.BAND_NAMES, neardup.bands(hashes, bounds).T, strict=True)),
+            "sketch": pl.Series(sketches, dtype=pl.Binary),
+            **dict(zip(neardup.BAND_NAMES, keys.T, strict=True)),
         }
     )
 
