@@ -1,0 +1,379 @@
+"""Artifacts: upload from files, bytes or streams; download with the digest checked, taken up where a connection broke.
+
+A program on the server's machine reads the blob file itself where it may: no byte travels.
+"""
+
+import asyncio
+import base64
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypedDict, Unpack
+
+import msgspec
+
+from mcp_control.artifacts.model import ArtifactView, Role
+from mcp_control.sdk import calls
+from mcp_control.sdk.calls import Location
+from mcp_control.sdk.errors import DigestMismatch, NotNow, Unreachable
+
+if TYPE_CHECKING:
+    from mcp_control.sdk.client import AsyncClient, Client
+
+CHUNK: Final = 1 << 20
+ATTEMPTS: Final = 6
+Source = Path | bytes | bytearray | memoryview | Iterable[bytes]
+
+
+class UploadOptions(TypedDict, total=False):
+    """What may be said about an artifact. `rows` counts records, for data."""
+
+    media_type: str
+    role: Role
+    rows: int
+    run_id: str | None
+    stage: str | None
+    task_id: str | None
+
+
+class _Upload:
+    """One upload, whichever client carries it out. Its digest is counted on the way and compared with the server's answer."""
+
+    def __init__(self, source: object, name: str | None, fields: Mapping[str, object]) -> None:
+        if isinstance(source, str):
+            raise TypeError("a str is neither bytes nor a Path: say which is meant")
+        self.source = source
+        self.again = isinstance(source, Path | bytes | bytearray | memoryview)
+        known = dict(fields)
+        token = known.pop("lease_token", None)
+        chosen = name or (source.name if isinstance(source, Path) else None)
+        if not chosen:
+            raise TypeError("what is not a file needs a name")
+        self._hash = hashlib.sha256()
+        digest: str | None = None
+        if isinstance(source, bytes | bytearray | memoryview):
+            digest = f"sha-256=:{base64.b64encode(hashlib.sha256(source).digest()).decode()}:"
+        self.call = calls.upload_call({"name": chosen, **known}, str(token) if token else None, digest)
+
+    def begin(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def counted(self, chunk: bytes) -> bytes:
+        self._hash.update(chunk)
+        return chunk
+
+    def finish(self, body: bytes) -> ArtifactView:
+        view = msgspec.json.decode(body, type=ArtifactView)
+        if view.sha256 != self._hash.hexdigest():
+            raise DigestMismatch(f"artifact {view.id}: the server has other bytes than were sent")
+        return view
+
+    def chunks(self) -> Iterator[bytes]:
+        self.begin()
+        source = self.source
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                while chunk := file.read(CHUNK):
+                    yield self.counted(chunk)
+        elif isinstance(source, bytes | bytearray | memoryview):
+            view = memoryview(source)
+            for at in range(0, len(view), CHUNK):
+                yield self.counted(bytes(view[at : at + CHUNK]))
+        elif isinstance(source, Iterable):
+            for chunk in source:
+                yield self.counted(chunk)
+        else:
+            raise TypeError("an asynchronous source needs the async client")
+
+    async def achunks(self) -> AsyncIterator[bytes]:
+        if isinstance(self.source, AsyncIterable):
+            self.begin()
+            async for chunk in self.source:
+                yield self.counted(chunk)
+            return
+        blocking = self.chunks()
+        while (chunk := await asyncio.to_thread(next, blocking, None)) is not None:
+            yield chunk
+
+
+class _Download:
+    """A file that grows: bytes go to a hidden neighbour of the target, which takes the target's name when the digest is right."""
+
+    def __init__(self, view: ArtifactView, target: Path) -> None:
+        self.view = view
+        self.target = target
+        self.offset = 0
+        self._part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = self._part.open("wb")
+
+    def begin(self, status: int) -> None:
+        """An answer begins; one that is not partial starts from the first byte."""
+        if status != 206 and self.offset:
+            self._file.seek(0)
+            self._file.truncate()
+            self.offset = 0
+            self._hash = hashlib.sha256()
+
+    def feed(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._hash.update(chunk)
+        self.offset += len(chunk)
+
+    @property
+    def complete(self) -> bool:
+        return self.offset >= self.view.size
+
+    def finish(self) -> Path:
+        self._file.close()
+        if self._hash.hexdigest() != self.view.sha256:
+            raise DigestMismatch(f"artifact {self.view.id}: the downloaded bytes do not have its digest")
+        os.replace(self._part, self.target)
+        return self.target
+
+    def abandon(self) -> None:
+        self._file.close()
+        with suppress(FileNotFoundError):
+            self._part.unlink()
+
+
+def local_file(location: Location) -> Path | None:
+    """Return the blob's file where this process can read it and it has the right size."""
+    if location.path is None:
+        return None
+    path = Path(location.path)
+    with suppress(OSError):
+        if path.stat().st_size == location.size and os.access(path, os.R_OK):
+            return path
+    return None
+
+
+def _copy(source: Path, target: Path) -> Path:
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.copyfile(source, part)
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return target
+
+
+class Artifacts:
+    """`client.artifacts`."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def upload(self, source: Source, name: str | None = None, **options: Unpack[UploadOptions]) -> ArtifactView:
+        """Store a file (Path), bytes, or the chunks of an iterable. The name is the file's by default.
+
+        Raises:
+            DigestMismatch: the server has other bytes than were sent.
+            ApiProblem, Unreachable: files and bytes are sent again a few times first.
+        """
+        return self._upload(_Upload(source, name, options))
+
+    def _upload(self, upload: _Upload) -> ArtifactView:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with self._client.transport.stream(upload.call, upload.chunks()) as response:
+                    return upload.finish(response.read())
+            except (Unreachable, NotNow):
+                if not upload.again or attempt == ATTEMPTS:
+                    raise
+            time.sleep(0.1 * 2**attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def download(self, artifact_id: str, target: Path) -> Path:
+        """Write the bytes to the file `target` and return it. It appears whole or not at all.
+
+        Raises:
+            DigestMismatch: the bytes that came are not the artifact's.
+            ApiProblem, Unreachable: a broken download is taken up a few times first.
+        """
+        if (found := local_file(self.location(artifact_id))) is not None:
+            return _copy(found, target)
+        download = _Download(self.get(artifact_id), target)
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    with self._client.transport.stream(calls.content_call(artifact_id, download.offset)) as response:
+                        download.begin(response.status_code)
+                        for chunk in response.iter_raw(CHUNK):
+                            download.feed(chunk)
+                    if download.complete:
+                        return download.finish()
+                except (Unreachable, NotNow):
+                    if attempt == ATTEMPTS:
+                        raise
+                time.sleep(0.1 * 2**attempt)
+            raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+        finally:
+            download.abandon()
+
+    def local(self, artifact_id: str, folder: Path) -> Path:
+        """Return a file with the bytes, to be read only: the blob itself on the server's machine, else a download into `folder`."""
+        return local_file(self.location(artifact_id)) or self.download(artifact_id, folder / artifact_id)
+
+    def read(self, artifact_id: str) -> bytes:
+        """Return the bytes of a small artifact. Raises DigestMismatch, ApiProblem, Unreachable."""
+        body = self._client.transport.send(calls.content_call(artifact_id, 0)).body
+        return _checked(self.get(artifact_id), body)
+
+    def get(self, artifact_id: str) -> ArtifactView:
+        """Read what is known of an artifact."""
+        return self._client.do(calls.get_artifact(artifact_id))
+
+    def location(self, artifact_id: str) -> Location:
+        """Ask where the bytes are on the server's machine."""
+        return self._client.do(calls.artifact_location(artifact_id))
+
+    def iter(self, **filters: Any) -> Iterator[ArtifactView]:
+        """Yield artifacts; filters are `run`, `name`, `role`."""
+        return self._client.pages(lambda cursor: calls.list_artifacts(cursor=cursor, **filters))
+
+    def delete(self, artifact_id: str) -> None:
+        """Delete an artifact."""
+        self._client.do(calls.delete_artifact(artifact_id))
+
+
+class AsyncArtifacts:
+    """`client.artifacts` of the async client; the same names. Files are read and written in threads."""
+
+    def __init__(self, client: "AsyncClient") -> None:
+        self._client = client
+
+    async def upload(
+        self, source: Source | AsyncIterable[bytes], name: str | None = None, **options: Unpack[UploadOptions]
+    ) -> ArtifactView:
+        """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
+        return await self._upload(_Upload(source, name, options))
+
+    async def _upload(self, upload: _Upload) -> ArtifactView:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                async with self._client.transport.stream(upload.call, upload.achunks()) as response:
+                    return upload.finish(await response.aread())
+            except (Unreachable, NotNow):
+                if not upload.again or attempt == ATTEMPTS:
+                    raise
+            await asyncio.sleep(0.1 * 2**attempt)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def download(self, artifact_id: str, target: Path) -> Path:
+        """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
+        if (found := local_file(await self.location(artifact_id))) is not None:
+            return await asyncio.to_thread(_copy, found, target)
+        download = _Download(await self.get(artifact_id), target)
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    async with self._client.transport.stream(
+                        calls.content_call(artifact_id, download.offset)
+                    ) as response:
+                        download.begin(response.status_code)
+                        async for chunk in response.aiter_raw(CHUNK):
+                            await asyncio.to_thread(download.feed, chunk)
+                    if download.complete:
+                        return download.finish()
+                except (Unreachable, NotNow):
+                    if attempt == ATTEMPTS:
+                        raise
+                await asyncio.sleep(0.1 * 2**attempt)
+            raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+        finally:
+            download.abandon()
+
+    async def local(self, artifact_id: str, folder: Path) -> Path:
+        """Return a file with the bytes, to be read only: the blob itself on the server's machine, else a download into `folder`."""
+        return local_file(await self.location(artifact_id)) or await self.download(artifact_id, folder / artifact_id)
+
+    async def read(self, artifact_id: str) -> bytes:
+        """Return the bytes of a small artifact. Raises DigestMismatch, ApiProblem, Unreachable."""
+        reply = await self._client.transport.send(calls.content_call(artifact_id, 0))
+        return _checked(await self.get(artifact_id), reply.body)
+
+    async def get(self, artifact_id: str) -> ArtifactView:
+        """Read what is known of an artifact."""
+        return await self._client.do(calls.get_artifact(artifact_id))
+
+    async def location(self, artifact_id: str) -> Location:
+        """Ask where the bytes are on the server's machine."""
+        return await self._client.do(calls.artifact_location(artifact_id))
+
+    def iter(self, **filters: Any) -> AsyncIterator[ArtifactView]:
+        """Yield artifacts; filters are `run`, `name`, `role`."""
+        return self._client.pages(lambda cursor: calls.list_artifacts(cursor=cursor, **filters))
+
+    async def delete(self, artifact_id: str) -> None:
+        """Delete an artifact."""
+        await self._client.do(calls.delete_artifact(artifact_id))
+
+
+def _checked(view: ArtifactView, body: bytes) -> bytes:
+    if hashlib.sha256(body).hexdigest() != view.sha256:
+        raise DigestMismatch(f"artifact {view.id}: the downloaded bytes do not have its digest")
+    return body
+
+
+class TaskArtifacts:
+    """`ctx.artifacts` in threads and processes: what is uploaded belongs to the task, its stage and its run."""
+
+    def __init__(self, client: "Client", owner: Mapping[str, str | None]) -> None:
+        self._all = client.artifacts
+        self._owner = dict(owner)
+
+    def upload(self, source: Source, name: str | None = None, **options: Unpack[UploadOptions]) -> ArtifactView:
+        """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
+        return self._all._upload(_Upload(source, name, {**self._owner, **options}))
+
+    def download(self, artifact_id: str, target: Path) -> Path:
+        """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
+        return self._all.download(artifact_id, target)
+
+    def local(self, artifact_id: str, folder: Path) -> Path:
+        """Return a file with the bytes, to be read only; see `Artifacts.local`."""
+        return self._all.local(artifact_id, folder)
+
+    def read(self, artifact_id: str) -> bytes:
+        """Return the bytes of a small artifact."""
+        return self._all.read(artifact_id)
+
+    def get(self, artifact_id: str) -> ArtifactView:
+        """Read what is known of an artifact."""
+        return self._all.get(artifact_id)
+
+
+class AsyncTaskArtifacts:
+    """`ctx.artifacts` in coroutines: what is uploaded belongs to the task, its stage and its run."""
+
+    def __init__(self, client: "AsyncClient", owner: Mapping[str, str | None]) -> None:
+        self._all = client.artifacts
+        self._owner = dict(owner)
+
+    async def upload(
+        self, source: Source | AsyncIterable[bytes], name: str | None = None, **options: Unpack[UploadOptions]
+    ) -> ArtifactView:
+        """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
+        return await self._all._upload(_Upload(source, name, {**self._owner, **options}))
+
+    async def download(self, artifact_id: str, target: Path) -> Path:
+        """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
+        return await self._all.download(artifact_id, target)
+
+    async def local(self, artifact_id: str, folder: Path) -> Path:
+        """Return a file with the bytes, to be read only; see `Artifacts.local`."""
+        return await self._all.local(artifact_id, folder)
+
+    async def read(self, artifact_id: str) -> bytes:
+        """Return the bytes of a small artifact."""
+        return await self._all.read(artifact_id)
+
+    async def get(self, artifact_id: str) -> ArtifactView:
+        """Read what is known of an artifact."""
+        return await self._all.get(artifact_id)

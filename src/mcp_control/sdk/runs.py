@@ -1,0 +1,220 @@
+"""Pipelines and their runs as a client applies, starts, watches and steers them."""
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Unpack
+
+from mcp_control.artifacts.model import ArtifactView
+from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunState, RunView
+from mcp_control.sdk import calls
+from mcp_control.sdk.errors import RunFailed
+from mcp_control.sdk.submission import RunOptions, read_pipeline
+from mcp_control.tasks.model import TaskView
+
+if TYPE_CHECKING:
+    from mcp_control.sdk.client import AsyncClient, Client
+
+Definition = PipelineSpec | Mapping[str, Any] | str | Path
+_clock: Final = time.monotonic
+
+
+def completed(view: RunView) -> RunView:
+    """Return a run that completed. Raises RunFailed for one that ended otherwise."""
+    if view.state is not RunState.COMPLETED:
+        raise RunFailed(view)
+    return view
+
+
+class RunHandle:
+    """A run at the server."""
+
+    def __init__(self, client: "Client", run_id: str) -> None:
+        self._client = client
+        self.id = run_id
+
+    def get(self) -> RunView:
+        """Read the run."""
+        return self._client.do(calls.get_run(self.id))
+
+    def wait(self, timeout: float | None = None) -> RunView:
+        """Wait for the end and return the run. Raises WaitTimeout."""
+        return self._client.drive(calls.run_until_final(self.id, timeout, _clock))
+
+    def result(self, timeout: float | None = None) -> RunView:
+        """Wait for the run to complete. Raises RunFailed, WaitTimeout."""
+        return completed(self.wait(timeout))
+
+    def pause(self, reason: str | None = None) -> RunView:
+        """Start no further tasks; what runs goes on."""
+        return self._client.do(calls.run_verb(self.id, "pause", reason=reason))
+
+    def resume(self) -> RunView:
+        """Go on after a pause."""
+        return self._client.do(calls.run_verb(self.id, "resume"))
+
+    def cancel(self, reason: str | None = None) -> RunView:
+        """Cancel the run and its tasks."""
+        return self._client.do(calls.run_verb(self.id, "cancel", reason=reason))
+
+    def retry(self, from_stage: str | None = None) -> RunView:
+        """Run the failed stages, or all from one stage on, once more."""
+        return self._client.do(calls.run_verb(self.id, "retry", from_stage=from_stage))
+
+    def output(self, stage: str) -> Any:
+        """Read the output of a stage."""
+        return self._client.do(calls.stage_output(self.id, stage))
+
+    def tasks(self, **filters: Any) -> Iterator[TaskView]:
+        """Yield the run's tasks."""
+        return self._client.pages(lambda cursor: calls.run_tasks(self.id, cursor=cursor, **filters))
+
+    def artifacts(self) -> Iterator[ArtifactView]:
+        """Yield the run's artifacts."""
+        return self._client.pages(lambda cursor: calls.run_artifacts(self.id, cursor=cursor))
+
+
+class Runs:
+    """`client.runs`."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def get(self, run_id: str) -> RunView:
+        """Read a run."""
+        return self._client.do(calls.get_run(run_id))
+
+    def handle(self, run_id: str) -> RunHandle:
+        """Return a handle for a known id, without asking the server."""
+        return RunHandle(self._client, run_id)
+
+    def iter(self, **filters: Any) -> Iterator[RunView]:
+        """Yield runs; filters are `state`, `pipeline`."""
+        return self._client.pages(lambda cursor: calls.list_runs(cursor=cursor, **filters))
+
+
+class Pipelines:
+    """`client.pipelines`."""
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+
+    def apply(self, definition: Definition) -> PipelineView:
+        """Give a definition: a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
+        found: PipelineView = self._client.do(calls.apply_pipeline(read_pipeline(definition)))
+        return found
+
+    def validate(self, definition: Definition) -> dict[str, Any]:
+        """Check a definition without keeping it. Raises InvalidRequest with what is wrong, place by place."""
+        found: dict[str, Any] = self._client.do(calls.apply_pipeline(read_pipeline(definition), dry_run=True))
+        return found
+
+    def run(self, name: str, params: Mapping[str, object] | None = None, **options: Unpack[RunOptions]) -> RunHandle:
+        """Start a run."""
+        return RunHandle(self._client, self._client.do(calls.run_pipeline(name, params, options)).id)
+
+    def get(self, name: str, version: int | None = None) -> PipelineView:
+        """Read a definition, by default its newest version."""
+        return self._client.do(calls.get_pipeline(name, version))
+
+    def iter(self, **filters: Any) -> Iterator[PipelineView]:
+        """Yield definitions."""
+        return self._client.pages(lambda cursor: calls.list_pipelines(cursor=cursor, **filters))
+
+
+class AsyncRunHandle:
+    """A run at the server, for the async client; the same names."""
+
+    def __init__(self, client: "AsyncClient", run_id: str) -> None:
+        self._client = client
+        self.id = run_id
+
+    async def get(self) -> RunView:
+        """Read the run."""
+        return await self._client.do(calls.get_run(self.id))
+
+    async def wait(self, timeout: float | None = None) -> RunView:
+        """Wait for the end and return the run. Raises WaitTimeout."""
+        return await self._client.drive(calls.run_until_final(self.id, timeout, _clock))
+
+    async def result(self, timeout: float | None = None) -> RunView:
+        """Wait for the run to complete. Raises RunFailed, WaitTimeout."""
+        return completed(await self.wait(timeout))
+
+    async def pause(self, reason: str | None = None) -> RunView:
+        """Start no further tasks; what runs goes on."""
+        return await self._client.do(calls.run_verb(self.id, "pause", reason=reason))
+
+    async def resume(self) -> RunView:
+        """Go on after a pause."""
+        return await self._client.do(calls.run_verb(self.id, "resume"))
+
+    async def cancel(self, reason: str | None = None) -> RunView:
+        """Cancel the run and its tasks."""
+        return await self._client.do(calls.run_verb(self.id, "cancel", reason=reason))
+
+    async def retry(self, from_stage: str | None = None) -> RunView:
+        """Run the failed stages, or all from one stage on, once more."""
+        return await self._client.do(calls.run_verb(self.id, "retry", from_stage=from_stage))
+
+    async def output(self, stage: str) -> Any:
+        """Read the output of a stage."""
+        return await self._client.do(calls.stage_output(self.id, stage))
+
+    def tasks(self, **filters: Any) -> AsyncIterator[TaskView]:
+        """Yield the run's tasks."""
+        return self._client.pages(lambda cursor: calls.run_tasks(self.id, cursor=cursor, **filters))
+
+    def artifacts(self) -> AsyncIterator[ArtifactView]:
+        """Yield the run's artifacts."""
+        return self._client.pages(lambda cursor: calls.run_artifacts(self.id, cursor=cursor))
+
+
+class AsyncRuns:
+    """`client.runs` of the async client; the same names."""
+
+    def __init__(self, client: "AsyncClient") -> None:
+        self._client = client
+
+    async def get(self, run_id: str) -> RunView:
+        """Read a run."""
+        return await self._client.do(calls.get_run(run_id))
+
+    def handle(self, run_id: str) -> AsyncRunHandle:
+        """Return a handle for a known id, without asking the server."""
+        return AsyncRunHandle(self._client, run_id)
+
+    def iter(self, **filters: Any) -> AsyncIterator[RunView]:
+        """Yield runs; filters are `state`, `pipeline`."""
+        return self._client.pages(lambda cursor: calls.list_runs(cursor=cursor, **filters))
+
+
+class AsyncPipelines:
+    """`client.pipelines` of the async client; the same names."""
+
+    def __init__(self, client: "AsyncClient") -> None:
+        self._client = client
+
+    async def apply(self, definition: Definition) -> PipelineView:
+        """Give a definition: a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
+        found: PipelineView = await self._client.do(calls.apply_pipeline(read_pipeline(definition)))
+        return found
+
+    async def validate(self, definition: Definition) -> dict[str, Any]:
+        """Check a definition without keeping it. Raises InvalidRequest with what is wrong, place by place."""
+        found: dict[str, Any] = await self._client.do(calls.apply_pipeline(read_pipeline(definition), dry_run=True))
+        return found
+
+    async def run(
+        self, name: str, params: Mapping[str, object] | None = None, **options: Unpack[RunOptions]
+    ) -> AsyncRunHandle:
+        """Start a run."""
+        return AsyncRunHandle(self._client, (await self._client.do(calls.run_pipeline(name, params, options))).id)
+
+    async def get(self, name: str, version: int | None = None) -> PipelineView:
+        """Read a definition, by default its newest version."""
+        return await self._client.do(calls.get_pipeline(name, version))
+
+    def iter(self, **filters: Any) -> AsyncIterator[PipelineView]:
+        """Yield definitions."""
+        return self._client.pages(lambda cursor: calls.list_pipelines(cursor=cursor, **filters))
