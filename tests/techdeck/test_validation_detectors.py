@@ -122,7 +122,7 @@ def test_several_numbers_in_a_row_are_told_apart() -> None:
 
 
 def test_the_question_before_lends_a_bare_number_its_meaning() -> None:
-    """ "What is your phone number?" makes the digits of the answer a phone number."""
+    """Asked for a phone number, the digits of the answer are one."""
     assert found("4155550132") == []
     assert found("4155550132", before="What is your phone number?") == [("PHONE", "4155550132")]
 
