@@ -66,7 +66,8 @@ class FolderBlobs:
     def __init__(self, directory: Path) -> None:
         self._root = directory / "blobs"
         self._incoming = self._root / "incoming"
-        self._incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (directory, self._root, self._incoming):  # `parents=True` would make parents that others may read
+            folder.mkdir(mode=0o700, exist_ok=True)
         for leftover in self._incoming.iterdir():
             leftover.unlink()
 
