@@ -1,0 +1,72 @@
+"""Overload (promise G12): new work is shed first, what moves accepted work on is shed last."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, Literal
+
+import msgspec
+
+from mcp_control.kernel.errors import Overloaded
+
+Weight = Literal["submit", "read", "keep"]
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How busy the server is: submits under way, changes that wait for the store, seconds by which the event loop is late."""
+
+    submits: int = 0
+    waiting: int = 0
+    lag: float = 0.0
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """From where on submits are shed; reads are shed at twice the lag, what keeps accepted work moving at the store's own bound only."""
+
+    submits: int = 2000
+    waiting: int = 8000
+    lag: float = 0.5
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+def admit(weight: Weight, load: Load, limits: Limits = DEFAULT_LIMITS) -> float | None:
+    """Return None where a request may go on, else the seconds after which to come back. Pure."""
+    if weight == "submit":
+        if load.submits >= limits.submits or load.waiting >= limits.waiting or load.lag >= limits.lag:
+            return 2.0 if load.lag >= limits.lag else 1.0
+    elif weight == "read" and load.lag >= 4 * limits.lag:
+        return 2.0
+    return None
+
+
+class Gate:
+    """Counts what is under way and asks `admit`.
+
+    Args:
+        waiting: how many changes wait for the store right now.
+    """
+
+    __slots__ = ("_limits", "lag", "shed", "submits", "waiting")
+
+    def __init__(self, waiting: Callable[[], int], limits: Limits = DEFAULT_LIMITS) -> None:
+        self.waiting = waiting
+        self._limits = limits
+        self.submits = 0
+        self.lag = 0.0
+        self.shed = 0
+
+    def check(self, weight: Weight) -> None:
+        """Let a request through. Raises Overloaded with the seconds to wait."""
+        after = admit(weight, Load(self.submits, self.waiting(), self.lag), self._limits)
+        if after is not None:
+            self.shed += 1
+            raise Overloaded("the server is busy with the work it has accepted; come back later", retry_after=after)
+
+    async def watch(self, every: float = 0.25) -> None:
+        """Measure how late the event loop is, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + every
+            await asyncio.sleep(every)
+            self.lag = max(0.0, loop.time() - due)

@@ -1,0 +1,114 @@
+"""What the HTTP and WebSocket servers do not do by themselves: limits on headers, refusals as problem documents, closing at once.
+
+Thin subclasses of uvicorn's protocols. They use `on_message_begin`, `on_headers_complete`, `data_received` and `send_400_response`,
+which have been stable for years; the raw-socket tests show it if a new version moves them.
+"""
+
+import asyncio
+from typing import Any, Final
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from mcp_control.api.problem import MEDIA_TYPE, problem_bytes
+from mcp_control.kernel.errors import Problem
+
+HEADERS_MAX: Final = 16 * 1024
+_LINGER: Final = 5.0
+
+
+class BadRequest(Problem):
+    """The request is not the HTTP that RFC 9112 allows, e.g. Content-Length together with Transfer-Encoding."""
+
+    code, status, title = "malformed-request", 400, "Malformed request"
+
+
+class HeadersTooLarge(Problem):
+    """Request line and headers are over 16 KiB."""
+
+    code, status, title = "headers-too-large", 431, "Request headers too large"
+
+
+class ControlHttpProtocol(HttpToolsProtocol):
+    """HTTP/1.1 with at most 16 KiB of request line and headers, complete or not."""
+
+    def __init__(self, *args: Any, headers_max: int = HEADERS_MAX, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._headers_max = headers_max
+        self._in_head = False
+        self._head_bytes = 0
+        self._refusal: Problem | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, unless the head has grown beyond its limit without an end."""
+        if self._refusal is not None:
+            return
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self._headers_max:
+                self._refuse(HeadersTooLarge(f"at most {self._headers_max} bytes of headers"))
+
+    def on_message_begin(self) -> None:
+        """A request begins: count its head from here."""
+        self._in_head = True
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """The head is there: let it through when it is within its limit."""
+        self._in_head = False
+        size = len(self.url)
+        for name, value in self.headers:
+            size += len(name) + len(value)
+        if size > self._headers_max:
+            self._refusal = HeadersTooLarge(f"at most {self._headers_max} bytes of headers")
+            raise ValueError("headers too large")  # the parser reports it, and the refusal below answers
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what could not be parsed."""
+        self._refuse(self._refusal or BadRequest("the request is not valid HTTP/1.1"))
+
+    def _refuse(self, problem: Problem) -> None:
+        self._refusal = problem
+        self._in_head = False
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An earlier request of this connection is being answered; its answer must not be mixed with this one.
+            self.transport.close()
+            return
+        body = problem_bytes(problem, "unparsed")
+        head = [STATUS_LINE[problem.status]]
+        for name, value in self.server_state.default_headers:
+            head += [name, b": ", value, b"\r\n"]
+        head += [
+            b"content-type: ",
+            MEDIA_TYPE,
+            b"\r\ncontent-length: %d\r\nconnection: close\r\nx-content-type-options: nosniff\r\n\r\n" % len(body),
+        ]
+        self.transport.write(b"".join((*head, body)))
+        self.transport.close()
+
+
+class ControlSocketProtocol(WebSocketsSansIOProtocol):
+    """WebSocket that can be closed although the peer reads nothing: `send` waits for such a peer, `close_now` does not."""
+
+    def handle_connect(self, event: Any) -> None:
+        """Hand the application the way to close at once, as an extension of its scope."""
+        super().handle_connect(event)
+        if hasattr(self, "scope"):
+            extensions: dict[str, dict[str, object]] = self.scope["extensions"]  # type: ignore[assignment]  # ours is not in the typed list
+            extensions["mcp-control.close-now"] = {"close": self.close_now}
+
+    def close_now(self, code: int, reason: str) -> None:
+        """Put a close frame behind what is buffered, and drop the connection if that is not taken within 5 s."""
+        if self.close_sent or self.transport.is_closing():
+            return
+        self.stop_keepalive()
+        self.conn.send_close(code, reason)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+        self.writable.set()
+        self.transport.close()
+        asyncio.get_running_loop().call_later(_LINGER, self.transport.abort)

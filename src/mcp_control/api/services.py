@@ -1,0 +1,73 @@
+"""What the handlers call: every component, as the composition root made them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from mcp_control.agents.service import AgentManager
+from mcp_control.api.admission import Gate
+from mcp_control.artifacts.service import Artifacts
+from mcp_control.configuration.settings import Settings
+from mcp_control.events.broadcaster import Broadcaster
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.ids import IdSource
+from mcp_control.security.accounts import Accounts
+from mcp_control.security.authenticator import Authenticator
+from mcp_control.security.credentials import Credentials
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.service import TaskOrchestrator
+
+if TYPE_CHECKING:
+    from mcp_control.pipelines.service import PipelineEngine
+
+
+class Meter(Protocol):
+    """Counts requests and shows all figures."""
+
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count an answered request."""
+        ...
+
+    def render(self) -> bytes:
+        """Return all figures in the text format of Prometheus."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Services:
+    """All services of one server.
+
+    Attributes:
+        started: when, on the monotonic clock.
+        problems: what keeps the server from taking work, for people; empty when it does.
+        plugins: name and version of those that are loaded.
+    """
+
+    settings: Settings
+    version: str
+    node: str
+    clock: Clock
+    ids: IdSource
+    gate: Gate
+    meter: Meter
+    store: Store
+    started: float
+    problems: Callable[[], list[str]]
+    plugins: Callable[[], list[tuple[str, str]]]
+    broadcaster: Broadcaster
+    authenticator: Authenticator
+    accounts: Accounts
+    credentials: Credentials
+    agents: AgentManager
+    tasks: TaskOrchestrator
+    sessions: AgentSessions
+    dispatcher: Dispatcher
+    pipelines: "PipelineEngine"
+    artifacts: Artifacts
+
+    @property
+    def body_stall_seconds(self) -> float:
+        """Seconds a request body may stand still."""
+        return self.settings.limits.body_timeout_seconds

@@ -1,0 +1,164 @@
+"""Routes about the server itself: health, status, lanes, metrics."""
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from mcp_control.api.call import Call, Reply, reply
+from mcp_control.api.routing import Endpoint
+from mcp_control.api.services import Services
+from mcp_control.kernel.changes import Where
+from mcp_control.pipelines.model import RunState
+from mcp_control.security.policy import allow
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.model import TaskState
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True):
+    """`ok`, or what is wrong."""
+
+    status: str
+    problems: list[str] = []
+
+
+class LaneView(msgspec.Struct, frozen=True, kw_only=True):
+    """Tasks that wait and agents that could take them: same type and needs, so one line."""
+
+    type: str
+    waiting: int
+    agents: int
+    free_slots: int
+
+
+class Lanes(msgspec.Struct, frozen=True, kw_only=True):
+    """The lanes in which something waits."""
+
+    items: list[LaneView]
+    next_cursor: str | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """The server at a glance."""
+
+    version: str
+    node: str
+    uptime_seconds: float
+    store: dict[str, object]
+    agents: dict[str, int]
+    tasks: dict[str, int]
+    runs: dict[str, int]
+    lanes: list[LaneView]
+    problems: list[str]
+
+
+class PluginView(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin that is loaded."""
+
+    name: str
+    version: str
+
+
+class Plugins(msgspec.Struct, frozen=True, kw_only=True):
+    """The plugins of this server."""
+
+    items: list[PluginView]
+    next_cursor: str | None = None
+
+
+_COUNT_MAX: Final = 1_000_000
+
+
+async def live(_call: Call) -> Reply:
+    """Say that the process answers."""
+    return reply(Health(status="ok"))
+
+
+async def ready(call: Call) -> Reply:
+    """Say whether the server takes work: 503 while it cannot write."""
+    problems = call.services.problems()
+    return reply(Health(status="ok" if not problems else "unready", problems=problems), 503 if problems else 200)
+
+
+async def status(call: Call) -> Reply:
+    """Show the server at a glance."""
+    services = call.services
+    allow(call.actor, "system.status")
+    agents: dict[str, int] = {}
+    for agent in services.agents.registered(call.actor.tenant):
+        state = services.agents.view(agent).state.value
+        agents[state] = agents.get(state, 0) + 1
+    return reply(
+        Status(
+            version=services.version,
+            node=services.node,
+            uptime_seconds=round(services.clock.monotonic() - services.started, 3),
+            store={
+                "writable": not services.problems(),
+                "waiting": services.gate.waiting(),
+                "events": services.broadcaster.newest,
+            },
+            agents=agents,
+            tasks=await _by_state(services.store, "task", TaskState),
+            runs=await _by_state(services.store, "run", RunState),
+            lanes=_lanes(services),
+            problems=services.problems(),
+        )
+    )
+
+
+async def _by_state(store: Store, kind: str, states: type[StrEnum]) -> dict[str, int]:
+    counts = {
+        state.value: await store.count(kind, (Where("state", "eq", state.value),), _COUNT_MAX) for state in states
+    }
+    return {state: count for state, count in counts.items() if count}
+
+
+def _lanes(services: Services) -> list[LaneView]:
+    return [
+        LaneView(
+            type=lane.demand.type,
+            waiting=lane.waiting,
+            agents=len({session.agent.id for session in lane.sessions}),
+            free_slots=sum(session.free for session in lane.sessions),
+        )
+        for lane in services.dispatcher.lanes()
+        if lane.waiting
+    ]
+
+
+async def lanes(call: Call) -> Reply:
+    """List the lanes in which tasks wait."""
+    allow(call.actor, "system.lanes")
+    return reply(Lanes(items=_lanes(call.services)))
+
+
+async def plugins(call: Call) -> Reply:
+    """List the plugins that are loaded."""
+    allow(call.actor, "system.plugins")
+    return reply(Plugins(items=[PluginView(name=name, version=version) for name, version in call.services.plugins()]))
+
+
+async def metrics(call: Call) -> Reply:
+    """Return the figures for Prometheus."""
+    allow(call.actor, "system.metrics")
+    return Reply(200, call.services.meter.render(), ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
+
+
+ENDPOINTS: Final = (
+    Endpoint(
+        method="GET", path="/health/live", handler=live, summary="Is the process alive?", tag="system", access="open", weight="keep",
+        returns=Health, absolute=True,
+    ),
+    Endpoint(
+        method="GET", path="/health/ready", handler=ready, summary="Does it take work?", tag="system", access="open", weight="keep",
+        returns=Health, statuses=(503,), absolute=True,
+    ),
+    Endpoint(method="GET", path="/status", handler=status, summary="Status", tag="system", returns=Status),
+    Endpoint(method="GET", path="/lanes", handler=lanes, summary="Lanes", tag="system", returns=Lanes),
+    Endpoint(method="GET", path="/plugins", handler=plugins, summary="Plugins", tag="system", returns=Plugins),
+    Endpoint(
+        method="GET", path="/metrics", handler=metrics, summary="Figures for Prometheus", tag="system", weight="keep", absolute=True,
+        produces=("text/plain",), any_media=True,
+    ),
+)  # fmt: skip

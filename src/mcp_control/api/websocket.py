@@ -1,0 +1,242 @@
+"""`/ws`: programs and pages follow events over a WebSocket, with filters and resume.
+
+A bare ASGI handler: the classes of frameworks halve the rate. The credential comes in the header before the upgrade; a browser can only
+send it from an allowed origin, since it sends cookies to anybody and this server reads none.
+"""
+
+import asyncio
+from typing import Annotated, Any, Final
+
+import msgspec
+import structlog
+
+from mcp_control.api.call import Receive, Scope, Send
+from mcp_control.api.outbox import Outbox, close_extension
+from mcp_control.api.problem import code_of
+from mcp_control.api.services import Services
+from mcp_control.api.socket_input import (
+    PROBLEMS_MAX,
+    Gone,
+    authenticated,
+    check_origin,
+    checked_json,
+    frame_problem,
+    text_of,
+)
+from mcp_control.events.broadcaster import Batch, Subscription
+from mcp_control.events.model import Event, event_id, event_seq, to_event
+from mcp_control.kernel.errors import Forbidden, InvalidToken, Problem
+from mcp_control.security.model import Actor
+from mcp_control.security.policy import allow
+
+_log = structlog.get_logger(__name__)
+SUBSCRIPTIONS_MAX: Final = 100
+_GROUP: Final = 200
+SubscriptionId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class Subscribe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="subscribe"):
+    """Follow events; `after` resumes behind an event that was seen."""
+
+    id: SubscriptionId
+    types: list[str] = []
+    subject: str | None = None
+    run: str | None = None
+    after: str | None = None
+
+
+class Unsubscribe(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="unsubscribe"
+):
+    """Stop following."""
+
+    id: SubscriptionId
+
+
+class Ping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op", tag="ping"):
+    """Are you there?"""
+
+
+class Renewal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op", tag="renew"):
+    """A fresh credential of the same caller."""
+
+    credential: str
+
+
+class OneEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="event"):
+    """An event."""
+
+    sub: str
+    event: Event
+
+
+class SomeEvents(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="events"):
+    """Events that gathered."""
+
+    sub: str
+    events: list[Event]
+
+
+class Subscribed(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="subscribed"):
+    """The subscription is open; events after `after` follow."""
+
+    id: str
+    after: str
+
+
+class Reread(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="reread"):
+    """Events were left out because this socket was too slow: read the current state."""
+
+    sub: str
+    reason: str = "slow"
+
+
+class Pong(msgspec.Struct, frozen=True, tag_field="op", tag="pong"):
+    """Yes."""
+
+
+class Trouble(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="problem"):
+    """A frame was not understood or not allowed."""
+
+    code: str
+    detail: str
+    sub: str | None = None
+
+
+ClientFrame = Subscribe | Unsubscribe | Ping | Renewal
+_decode: Final = msgspec.json.Decoder(ClientFrame).decode
+
+
+class EventSocket:
+    """Serves `/ws`."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """Serve one socket until it ends."""
+        services = self._services
+        check_origin(scope, services.settings.security.allowed_origins)
+        _, actor = await authenticated(scope, services)
+        allow(actor, "events.list")
+        await receive()
+        await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
+        await _Connection(services, actor, receive, Outbox(send, close_extension(scope))).run()
+
+
+class _Connection:
+    def __init__(self, services: Services, actor: Actor, receive: Receive, outbox: Outbox) -> None:
+        self._services = services
+        self._actor = actor
+        self._receive = receive
+        self._outbox = outbox
+        self._problems = 0
+        self._following: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
+        self._expiry: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        self._outbox.start()
+        self._watch_expiry()
+        code, reason = 0, ""
+        try:
+            while True:
+                await self._frame(await text_of(self._receive))
+        except Gone as gone:
+            code, reason = gone.code, gone.reason
+        except Exception:
+            _log.exception("event socket failed", actor=self._actor.id)
+            code, reason = 1011, "internal error"
+        finally:
+            if self._expiry is not None:
+                self._expiry.cancel()
+            for subscription, task in self._following.values():
+                subscription.close()
+                task.cancel()
+            if code:
+                await self._outbox.finish(code, reason)
+            await self._outbox.stop()
+
+    def _watch_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._actor.expires_at is not None:
+            left = max(0.0, (self._actor.expires_at - self._services.clock.now()) / 1000)
+            self._expiry = asyncio.get_running_loop().call_later(left, self._outbox.close, 4401, "credential expired")
+
+    async def _frame(self, text: str) -> None:
+        sub: str | None = None
+        try:
+            checked_json(text)
+            frame = _decode(text)
+            match frame:
+                case Subscribe():
+                    sub = frame.id
+                    await self._subscribe(frame)
+                case Unsubscribe():
+                    self._unsubscribe(frame.id)
+                case Ping():
+                    self._outbox.put((Pong(),))
+                case Renewal():
+                    await self._renew(frame.credential)
+        except msgspec.ValidationError as error:
+            self._trouble(*frame_problem(error), sub)
+        except Problem as problem:
+            if isinstance(problem, InvalidToken):
+                raise Gone(4401, "credential expired") from None
+            self._trouble(code_of(problem), problem.detail, sub)
+
+    def _trouble(self, code: str, detail: str, sub: str | None) -> None:
+        self._outbox.put((Trouble(code=code, detail=detail, sub=sub),))
+        self._problems += 1
+        if self._problems >= PROBLEMS_MAX:
+            raise Gone(1008, "too many problems")
+
+    async def _subscribe(self, frame: Subscribe) -> None:
+        if len(self._following) >= SUBSCRIPTIONS_MAX and frame.id not in self._following:
+            return self._trouble("limit-exceeded", f"at most {SUBSCRIPTIONS_MAX} subscriptions", frame.id)
+        self._unsubscribe(frame.id)
+        after = None if frame.after is None else event_seq(frame.after)
+        subscription = await self._services.broadcaster.subscribe(
+            frame.types, frame.subject, frame.run, self._actor.tenant, after
+        )
+        self._outbox.put((Subscribed(id=frame.id, after=event_id(subscription.after)),))
+        self._following[frame.id] = (subscription, asyncio.create_task(self._follow(frame.id, subscription)))
+        return None
+
+    def _unsubscribe(self, id: str) -> None:
+        found = self._following.pop(id, None)
+        if found is not None:
+            found[0].close()
+            found[1].cancel()
+
+    async def _follow(self, id: str, subscription: Subscription) -> None:
+        try:
+            async for batch in subscription:
+                self._outbox.put(_frames(id, batch))
+                # The backlog of the subscription is the bound and knows what may be left out; the socket only takes what it can send.
+                await self._outbox.drained()
+        except Problem as problem:
+            self._outbox.put((Trouble(code=code_of(problem), detail=problem.detail, sub=id),))
+            self._following.pop(id, None)
+            subscription.close()
+        except Exception:
+            _log.exception("following events failed")
+            self._outbox.close(1011, "internal error")
+
+    async def _renew(self, credential: str) -> None:
+        services = self._services
+        actor = await services.authenticator.authenticate(f"Bearer {credential}", services.clock.now())
+        if actor.id != self._actor.id:
+            raise Forbidden("the credential is that of somebody else")
+        self._actor = actor
+        self._watch_expiry()
+
+
+def _frames(id: str, batch: Batch) -> list[Any]:
+    frames: list[Any] = [Reread(sub=id)] if batch.reread else []
+    events = [to_event(stored) for stored in batch.facts]
+    if len(events) == 1:
+        frames.append(OneEvent(sub=id, event=events[0]))
+    else:
+        frames += [SomeEvents(sub=id, events=events[at : at + _GROUP]) for at in range(0, len(events), _GROUP)]
+    return frames

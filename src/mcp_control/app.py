@@ -1,0 +1,343 @@
+"""The composition root: settings to adapters to services to the ASGI application, started and stopped in order."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import structlog
+import uvicorn
+from typing_extensions import override
+
+from mcp_control import __version__
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
+from mcp_control.agents.service import AgentManager
+from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.api.admission import Gate, Limits
+from mcp_control.api.app import ControlApp
+from mcp_control.api.assembly import application
+from mcp_control.api.protocol import ControlHttpProtocol, ControlSocketProtocol
+from mcp_control.api.services import Services
+from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
+from mcp_control.artifacts.service import Artifacts
+from mcp_control.configuration.settings import Settings
+from mcp_control.events.broadcaster import Broadcaster
+from mcp_control.events.retention import EventRetention
+from mcp_control.kernel.clock import SystemClock
+from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.ids import IdSource
+from mcp_control.kernel.loops import every
+from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
+from mcp_control.security.accounts import Accounts
+from mcp_control.security.authenticator import Authenticator
+from mcp_control.security.credentials import Credentials
+from mcp_control.security.passwords import Passwords
+from mcp_control.security.records import KINDS as SECURITY_KINDS
+from mcp_control.security.throttle import LoginThrottle
+from mcp_control.security.tokens import AccessTokens, signing_seed
+from mcp_control.security.verified import VerifiedCache
+from mcp_control.storage.local.blobs import FolderBlobs
+from mcp_control.storage.local.queue import LocalQueue
+from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
+from mcp_control.tasks.ledger import Ledger
+from mcp_control.tasks.model import LOG_KIND, TASK_KIND
+from mcp_control.tasks.service import TaskOrchestrator
+from mcp_control.tasks.settling import Settler
+
+_log = structlog.get_logger(__name__)
+KINDS: Final = (
+    AGENT_KIND,
+    INSTANCE_KIND,
+    TASK_KIND,
+    LOG_KIND,
+    PIPELINE_KIND,
+    RUN_KIND,
+    *ARTIFACT_KINDS,
+    *SECURITY_KINDS,
+)
+_GRACE_SECONDS: Final = 3
+_DAY_MS: Final = 86_400_000
+
+
+@dataclass
+class Fate:
+    """What ends a server early: the store's fatal error, heard from wherever it happens."""
+
+    problem: Problem | None = None
+    stop: Callable[[], None] | None = None
+
+    def fatal(self, problem: Problem) -> None:
+        """Stop the server; the process must not go on with a store in doubt."""
+        self.problem = problem
+        _log.critical("the store failed; the server ends", code=problem.code, detail=problem.detail)
+        if self.stop is not None:
+            self.stop()
+
+
+@dataclass(frozen=True)
+class Control:
+    """A started server without its network: the application, the services, and the first administrator's password if it is new."""
+
+    app: ControlApp
+    services: Services
+    one_time_password: str | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        one_time_password: the first administrator's, when it was made now; shown once, kept nowhere.
+        services: for what the owner of the process may do, e.g. make a token.
+    """
+
+    url: str
+    one_time_password: str | None
+    services: Services
+    _stop: Callable[[], None] = field(repr=False)
+
+    def stop(self) -> None:
+        """End the server in good order."""
+        self._stop()
+
+
+@asynccontextmanager
+async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
+    """Make and start everything but the network; stop it in the opposite order at the end.
+
+    Raises:
+        StoreUnavailable: the data folder cannot be used; the message says what to do.
+    """
+    async with AsyncExitStack() as stack:
+        clock = SystemClock()
+        ids = IdSource(clock)
+        store = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
+        broadcaster = Broadcaster(
+            store, backlog=settings.queues.subscriber_events, limit=settings.overload.max_connections
+        )
+        await store.open(KINDS, broadcaster.committed)
+        stack.push_async_callback(store.close)
+        await broadcaster.start()
+        stack.callback(broadcaster.close)
+
+        verified = VerifiedCache()
+        secret = settings.security.jwt_secret
+        tokens = AccessTokens(
+            signing_seed(None if secret is None else secret.get_secret_value(), settings.data),
+            life_seconds=settings.security.token_seconds,
+            leeway_seconds=settings.security.leeway_seconds,
+        )
+        accounts = Accounts(
+            store,
+            clock,
+            ids,
+            Passwords(memory_kib=settings.security.password_memory_kib),
+            tokens,
+            LoginThrottle(),
+            verified,
+        )
+        credentials = Credentials(store, clock, ids, verified)
+
+        sessions = Sessions()
+        manager = AgentManager(store, clock, ids, sessions)
+        await manager.start()
+        ledger = Ledger(store)
+
+        async def hand_out(pairs: list[tuple[str, Session]]) -> None:
+            await settler.hand_out(pairs)
+
+        queue = LocalQueue()
+        dispatcher = Dispatcher(queue, sessions, hand_out)
+        settler = Settler(ledger, sessions, dispatcher, clock, ids)
+        stack.push_async_callback(settler.close)
+        tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
+        agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)
+        reconciler = Reconciler(store, clock, ledger, settler, dispatcher)
+        artifacts = Artifacts(
+            store, FolderBlobs(settings.data), clock, ids, max_bytes=settings.limits.max_artifact_bytes
+        )
+
+        gate = Gate(
+            lambda: store.waiting,
+            Limits(submits=settings.overload.max_requests, lag=settings.overload.loop_lag_seconds),
+        )
+        services = Services(
+            settings=settings,
+            version=__version__,
+            node=settings.node or socket.gethostname(),
+            clock=clock,
+            ids=ids,
+            gate=gate,
+            meter=_Quiet(),
+            store=store,
+            started=clock.monotonic(),
+            problems=lambda: [] if store.writable else ["the store takes no writes"],
+            plugins=list,
+            broadcaster=broadcaster,
+            authenticator=Authenticator(store, tokens, verified),
+            accounts=accounts,
+            credentials=credentials,
+            agents=manager,
+            tasks=tasks,
+            sessions=agent_sessions,
+            dispatcher=dispatcher,
+            pipelines=None,  # type: ignore[arg-type]
+            artifacts=artifacts,
+        )
+        one_time_password = await accounts.ensure_administrator()
+        await reconciler.rebuild()
+
+        keep = settings.retention
+        events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
+        old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
+        timekeeper = Timekeeper(store, clock, settler)
+        lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
+        for name, seconds, once in (
+            ("timekeeper", 0.05, lambda _: timekeeper.once()),
+            ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
+            ("reconciler", 60.0, lambda _: reconciler.once()),
+            ("events-retention", keep.interval_seconds, events.once),
+            ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
+            ("enrolments", 60.0, credentials.once),
+            ("blobs", 60.0, artifacts.once),
+        ):
+            stack.push_async_callback(every(seconds, once, name=name, clock=clock).stop)
+        stack.push_async_callback(_stopped, [asyncio.create_task(gate.watch()), asyncio.create_task(dispatcher.run())])
+        yield Control(application(services), services, one_time_password)
+
+
+class _Quiet:
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        pass
+
+    def render(self) -> bytes:
+        return b""
+
+
+async def _stopped(loops: list[asyncio.Task[None]]) -> None:
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to `serve` and ends what would wait for ever before it closes connections."""
+
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    @override
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._services.broadcaster.close()
+        await super().shutdown(sockets)
+
+
+def listening(settings: Settings) -> socket.socket:
+    """Return the bound socket. Raises OSError where the address is taken."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
+
+
+async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None) -> int:
+    """Run a server until SIGINT, SIGTERM, `Ready.stop` or a fatal error of the store.
+
+    Args:
+        ready: called once it answers; when it raises, the server ends and the exception goes to the caller.
+
+    Returns:
+        The exit code of the process: 0 after an orderly end, 1 after a fatal error of the store.
+
+    Raises:
+        StoreUnavailable: the data folder cannot be used.
+        OSError: the address is taken.
+    """
+    listener = listening(settings)
+    try:
+        fate = Fate()
+        async with composed(settings, fate) as control:
+            server = _Server(_config(settings, control.app), control.services)
+
+            def stop() -> None:
+                server.should_exit = True
+
+            def stop_now() -> None:
+                server.should_exit = server.force_exit = True
+
+            fate.stop = stop_now
+            with _signals(stop):
+                running = asyncio.create_task(server.serve([listener]))
+                try:
+                    await _until_started(server, running)
+                    if ready is not None:
+                        scheme = "http" if settings.tls_cert is None else "https"
+                        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+                        url = f"{scheme}://{host}:{listener.getsockname()[1]}"
+                        await ready(Ready(url, control.one_time_password, control.services, stop))
+                    await asyncio.shield(running)
+                finally:
+                    stop()
+                    await running
+        return 0 if fate.problem is None else 1
+    finally:
+        listener.close()
+
+
+def _config(settings: Settings, app: ControlApp) -> uvicorn.Config:
+    limits = settings.limits
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]  # uvicorn's own names for the same ASGI shapes
+        loop="uvloop",
+        http=partial(ControlHttpProtocol, headers_max=limits.max_header_bytes),  # type: ignore[arg-type]  # called like a class
+        ws=ControlSocketProtocol,
+        ws_max_size=limits.max_frame_bytes,
+        ws_per_message_deflate=False,
+        ws_ping_interval=20.0,
+        ws_ping_timeout=20.0,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        backlog=2048,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+async def _until_started(server: uvicorn.Server, running: asyncio.Task[None]) -> None:
+    while not server.started and not running.done():
+        await asyncio.sleep(0.005)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    names = (signal.SIGINT, signal.SIGTERM)
+    main = (
+        threading.current_thread() is threading.main_thread()
+    )  # elsewhere, as in tests, signals belong to somebody else
+    for name in names if main else ():
+        loop.add_signal_handler(name, stop)
+    try:
+        yield
+    finally:
+        for name in names if main else ():
+            loop.remove_signal_handler(name)
