@@ -13,21 +13,54 @@ from typing_extensions import override
 
 from mcp_control.techdeck.model import Options, Plan, QualityOptions
 from mcp_control.techdeck.quality.plots import number
-from mcp_control.techdeck.quality.report import BiasRow, Checks, Quality, StageCount, assess_quality
+from mcp_control.techdeck.quality.report import Quality, StageCount, assess_quality
+from mcp_control.techdeck.validation.combine import CategoryBias, Finding, GroupShare, ValidationSummary
+from mcp_control.techdeck.validation.combine import combine as combine_validation
+from mcp_control.techdeck.validation.regard import Association, Pair
 from tests.techdeck.conversations import Turns, combined, frame, processed, quiet, validated
 
 NASTY = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 PLAN = Plan(format="chatml", container="jsonl", file="a.jsonl", sha256="0" * 64)
-CHECKS = Checks(
+CHECKS = msgspec.structs.replace(
+    combine_validation([]),
     structure_valid=1.0,
     bias=0.9,
-    bias_rows=[
-        BiasRow(
-            category="gender", score=0.9, low=0.8, high=0.95, hits=1, sentences=1000, mentions=4, groups={"women": 4}
-        ),
-        BiasRow(category="age", score=None, low=None, high=None, hits=0, sentences=20, mentions=0),
+    categories=[
+        CategoryBias(
+            category="gender",
+            mentions=4,
+            groups=[GroupShare(group="women", conversations=4, share=0.1, low=0.05, high=0.2)],
+            balance=None,
+            hits=1,
+            excused=2,
+            weighted=1.0,
+            sentences=1000,
+            score=0.9,
+            low=0.8,
+            high=0.95,
+            pairs=[
+                Pair(
+                    category="gender",
+                    a="women",
+                    b="men",
+                    regard_a=0.1,
+                    regard_b=0.4,
+                    sentences_a=40,
+                    sentences_b=50,
+                    difference=-0.3,
+                    low=-0.5,
+                    high=-0.1,
+                    p_holm=0.01,
+                    flagged=True,
+                ),
+            ],
+            associations=[
+                Association(category="gender", group="women", attribute="nurse", together=12, log_odds=1.5, z=3.2),
+            ],
+        )
     ],
     pii_by_class={"EMAIL": 2},
+    findings=[Finding(code="V_CONTENT", severity="warn", metric="content_ok", value=0.5, rows=3, text="broken")],
 )
 SECTIONS = [
     "Scores",
@@ -61,7 +94,7 @@ def _assess(
     *,
     cuts: list[int] | None = None,
     options: Options | None = None,
-    checks: Checks = CHECKS,
+    checks: ValidationSummary = CHECKS,
     plan: Plan = PLAN,
     rejected: int = 0,
 ) -> tuple[Quality, dict[str, Any]]:
@@ -194,9 +227,9 @@ def test_text_from_the_data_is_escaped(tmp_path: Path) -> None:
     plan = msgspec.structs.replace(PLAN, file=NASTY, warnings=[NASTY], encoding=NASTY)
     checks = msgspec.structs.replace(
         CHECKS,
-        findings=[NASTY],
+        findings=[msgspec.structs.replace(CHECKS.findings[0], text=NASTY)],
         pii_by_class={NASTY: 1},
-        bias_rows=[msgspec.structs.replace(CHECKS.bias_rows[0], category=NASTY, groups={NASTY: 1})],
+        categories=[msgspec.structs.replace(CHECKS.categories[0], category=NASTY)],
     )
     result, _ = _assess(data, tmp_path, plan=plan, checks=checks)
     page = _read(result.page)
@@ -218,7 +251,7 @@ def test_the_gate_option_says_what_a_failure_means(tmp_path: Path, gate: str, ve
 
 def test_an_empty_data_set_is_reported_as_not_assessed(tmp_path: Path) -> None:
     """No score, and no pass."""
-    result, report = _assess(validated(frame([])), tmp_path, checks=Checks(structure_valid=None), rejected=3)
+    result, report = _assess(validated(frame([])), tmp_path, checks=combine_validation([]), rejected=3)
     assert result.score is None
     assert result.gate == "failed"
     assert report["size"]["rows"] == 0
@@ -235,6 +268,6 @@ def test_no_partitions_at_all_give_a_report(tmp_path: Path) -> None:
     """Every row rejected: the report says so."""
     stages = [StageCount(name="ingestion", rows_in=3, rows_out=0, rejected=3, rejected_by_code={"E_JSON": 3})]
     result = assess_quality(
-        [], [], combined([], tmp_path), Checks(structure_valid=None), stages, PLAN, tmp_path, Options(), quiet
+        [], [], combined([], tmp_path), combine_validation([]), stages, PLAN, tmp_path, Options(), quiet
     )
     assert result.failed == ["overall", "rejected"]

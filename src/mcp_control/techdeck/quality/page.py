@@ -217,10 +217,10 @@ def _validation(report: dict[str, Any]) -> str:
         ["Flesch-Kincaid grade (English)", reading["grade"]],
         ["rows below 30 in reading ease", reading["hard_to_read"]],
     ]
-    findings = "".join(f"<li>{escape(text)}</li>" for text in found["findings"])
+    findings = [[item["severity"], item["text"], item["value"], item["rows"]] for item in found["findings"]]
     return (
         bars("Shares of rows or pairs, 0 to 1", shares, most=1.0)
-        + (f"<ul>{findings}</ul>" if findings else "")
+        + (_table("Findings", ["Severity", "Finding", "Value", "Rows"], findings) if findings else "")
         + _table("Text", ["Metric", "Value"], rows)
         + _ranked("Flags", report["flags"], "No row carries a flag.")
     )
@@ -244,20 +244,63 @@ def _privacy(privacy: dict[str, Any]) -> str:
 
 def _bias(bias: dict[str, Any]) -> str:
     found = bias["categories"]
-    plot = intervals(
-        "Derogation score by category with 95 % interval",
-        [(row["category"], row["low"], row["score"], row["high"]) for row in found],
-    )
-    rows = [
-        [row["category"], row["score"], row["low"], row["high"], row["hits"], row["sentences"], row["mentions"],
-         ", ".join(f"{name} {count}" for name, count in row["groups"].items())]
+    scores = [
+        [row["category"], row["score"], row["low"], row["high"], row["weighted"], row["hits"], row["excused"]]
         for row in found
+    ]
+    shares = [
+        [row["category"], group["group"], group["conversations"], group["share"], group["low"], group["high"]]
+        for row in found
+        for group in row["groups"]
+        if group["conversations"]
+    ]
+    pairs = [
+        [row["category"], f"{pair['a']} / {pair['b']}", pair["difference"], pair["low"], pair["high"],
+         "look here" if pair["flagged"] else "no flag"]
+        for row in found
+        for pair in row["pairs"]
     ]  # fmt: skip
-    heads = ["Category", "Score", "Low", "High", "Weighted hits", "Sentences", "Conversations", "Mentions of groups"]
+    words = [
+        [row["category"], f"{link['group']} and {link['attribute']}", link["log_odds"], link["z"], link["together"]]
+        for row in found
+        for link in row["associations"]
+    ]
+    tables = [
+        intervals(
+            "Derogation score by category with 95 % interval",
+            [(row["category"], row["low"], row["score"], row["high"]) for row in found],
+        ),
+        _table(
+            f"Derogation in {number(bias['sentences'])} sentences",
+            ["Category", "Score", "Low", "High", "Weighted hits", "Hits", "Quoted, reported or denied"],
+            scores,
+        ),
+        _table(
+            "Conversations that mention a group, share with 95 % interval; descriptive, without a target",
+            ["Category", "Group", "Conversations", "Share", "Low", "High"],
+            shares,
+        )
+        if shares
+        else '<p class="soft">No group is mentioned.</p>',
+        _table(
+            "Tone of assistants towards groups: difference with 95 % interval",
+            ["Category", "Groups", "Difference", "Low", "High", "Flag"],
+            pairs,
+        )
+        if pairs
+        else "",
+        _table(
+            "Words that go together unusually often or seldom",
+            ["Category", "Pair", "Log odds", "z", "Conversations"],
+            words,
+        )
+        if words
+        else "",
+    ]
     return (
         f"<p>Score: <b>{_value(bias['score'])}</b>, the least of the assessed categories. Mentions describe, they are "
         "never penalised. A flag means: look here. It is no proof.</p>"
-        + (plot + _table("Bias by category", heads, rows) if found else '<p class="soft">No category was assessed.</p>')
+        + ("".join(tables) if found else '<p class="soft">No category was assessed.</p>')
         + f'<p class="soft">Not assessed: {escape(", ".join(bias["not_assessed"]))}.</p>'
     )
 

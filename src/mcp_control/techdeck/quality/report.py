@@ -18,6 +18,7 @@ from mcp_control.techdeck.processing.metrics import ENCODING
 from mcp_control.techdeck.quality.aggregate import HISTOGRAMS, SENTIMENT_BINS, Totals, aggregate
 from mcp_control.techdeck.quality.page import render
 from mcp_control.techdeck.quality.scoring import Assessment, Count, Facts, assess
+from mcp_control.techdeck.validation.combine import ValidationSummary
 
 NOT_ASSESSED = [
     "implicit bias",
@@ -37,31 +38,6 @@ class StageCount(Struct, frozen=True, kw_only=True):
     rows_out: int
     rejected: int
     rejected_by_code: dict[str, int] = {}
-
-
-class BiasRow(Struct, frozen=True, kw_only=True):
-    """One category: its score with a 95 % interval, weighted derogatory hits, sentences looked at, and in how many
-    conversations each group is mentioned."""
-
-    category: str
-    score: float | None
-    low: float | None
-    high: float | None
-    hits: float
-    sentences: int
-    mentions: int
-    groups: dict[str, int] = {}
-
-
-class Checks(Struct, frozen=True, kw_only=True):
-    """What stage 3 found over the whole data set. `bias` is the least score of the assessed categories."""
-
-    structure_valid: float | None
-    pii_by_class: dict[str, int] = {}
-    residual_rows: int = 0
-    bias: float | None = None
-    bias_rows: list[BiasRow] = []
-    findings: list[str] = []
 
 
 class Quality(Struct, frozen=True, kw_only=True):
@@ -84,7 +60,7 @@ def assess_quality(
     parts: Sequence[Path],
     signatures: Sequence[Path],
     combined: Combined,
-    checks: Checks,
+    validation: ValidationSummary,
     stages: Sequence[StageCount],
     plan: Plan,
     out: Path,
@@ -97,11 +73,11 @@ def assess_quality(
     """
     progress(0, combined.rows, "counting")
     totals = aggregate(list(parts), list(signatures), combined.assignments)
-    facts = facts_of(totals, combined, checks, stages)
+    facts = facts_of(totals, combined, validation, stages)
     assessment = assess(facts, options.quality)
     gate = options.quality.gate
     verdict = "off" if gate == "off" else "passed" if assessment.passed else "warned" if gate == "warn" else "failed"
-    document = build(totals, facts, assessment, verdict, combined, checks, stages, plan, options)
+    document = build(totals, facts, assessment, verdict, combined, validation, stages, plan, options)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
     (out / "report.html").write_text(render(document), encoding="utf-8")
@@ -116,14 +92,14 @@ def assess_quality(
     )
 
 
-def facts_of(totals: Totals, combined: Combined, checks: Checks, stages: Sequence[StageCount]) -> Facts:
+def facts_of(totals: Totals, combined: Combined, validation: ValidationSummary, stages: Sequence[StageCount]) -> Facts:
     """The counts that scoring needs."""
     sums, rows = totals.sums, combined.rows
     read = stages[0].rows_in if stages else rows
     return Facts(
         rows=rows,
         fields={name: sums[name] for name in ("id", "user", "assistant", "source")},
-        structure_valid=checks.structure_valid,
+        structure_valid=validation.structure_valid,
         alternation=Count(hits=sums["adjacent"] - sums["same_role"], total=sums["adjacent"]),
         same_language=Count(hits=sums["same_language_turns"], total=sums["language_turns"]),
         confident_roles=Count(hits=sums["confident"], total=rows),
@@ -131,10 +107,10 @@ def facts_of(totals: Totals, combined: Combined, checks: Checks, stages: Sequenc
         distinct_2=totals.distinct_2,
         openings=totals.openings,
         sources=sorted(totals.sources.values()),
-        bias=checks.bias,
+        bias=validation.bias,
         exact_duplicates=combined.exact,
         near_duplicates=combined.near,
-        residual_pii=checks.residual_rows,
+        residual_pii=validation.residual_rows,
         leaks=combined.leaks,
         rejected=Count(hits=sum(stage.rejected for stage in stages), total=read),
         repetitive=sums["repetitive"],
@@ -148,7 +124,7 @@ def build(
     assessment: Assessment,
     verdict: str,
     combined: Combined,
-    checks: Checks,
+    validation: ValidationSummary,
     stages: Sequence[StageCount],
     plan: Plan,
     options: Options,
@@ -186,21 +162,23 @@ def build(
             "alternation": facts.alternation.share,
             "content_ok": facts.content_ok.share,
             "rows_with_warnings": totals.sums["warned"],
-            "findings": checks.findings,
+            "findings": to_builtins(validation.findings),
         },
         "privacy": {
             "rows_with_personal_data": totals.sums["pii_rows"],
             "spans": totals.sums["pii_spans"],
             "rate": Count(hits=totals.sums["pii_rows"], total=facts.rows).share,
-            "by_class": _ranked(Counter(checks.pii_by_class)),
+            "by_class": _ranked(Counter(validation.pii_by_class)),
             "residual_rows": facts.residual_pii,
-            "score": None if not facts.rows else 1 - facts.residual_pii / facts.rows,
+            "score": validation.privacy,
+            "look_alikes": _ranked(Counter(validation.pii_low)),
             "redacted": options.validate.redact,
         },
         "bias": {
-            "score": checks.bias,
-            "categories": to_builtins(checks.bias_rows),
-            "not_assessed": NOT_ASSESSED,
+            "score": validation.bias,
+            "sentences": validation.sentences,
+            "categories": to_builtins(validation.categories),
+            "not_assessed": validation.not_assessed,
         },
         "duplicates": {
             "exact": combined.exact,
