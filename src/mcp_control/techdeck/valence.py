@@ -78,7 +78,7 @@ def turn_valence(frame: pl.DataFrame, text: str = "content") -> pl.DataFrame:
         .agg(
             # x * -74 // 100 is exact: values are multiples of 100 thousandths.
             pl.when("_negated").then(pl.col("_value") * NEGATED_PERCENT // 100).otherwise("_value").sum().alias("_sum"),
-            pl.len().cast(pl.Int32).alias("valence_hits"),
+            pl.len().cast(pl.Int32).alias("_hits"),
         )
     )
     score = pl.col("_sum").fill_null(0) / SCALE
@@ -89,9 +89,9 @@ def turn_valence(frame: pl.DataFrame, text: str = "content") -> pl.DataFrame:
             pl.when(pl.col(text).is_not_null())
             .then((score / (score * score + NORMALISER).sqrt()).round(4))
             .alias("valence"),
-            pl.col("valence_hits").fill_null(0),
+            pl.col("_hits").fill_null(0).alias("valence_hits"),
         )
-        .drop("_text", "_sum")
+        .drop("_text", "_sum", "_hits")
     )
 
 
