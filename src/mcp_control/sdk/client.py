@@ -18,7 +18,7 @@ from mcp_control.sdk.agents import Agents, AsyncAgents
 from mcp_control.sdk.artifacts import Artifacts, AsyncArtifacts
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
-from mcp_control.sdk.follow import SseReader
+from mcp_control.sdk.follow import Sign, SseReader
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.runs import AsyncPipelines, AsyncRuns, Pipelines, Runs
 from mcp_control.sdk.tasks import AsyncTasks, Tasks
@@ -83,16 +83,14 @@ class Client:
 
     def event_lines(
         self, types: Sequence[str], subject: str | None, run: str | None, after: str | None
-    ) -> Iterator[Event | None]:
-        """Yield events as they come, over one connection; None first, and whenever the server shows that it is alive."""
+    ) -> Iterator[tuple[Event | Sign, str | None]]:
+        """Yield events and signs, each with the cursor after it, over one connection; the first one is `Sign.OPEN`."""
         reader = SseReader(after)
         with self.transport.stream(calls.events_call(types, subject, run, after)) as response:
-            yield None
+            yield Sign.OPEN, after
             for line in response.iter_lines():
-                if event := reader.feed(line):
-                    yield event
-                elif line.startswith(":"):
-                    yield None
+                if (found := reader.feed(line)) is not None:
+                    yield found, reader.cursor
 
     def events(
         self, types: Sequence[str] = (), *, subject: str | None = None, run: str | None = None, after: str | None = None
@@ -111,10 +109,10 @@ class Client:
         failures = 0
         while True:
             try:
-                for event in self.event_lines(types, subject, run, after):
-                    if event is not None:
-                        failures, after = 0, event.id
-                        yield event
+                for found, position in self.event_lines(types, subject, run, after):
+                    failures, after = 0, position
+                    if isinstance(found, Event):
+                        yield found
             except (Unreachable, NotNow):
                 failures += 1
             time.sleep(pause_after(failures))
@@ -182,16 +180,14 @@ class AsyncClient:
 
     async def event_lines(
         self, types: Sequence[str], subject: str | None, run: str | None, after: str | None
-    ) -> AsyncIterator[Event | None]:
-        """Yield events as they come, over one connection; None first, and whenever the server shows that it is alive."""
+    ) -> AsyncIterator[tuple[Event | Sign, str | None]]:
+        """Yield events and signs, each with the cursor after it, over one connection; the first one is `Sign.OPEN`."""
         reader = SseReader(after)
         async with self.transport.stream(calls.events_call(types, subject, run, after)) as response:
-            yield None
+            yield Sign.OPEN, after
             async for line in response.aiter_lines():
-                if event := reader.feed(line):
-                    yield event
-                elif line.startswith(":"):
-                    yield None
+                if (found := reader.feed(line)) is not None:
+                    yield found, reader.cursor
 
     async def events(
         self, types: Sequence[str] = (), *, subject: str | None = None, run: str | None = None, after: str | None = None
@@ -203,10 +199,10 @@ class AsyncClient:
         failures = 0
         while True:
             try:
-                async for event in self.event_lines(types, subject, run, after):
-                    if event is not None:
-                        failures, after = 0, event.id
-                        yield event
+                async for found, position in self.event_lines(types, subject, run, after):
+                    failures, after = 0, position
+                    if isinstance(found, Event):
+                        yield found
             except (Unreachable, NotNow):
                 failures += 1
             await asyncio.sleep(pause_after(failures))

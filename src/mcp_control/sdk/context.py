@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Level = Literal["debug", "info", "warning", "error"]
-LINE_LIMIT: Final = 8 * 1024
+LINE_LIMIT: Final = 4000
+PROGRESS_LIMIT: Final = 300
 FIELDS_LIMIT: Final = 16 * 1024
 TRACK_SECONDS: Final = 0.1
 
@@ -188,7 +189,7 @@ class BaseContext:
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Report how far the attempt is, 0 to 1, with a sentence. Cheap to call often: only the newest is sent."""
-        self._sink.progress(min(1.0, max(0.0, float(fraction))), message[:LINE_LIMIT])
+        self._sink.progress(min(1.0, max(0.0, float(fraction))), message[:PROGRESS_LIMIT])
 
     def track(self, source: Iterable[T] | AsyncIterable[T], total: int | None = None, message: str = "") -> Tracked[T]:
         """Iterate (`for` or `async for`) with progress, and with a check before every element.

@@ -41,6 +41,7 @@ class ProblemDocument(msgspec.Struct, frozen=True, kw_only=True):
     instance: str = ""
     retryable: bool = False
     errors: list[dict[str, Any]] = []
+    task_id: str = ""
 
 
 class ApiProblem(SdkError):
@@ -54,6 +55,7 @@ class ApiProblem(SdkError):
         retryable: whether repeating the request as it is may succeed.
         retry_after: seconds to wait before that, None where the server did not say.
         errors: what is wrong, place by place (`pointer`, `code`, `detail`).
+        task_id: the task it is about, where the server named one.
     """
 
     def __init__(self, document: ProblemDocument, request_id: str = "", retry_after: float | None = None) -> None:
@@ -64,6 +66,7 @@ class ApiProblem(SdkError):
         self.retryable = document.retryable
         self.retry_after = retry_after
         self.errors = document.errors
+        self.task_id = document.task_id
         places = "".join(
             f"\n  {e.get('pointer', '')}: {e.get('detail', '')} [{e.get('code', '')}]" for e in self.errors
         )

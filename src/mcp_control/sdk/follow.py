@@ -1,10 +1,12 @@
 """Following events: the event-stream format, and what the events of one task mean to somebody who watches it. No I/O."""
 
+from enum import Enum
 from typing import Any, Literal
 
 import msgspec
 
 from mcp_control.events.model import Event
+from mcp_control.sdk.errors import problem_from
 from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskState, TaskView
 
 _decode_event = msgspec.json.Decoder(Event).decode
@@ -20,33 +22,50 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     line: LogLine | None = None
 
 
+class Sign(Enum):
+    """What a stream says beside events: it is open, it lives, or events were left out since the reader is too slow."""
+
+    OPEN = "open"
+    ALIVE = "alive"
+    REREAD = "reread"
+
+
 class SseReader:
     """Reads an event stream line by line (WHATWG HTML, section 9.2.6)."""
 
-    __slots__ = ("_data", "cursor")
+    __slots__ = ("_data", "_kind", "cursor")
 
     def __init__(self, cursor: str | None = None) -> None:
         self._data: list[str] = []
+        self._kind = ""
         self.cursor = cursor
 
-    def feed(self, line: str) -> Event | None:
-        """Take a line without its end; return the event it completes."""
-        line = line.rstrip("\r\n")
+    def feed(self, line: str) -> "Event | Sign | None":
+        """Take a line without its end; return the event it completes, or a sign that is none.
+
+        Raises:
+            Missing: the events after the cursor are no longer kept.
+        """
         if line:
             name, _, value = line.partition(":")
+            value = value.removeprefix(" ")
             if name == "data":
-                self._data.append(value.removeprefix(" "))
+                self._data.append(value)
+            elif name == "event":
+                self._kind = value
+            elif name == "id":
+                self.cursor = value
+            return Sign.ALIVE if not name else None
+        kind, self._kind = self._kind, ""
+        text, self._data = "\n".join(self._data).encode(), []
+        if kind == "reread":
+            return Sign.REREAD
+        if kind == "problem":
+            raise problem_from(410, text)
+        if not text:
             return None
-        if not self._data:
-            return None
-        text, self._data = "\n".join(self._data), []
-        event: Event = _decode_event(text.encode())
-        self.cursor = event.id
+        event: Event = _decode_event(text)
         return event
-
-    def restart(self) -> None:
-        """A new connection begins; half an event is forgotten."""
-        self._data = []
 
 
 class TaskFollower:

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 import platformdirs
 
-DEFAULT_URL: Final = "http://127.0.0.1:8080"
+DEFAULT_URL: Final = "http://127.0.0.1:8640"
 URL_VARIABLE: Final = "MCP_CONTROL_URL"
 TOKEN_VARIABLE: Final = "MCP_CONTROL_TOKEN"  # noqa: S105 - the name of a variable
 ENROLMENT_VARIABLE: Final = "MCP_CONTROL_ENROLMENT_TOKEN"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 
 import msgspec
 
+from mcp_control.events.model import Event
 from mcp_control.kernel.batching import Batcher
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import ApiProblem, NotNow, TaskFailed, Unreachable
@@ -57,13 +58,12 @@ class TaskHandle:
         cursor: str | None = None
         while not follower.ended():
             try:
-                for event in self._client.event_lines((), self.id, None, cursor):
-                    if event is not None:
-                        cursor = event.id
-                    if event is not None and event.type == "task.logged":
+                for found, position in self._client.event_lines((), self.id, None, cursor):
+                    cursor = position
+                    if isinstance(found, Event) and found.type == "task.logged":
                         yield from self._lines(follower)
                         continue
-                    updates = follower.viewed(self.get()) if event is None else follower.happened(event)
+                    updates = follower.happened(found) if isinstance(found, Event) else follower.viewed(self.get())
                     if follower.ended():
                         yield from self._lines(follower)
                     yield from updates
@@ -193,14 +193,15 @@ class AsyncTaskHandle:
         cursor: str | None = None
         while not follower.ended():
             try:
-                async for event in self._client.event_lines((), self.id, None, cursor):
-                    if event is not None:
-                        cursor = event.id
-                    if event is not None and event.type == "task.logged":
+                async for found, position in self._client.event_lines((), self.id, None, cursor):
+                    cursor = position
+                    if isinstance(found, Event) and found.type == "task.logged":
                         async for update in self._lines(follower):
                             yield update
                         continue
-                    updates = follower.viewed(await self.get()) if event is None else follower.happened(event)
+                    updates = (
+                        follower.happened(found) if isinstance(found, Event) else follower.viewed(await self.get())
+                    )
                     if follower.ended():
                         async for update in self._lines(follower):
                             yield update

@@ -59,6 +59,10 @@ class Enrolment:
         finally:
             await http.close()
         if not registered.credential:
+            # Another process of this agent may have enrolled a moment ago.
+            if self.credential != (stored := self._profiles.agent_credential(self._profile.url, self._spec.name)):
+                self.credential = stored
+                return stored
             raise LinkRefused(
                 401, "name-taken", "the server knows this name and gave no new credential; enrol with a one-time token"
             )

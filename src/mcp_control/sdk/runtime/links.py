@@ -12,6 +12,7 @@ from mcp_control.tasks.wire import AgentFrame, Hello, ServerFrame, Trouble, Welc
 
 MAX_FRAME: Final = 64 << 20  # the server may send many tasks at once; it is trusted not to be hostile
 HELLO_SECONDS: Final = 10.0
+SUPERSEDED: Final = 4409  # close code: this instance is over, or has a newer connection
 
 
 class LinkLost(SdkError):

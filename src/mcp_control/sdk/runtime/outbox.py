@@ -1,10 +1,11 @@
 """What the agent has to tell the server: gathered, sent in natural batches, kept until acknowledged. No I/O."""
 
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
-from mcp_control.tasks.model import LogLine
+from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import Ack, Done, Logged, Progress, Report, Started
 
 FRAME_BYTES: Final = 768 * 1024
@@ -19,7 +20,7 @@ class Outbox:
     rate at which the server takes them; progress is replaced by newer progress, logs are bounded per task.
     """
 
-    __slots__ = ("_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked")
+    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked")
 
     def __init__(self) -> None:
         self._started: dict[str, Started] = {}
@@ -27,6 +28,7 @@ class Outbox:
         self._logs: dict[str, tuple[str, list[LogLine]]] = {}
         self._dropped: dict[str, int] = {}
         self._done: list[Done] = []
+        self._again: list[Report] = []
         self._unacked: dict[int, Report] = {}
         self._next = 1
 
@@ -62,20 +64,44 @@ class Outbox:
     @property
     def urgent(self) -> bool:
         """Whether a report should go out now."""
-        return bool(self._done or self._started or (not self._unacked and (self._progress or self._logs)))
+        return bool(
+            self._done or self._started or self._again or (not self._unacked and (self._progress or self._logs))
+        )
 
     @property
     def settled(self) -> bool:
         """Whether every end of an attempt is known to be durable."""
-        return not self._done and not any(report.done for report in self._unacked.values())
+        return not self._done and not self._again and not any(report.done for report in self._unacked.values())
+
+    @property
+    def untold(self) -> list[str]:
+        """Tasks whose end is not known to be durable."""
+        return [item.task_id for item in self._ends()]
+
+    def holds(self, task_id: str, token: str) -> bool:
+        """Say whether the end of this very attempt is on its way."""
+        return bool(self._done or self._unacked or self._again) and any(
+            item.task_id == task_id and item.lease_token == token for item in self._ends()
+        )
+
+    def _ends(self) -> Iterator[Done]:
+        yield from self._done
+        for report in (*self._again, *self._unacked.values()):
+            yield from report.done
 
     def take(self) -> Report:
         """Return the next report, at most about 768 KiB of it; the rest stays for the next one."""
+        if self._again:
+            report = msgspec.structs.replace(self._again.pop(0), id=self._next)
+            self._unacked[self._next] = report
+            self._next += 1
+            return report
         if (
             not self._progress
             and not self._logs
             and len(self._done) < 100
-            and sum(len(d.result) for d in self._done) < FRAME_BYTES
+            and not any(item.failure is not None for item in self._done)
+            and sum(len(item.result) for item in self._done) < FRAME_BYTES
         ):
             report = Report(id=self._next, started=list(self._started.values()), done=self._done)
             self._done = []
@@ -133,9 +159,27 @@ class Outbox:
         if report is not None and ack.retry:
             self._put_back(report)
 
+    def not_understood(self, code: str, detail: str) -> None:
+        """The server refused a frame as a whole. It answers in order, so that is the oldest report without an answer.
+
+        Its ends are sent once more one by one, so that one bad result cannot hold up others; one that was alone fails for good.
+        """
+        if not self._unacked:
+            return
+        report = self._unacked.pop(min(self._unacked))
+        if len(report.done) == 1 and not report.logs and not report.progress:
+            (item,) = report.done
+            if item.outcome == "failed":
+                return  # nothing simpler could be said
+            failure = Failure(error_class="permanent", code="result-refused", message=f"{code}: {detail}"[:2000])
+            failed = Done(task_id=item.task_id, lease_token=item.lease_token, outcome="failed", failure=failure)
+            self._again.append(Report(id=0, done=[failed]))
+        else:
+            self._again += [Report(id=0, done=[item]) for item in report.done]
+
     def resend(self) -> None:
         """The connection was lost: what is not acknowledged goes out again, under new numbers."""
-        reports, self._unacked = list(self._unacked.values()), {}
+        reports, self._unacked, self._again = [*self._unacked.values(), *self._again], {}, []
         for report in reversed(reports):
             self._put_back(report)
 

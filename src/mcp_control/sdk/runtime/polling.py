@@ -7,7 +7,7 @@ from typing import Final, Self
 import msgspec
 
 from mcp_control.sdk.errors import ApiProblem, Conflicting, InvalidRequest, Missing, SdkError, Unreachable
-from mcp_control.sdk.runtime.links import LinkLost, LinkRefused
+from mcp_control.sdk.runtime.links import SUPERSEDED, LinkLost, LinkRefused
 from mcp_control.sdk.transport import AsyncTransport, Call
 from mcp_control.tasks.wire import (
     Ack,
@@ -23,6 +23,7 @@ from mcp_control.tasks.wire import (
     Report,
     ServerFrame,
     Tasks,
+    Trouble,
     Welcome,
 )
 
@@ -70,9 +71,8 @@ class PollLink:
                     self._inbox.put_nowait(await self._report(frame))
                     self._changed.set()
                 case Heartbeat():
-                    reply = await self._http.send(
-                        Call(method="POST", path=f"{self._path}/heartbeat", body=_encode(frame))
-                    )
+                    body = _encode({"beat": frame.beat})
+                    reply = await self._http.send(Call(method="POST", path=f"{self._path}/heartbeat", body=body))
                     self._inbox.put_nowait(reply.json(BeatAck))
                     self._changed.set()
                 case Bye(step="leave"):
@@ -81,18 +81,20 @@ class PollLink:
                     self._draining = True
                 case Renew() | Hello():
                     raise TypeError("not a frame of this transport")
-        except Missing as error:
-            raise LinkLost("the session is over") from error
+        except (Missing, Conflicting) as error:
+            raise LinkLost(str(error), SUPERSEDED) from error
         except (ApiProblem, Unreachable) as error:
             raise LinkLost(str(error)) from error
 
-    async def _report(self, report: Report) -> Ack:
+    async def _report(self, report: Report) -> Ack | Trouble:
         call = Call(method="POST", path=f"{self._path}/report", body=_encode(report))
         try:
             ack: Ack = (await self._http.send(call)).json(Ack)
             return ack
-        except (Conflicting, InvalidRequest) as problem:
-            if len(report.done) != 1:
+        except InvalidRequest as problem:
+            return Trouble(code=problem.code, detail=problem.detail)
+        except Conflicting as problem:
+            if len(report.done) != 1 or problem.task_id != report.done[0].task_id:
                 raise
             return Ack(
                 id=report.id,
@@ -103,7 +105,7 @@ class PollLink:
         """Return the next frame."""
         frame = await self._inbox.get()
         if isinstance(frame, SdkError):
-            raise LinkLost(str(frame)) from frame
+            raise LinkLost(str(frame), SUPERSEDED if isinstance(frame, Missing | Conflicting) else 0) from frame
         return frame
 
     async def close(self) -> None:

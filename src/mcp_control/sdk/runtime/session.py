@@ -7,7 +7,7 @@ section 2, "Agent SDK"): work is stopped before the server can have given it to 
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -15,7 +15,7 @@ import structlog
 
 from mcp_control.agents.model import AgentSpec, Beat
 from mcp_control.sdk.runtime.figures import Figures, boottime
-from mcp_control.sdk.runtime.links import Link, LinkLost, LinkRefused
+from mcp_control.sdk.runtime.links import SUPERSEDED, Link, LinkLost, LinkRefused
 from mcp_control.sdk.runtime.outbox import Outbox
 from mcp_control.sdk.runtime.workbench import Workbench
 from mcp_control.tasks.wire import Ack, BeatAck, Bye, Cancel, Done, Heartbeat, Hello, Order, Tasks, Trouble, Welcome
@@ -24,9 +24,10 @@ LEASE_SHARE: Final = 0.75
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 10.0
 LEAVE_SECONDS: Final = 5.0
-SERVER_RESTARTS: Final = 1012
-TRY_LATER: Final = 1013
-SUPERSEDED: Final = 4409
+TRY_LATER: Final = 1013  # close code: overloaded, or this end is too slow
+PASSING: Final = frozenset(
+    {"agent-suspended", "overloaded", "store-unavailable", "storage-full", "outcome-unknown", "conflict", "internal"}
+)
 
 log = structlog.get_logger("mcp_control.agent")
 Opener = Callable[[Hello], Awaitable[Link]]
@@ -109,7 +110,10 @@ class Session:
                 opened_at = boottime()
                 try:
                     hello = Hello(
-                        agent=self._spec, instance_id=self.instance_id, software=self._software, beat=self._beat()
+                        agent=self._spec,
+                        instance_id=self.instance_id,
+                        software=self._software,
+                        beat=self._beat(self._outbox.untold),
                     )
                     self._link = await connect(hello)
                     self._welcomed(self._link.welcome, opened_at)
@@ -122,7 +126,7 @@ class Session:
                     if lost.code == SUPERSEDED:
                         self._instance_over()
                 except LinkRefused as refused:
-                    if refused.status in (401, 403) or refused.status == 422 or refused.code == "unsupported-protocol":
+                    if refused.code not in PASSING and (refused.status in (0, 401, 403) or 404 < refused.status < 429):
                         raise
                     wait = refused.retry_after
                     log.warning("connection.refused", status=refused.status, reason=str(refused))
@@ -242,6 +246,8 @@ class Session:
                 self._ordered(frame)
             elif isinstance(frame, Trouble):
                 log.error("frame.refused", code=frame.code, detail=frame.detail)
+                outbox.not_understood(frame.code, frame.detail)
+                self.wake()
 
     def _acked(self, ack: Ack) -> None:
         self._outbox.acked(ack)
@@ -273,7 +279,7 @@ class Session:
         if order.order == "retire":
             self._retiring = asyncio.create_task(self.drain(float("inf")))
 
-    def _beat(self) -> Beat:
+    def _beat(self, ended: Sequence[str] = ()) -> Beat:
         figures, bench = self._figures, self.bench
         bench.tick += 1
         return Beat(
@@ -282,7 +288,7 @@ class Session:
             memory_mb=figures.memory_mb(),
             load=figures.load(),
             free_slots=self.free_slots,
-            running=list(bench.works),
+            running=[*bench.works, *ended],
         )
 
     async def _beats(self, link: Link) -> None:

@@ -163,6 +163,8 @@ class Workbench:
                     continue
                 self.stop([assignment.task_id], "gone", grace=0.0)
                 self.works.pop(assignment.task_id, None)
+            if self._outbox.holds(assignment.task_id, assignment.lease_token):
+                continue  # done already; the server has not heard yet
             handler = self._handlers.get(assignment.type)
             if handler is None:
                 failure = Failure(
