@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from mcp_control.techdeck.formats.mapping import RULES, clean, prepare
+from mcp_control.techdeck.formats.recognise import recognise
 from mcp_control.techdeck.model import DataError
 from tests.techdeck.stages import Outcome, run
 
@@ -350,3 +354,41 @@ def test_ambiguous_columns_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\(question, query, answer\)") as caught:
         run(b"question,query,answer\na,b,c\n", tmp_path, "t.csv")
     assert caught.value.code == "E_AMBIGUOUS_COLUMNS"
+
+
+TEXT = st.text(alphabet="ab \n\r:é\u0301<|", max_size=12)
+WORDS = st.text(alphabet="abé ,", min_size=1, max_size=12).map(lambda text: f"x{text}x")
+
+
+def mapped(record: Any) -> list[tuple[str, str]]:
+    """Roles and texts by the record's own rule."""
+    prepared, _ = prepare(record)
+    name = recognise(prepared)
+    assert name is not None
+    return [(role, text) for role, text, _, _ in RULES[name](prepared).messages]
+
+
+@given(turns=st.lists(st.tuples(st.sampled_from([U, A, S, "tool"]), TEXT), min_size=1, max_size=5))
+def test_lists_of_turns_agree_in_every_spelling(turns: list[tuple[str, str]]) -> None:
+    """The same turns give the same conversation as messages, as ShareGPT, as a bare list and packed into a cell."""
+    pairs = [{"role": role, "content": text} for role, text in turns]
+    shares = [{"from": role, "value": text} for role, text in turns]
+    wanted = [(role, clean(text)) for role, text in turns]
+    assert mapped({"messages": pairs}) == wanted
+    assert mapped({"conversations": pairs}) == wanted
+    assert mapped({"conversations": shares}) == wanted
+    assert mapped({"conversations": json.dumps(shares)}) == wanted
+    assert mapped(pairs) == wanted
+    assert mapped({"dialog": [{"speaker": role, "text": text} for role, text in turns]}) == wanted
+
+
+@given(texts=st.lists(WORDS, min_size=2, max_size=6))
+def test_alternating_turns_agree_in_every_spelling(texts: list[str]) -> None:
+    """Alternating turns give the same conversation as strings, ChatML text, transcript and PersonaChat."""
+    wanted = [(A if index % 2 else U, clean(text)) for index, text in enumerate(texts)]
+    labels = [("Human", "Assistant")[index % 2] for index in range(len(texts))]
+    assert mapped(texts) == wanted
+    assert mapped({"text": "\n".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))}) == wanted
+    tags = "\n".join(f"<|im_start|>{role}\n{text}<|im_end|>" for role, text in wanted)
+    assert mapped({"text": tags}) == wanted
+    assert mapped({"utterances": [{"history": texts[:-1], "candidates": ["no", texts[-1]]}]}) == wanted

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,6 +78,24 @@ def test_containers_are_known_by_their_bytes(
     assert outcome.ingested.plan.container == container
     assert outcome.ingested.plan.compression == ("gzip" if packed else "none")
     assert len(outcome.conversations) == rows
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_compressed_members_are_one_stream(pack: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Compressed files put one after another are read to the end, even if a record spans two; zero padding is ignored."""
+    data = dumps(QA, QA, QA)
+    outcome = run(pack(data[:40]) + pack(data[40:]) + b"\x00" * 16, tmp_path)
+    assert len(outcome.conversations) == 3
+    assert outcome.ingested.errors == []
+
+
+def test_many_bad_rows_stay_bounded(tmp_path: Path) -> None:
+    """After 10,000 rejected rows only place, reason and digest are kept of further ones; the counts stay exact."""
+    outcome = run(dumps(QA) + b"\n" + b"{broken\n" * 10_050 + dumps(QA), tmp_path)
+    assert outcome.ingested.rejected_by_code == {"E_JSON": 10_050}
+    assert [outcome.quarantine[index]["raw"] for index in (9_999, 10_000)] == ["{broken", ""]
+    assert outcome.quarantine[-1]["sha256"] == hashlib.sha256(b"{broken").hexdigest()
+    assert len(outcome.conversations) == 2
 
 
 def test_parquet_rows(tmp_path: Path) -> None:
@@ -170,7 +190,7 @@ def test_partitions_depend_on_the_records_alone(tmp_path: Path) -> None:
     sizes = []
     for compression in ("none", "gzip", "zstd"):
         path = tmp_path / compression
-        generate(path, seed=1, n=500, compression=compression)  # type: ignore[arg-type]  # a plain string here
+        generate(path, seed=1, n=500, compression=compression)
         options = Options(ingest=IngestOptions(partition_bytes=64 * 1024))
         ingested = ingest(path, "data", tmp_path / f"{compression}.out", options, quiet)
         sizes.append([part.rows for part in ingested.partitions])

@@ -3,11 +3,16 @@
 import hashlib
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from mcp_control.techdeck.ingestion import ingest
 from mcp_control.techdeck.model import IngestOptions, Options
+from mcp_control.techdeck.standardization import standardize
 from mcp_control.techdeck.synthetic import Compression, Container, Shape, generate
-from tests.techdeck.stages import run_path
+from mcp_control.techdeck.validation.detectors import CLASSES
+from mcp_control.techdeck.validation.stage import validate
+from tests.techdeck.stages import quiet, run_path
 
 SHAPES: list[Shape] = ["messages", "alpaca", "sharegpt", "qa", "transcript"]
 CONTAINERS: list[Container] = ["jsonl", "json", "csv", "parquet"]
@@ -59,6 +64,29 @@ def test_planted_text_arrives(shape: Shape, container: Container, tmp_path: Path
         assert code == "E_EMPTY_CONTENT"
         assert not by_row[row]["messages"][-1]["content"].strip()
     assert [row for row, item in by_row.items() if "W_ENCODING_MIXED" in item["flags"]] == truth.departing
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_validation_equals_the_truth(shape: Shape, tmp_path: Path) -> None:
+    """Stage 3 sets the blank rows aside, finds the classes of planted personal data row by row, and nothing else."""
+    path = tmp_path / "data.bin"
+    truth = generate(path, seed=11, n=600, shape=shape)
+    ingested = ingest(path, "data", tmp_path / "raw", Options(), quiet)
+    done = standardize(ingested.partitions[0].path, ingested.plan, tmp_path / "standard", Options(), quiet)
+    assert done.conversations is not None
+
+    validated = validate(done.conversations, tmp_path / "valid", Options(), quiet)
+
+    assert validated.conversations is not None
+    assert validated.quarantine is not None
+    quarantine = pl.read_parquet(validated.quarantine)
+    assert dict(zip(quarantine["row"], quarantine["code"], strict=True)) == truth.rejected_rows("validation")
+    rows = pl.read_parquet(validated.conversations).select("source", "validation").to_dicts()
+    found = {row["source"]["row"]: row["validation"]["pii_classes"] for row in rows}
+    planted = {planted.row: [planted.kind] for planted in truth.pii}
+    assert {row: classes for row, classes in found.items() if classes} == planted
+    assert {kind for (kind,) in planted.values()} == set(CLASSES)
+    assert sorted(row["source"]["row"] for row in rows if row["validation"]["same_role_pairs"]) == truth.same_role
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)

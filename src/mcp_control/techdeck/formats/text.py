@@ -10,12 +10,18 @@ LEAD_LIMIT = 500
 """Characters before the first label that still pass for a system message."""
 
 _CHATML = re.compile(r"<\|im_start\|>[ \t]*([^\s<]*)[ \t]*\r?\n?(.*?)(<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL)
-_KNOWN = re.compile(
-    r"^[ \t]*((?i:Human|User|Client|Patient|Seeker|Assistant|Bot|Therapist|Counsell?or|Supporter|System)|AI|Q|A)"
-    r"[ \t]*:[ \t]*",
-    re.MULTILINE,
-)
-_NAMED = re.compile(r"^[ \t]*([^\W\d_][\w.'-]{0,20}(?: [^\W\d_][\w.'-]{0,20}){0,2})[ \t]*:[ \t]*", re.MULTILINE)
+_NAME = re.compile(r"[^\W\d_][\w.'-]{0,20}(?: [^\W\d_][\w.'-]{0,20}){0,2}")
+_LONGEST = 70
+_UPPER = ("q", "a", "ai")
+"""Labels that count only in capitals."""
+
+
+class Mark(NamedTuple):
+    """A label at the start of a line: where its line and its text begin."""
+
+    start: int
+    body: int
+    name: str
 
 
 class Turns(NamedTuple):
@@ -44,33 +50,53 @@ def chatml_turns(text: str) -> Turns:
 
 def is_transcript(text: str) -> bool:
     """True with labels of two roles at line starts, or with exactly two recurring unknown names."""
-    if ":" not in text:
-        return False
-    return len(_roles(text)) >= 2 or len(_names(text)) == 2
+    marks = _marks(text)
+    return len(_roles(marks)) >= 2 or len(_names(marks)) == 2
 
 
 def transcript_turns(text: str) -> Turns:
     """Turns of a transcript, split at line starts only; what precedes the first label is `lead`."""
-    if len(_roles(text)) >= 2:
-        marks = [(m.start(), m.end(), LABELS[m[1].casefold()]) for m in _KNOWN.finditer(text)]
-        confidence = 1.0
+    marks = _marks(text)
+    confidence = 1.0
+    if len(_roles(marks)) >= 2:
+        labelled = [(mark, role) for mark in marks if (role := _role(mark.name)) is not None]
     else:
-        names = _names(text)
-        roles = dict(zip(names, ("user", "assistant"), strict=False))
-        marks = [(m.start(), m.end(), roles[m[1]]) for m in _NAMED.finditer(text) if m[1] in roles]
+        roles = dict(zip(_names(marks), ("user", "assistant"), strict=False))
+        labelled = [(mark, roles[mark.name]) for mark in marks if mark.name in roles]
         confidence = 0.5
-    if not marks:
+    if not labelled:
         return Turns([])
-    ends = [start for start, _, _ in marks[1:]] + [len(text)]
-    turns = [(role, text[begin:end].strip()) for (_, begin, role), end in zip(marks, ends, strict=True)]
-    return Turns(turns, confidence, lead=text[: marks[0][0]].strip())
+    ends = [mark.start for mark, _ in labelled[1:]] + [len(text)]
+    turns = [(role, text[mark.body : end].strip()) for (mark, role), end in zip(labelled, ends, strict=True)]
+    return Turns(turns, confidence, lead=text[: labelled[0][0].start].strip())
 
 
-def _roles(text: str) -> set[str]:
-    return {LABELS[match[1].casefold()] for match in _KNOWN.finditer(text)} - {"system"}
+def _marks(text: str) -> list[Mark]:
+    """Every line start that could be a label."""
+    marks: list[Mark] = []
+    start = 0
+    while start < len(text):
+        colon = text.find(":", start, start + _LONGEST)
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        if 0 < colon < end:
+            name = text[start:colon].strip()
+            if name:
+                marks.append(Mark(start, colon + 1, name))
+        start = end + 1
+    return marks
 
 
-def _names(text: str) -> list[str]:
+def _role(name: str) -> str | None:
+    folded = name.casefold()
+    return None if folded in _UPPER and not name.isupper() else LABELS.get(folded)
+
+
+def _roles(marks: list[Mark]) -> set[str]:
+    return {role for mark in marks if (role := _role(mark.name)) is not None} - {"system"}
+
+
+def _names(marks: list[Mark]) -> list[str]:
     """Names that label at least two lines, in order of appearance."""
-    counts = Counter(match[1] for match in _NAMED.finditer(text))
-    return [name for name, times in counts.items() if times >= 2]
+    counts = Counter(mark.name for mark in marks)
+    return [name for name, times in counts.items() if times >= 2 and _NAME.fullmatch(name)]

@@ -94,7 +94,7 @@ def _json_shape(text: bytes, *, whole: bool, limit: int, named: bool) -> Contain
     if not whole and len(found) > 1 and len(found) <= _LINES:
         found.pop()  # may be cut
     alone = [_parse(line) is not None for line in found]
-    if len(found) >= 2 and (all(alone[:2]) or sum(alone) > len(alone) / 2):
+    if len(found) >= 2 and (alone[0] or sum(alone) > len(alone) / 2):
         return "jsonl"
     end = _first_value_end(text)
     if end is not None:
