@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,8 @@ _OLDEST_SQLITE: Final = (3, 51, 3)  # before it, a checkpoint at the wrong momen
 _QUICK_CHECK_BYTES: Final = 1 << 30  # a check reads the whole file: about a second per gigabyte
 _SHORT_LIST: Final = 64
 _FULL_RETRY: Final = 1.0
+_GIVE_WAY: Final = 0.0001
+_GIVE_WAY_EVERY: Final = 0.001
 _DATABASE: Final = "store.db"
 
 
@@ -77,6 +80,7 @@ class SqliteStore:
         self._tables: dict[str, Table] = {}
         self._lock: int | None = None
         self._failed = False
+        self._reading = 0
         self._connections: list[apsw.Connection] = []
         self._connection_of = threading.local()
 
@@ -84,6 +88,11 @@ class SqliteStore:
     def writable(self) -> bool:
         """Whether commits are accepted: false while the disk is full, after it failed, and when closed."""
         return self._lock is not None and not self._failed and not self._writer.read_only
+
+    @property
+    def waiting(self) -> int:
+        """Changes that wait for a commit."""
+        return self._writer.waiting if self._lock is not None else 0
 
     # --- open and close -------------------------------------------------------------------------------------------
 
@@ -268,10 +277,21 @@ class SqliteStore:
                 connection = self._connection_of.connection = self._connect(reader=True)
             return read(connection)
 
+        self._reading += 1
+        if self._reading == 1:
+            self._loop.call_later(_GIVE_WAY_EVERY, self._give_way)
         try:
             return await self._loop.run_in_executor(self._pool, run)
         except apsw.Error as error:
             raise _unreadable(error) from error
+        finally:
+            self._reading -= 1
+
+    def _give_way(self) -> None:
+        """While threads read, leave them the interpreter lock from time to time: a busy loop would starve them (see `writer.py`)."""
+        if self._reading:
+            time.sleep(_GIVE_WAY)
+            self._loop.call_later(_GIVE_WAY_EVERY, self._give_way)
 
     def _disk_failed(self, problem: Problem) -> None:
         self._failed = True

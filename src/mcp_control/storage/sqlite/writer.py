@@ -1,15 +1,19 @@
 """Group commit: what arrives while one commit runs is the next one; there is no timer.
 
-Statements run on the event-loop thread, in slices so that other work gets its turn; COMMIT and checkpoints, which wait for the
-disk without holding the interpreter lock, run in one thread of their own. The connection is used by one of the two at a time.
-Measurements and the alternatives: docs/decisions/0001-group-commit.md.
+Statements run on the event-loop thread, in slices so that other work gets its turn. COMMIT and checkpoints, which wait for the disk,
+run in a thread of their own; the loop waits for them for up to a millisecond, which a good disk never uses up, and then does other work.
+The connection is used by one of the two threads at a time.
+
+Why the loop waits at all: a thread that comes back from the disk needs the interpreter lock, and a loop that is always busy takes the
+lock again faster than a waiting thread wakes up. Without giving way, a commit of 0.3 ms was seen to take 400. Measurements and the
+alternatives: docs/decisions/0001-group-commit.md.
 """
 
 import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 import apsw
@@ -24,6 +28,9 @@ from mcp_control.storage.sqlite.apply import Applier
 _log = structlog.get_logger(__name__)
 _BUSY_TRIES: Final = 250
 _BUSY_PAUSE: Final = 0.02
+_PATIENCE: Final = 0.001  # how long the loop stands still for a commit
+_GIVE_WAY: Final = 0.0001  # how long it does so again, each time,
+_GIVE_WAY_EVERY: Final = 0.001  # while the disk is not ready
 
 Outcomes = list[Problem | None]
 Job = Callable[[apsw.Connection, int], Any]  # something else than changes to do in a transaction; gets the newest seq
@@ -84,7 +91,6 @@ class GroupCommit:
     ) -> None:
         self.newest_seq = newest_seq
         self.read_only = False
-        self.commits = 0
         self._connection = connection
         self._applier = applier
         self._committed = committed
@@ -103,11 +109,16 @@ class GroupCommit:
         self._batch: list[_Call] = []
         self._facts: list[Fact] = []
         self._stored: list[StoredFact] = []
-        self._log_pages = 0
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        connection.set_wal_hook(self._note_log_pages)
+        self._pages_at_checkpoint = 0
+        self._jobs: SimpleQueue[str | None] = SimpleQueue()
+        self._done: SimpleQueue[apsw.Error | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="sqlite-commit", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Changes that are queued behind the one transaction under way."""
+        return self._waiting_changes
 
     # --- what callers do ------------------------------------------------------------------------------------------
 
@@ -205,7 +216,8 @@ class GroupCommit:
             assert call is not None
             self._drop(call, error)
         else:
-            self._jobs.put(self._commit)
+            self._jobs.put("COMMIT")
+            self._await_disk(self._finished, _PATIENCE)
 
     def _drop(self, call: _Call, error: Exception) -> None:
         """Take the transaction back and build it again without this call."""
@@ -236,49 +248,50 @@ class GroupCommit:
     # --- the commit thread ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        execute = self._connection.cursor().execute
+        while (sql := self._jobs.get()) is not None:
+            try:
+                execute(sql).fetchall()
+            except apsw.Error as error:
+                self._done.put(error)
+            else:
+                self._done.put(None)
 
-    def _commit(self) -> None:
-        error: apsw.Error | None = None
+    def _await_disk(self, then: Callable[[apsw.Error | None], None], patience: float) -> None:
+        """Call `then` with the outcome of the job under way: at once, or from the loop when it is there."""
         try:
-            self._connection.execute("COMMIT")
-        except apsw.Error as caught:
-            error = caught
-        checkpoint = error is None and self._log_pages >= self._checkpoint_pages
-        self._loop.call_soon_threadsafe(self._finished, error, checkpoint)
-        if checkpoint:
-            self._checkpoint()
-            self._loop.call_soon_threadsafe(self._free)
-
-    def _checkpoint(self) -> None:
-        try:
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-        except (
-            apsw.Error
-        ) as error:  # the log keeps everything; the next commit tries again, and reports what does not pass
-            _log.warning("checkpoint-failed", error=str(error))
-
-    def _note_log_pages(self, _connection: apsw.Connection, _name: str, pages: int) -> int:
-        self._log_pages = pages
-        return apsw.SQLITE_OK
+            outcome = self._done.get(timeout=patience)
+        except Empty:
+            self._loop.call_later(_GIVE_WAY_EVERY, self._await_disk, then, _GIVE_WAY)
+        else:
+            then(outcome)
 
     # --- after the commit, on the loop ----------------------------------------------------------------------------
 
-    def _finished(self, error: apsw.Error | None, checkpointing: bool) -> None:
+    def _finished(self, error: apsw.Error | None) -> None:
         calls, self._batch = self._batch, []
-        if error is None:
-            self.commits += 1
-            if self._stored:
-                stored, self._stored = self._stored, []
-                self.newest_seq = stored[-1].seq
-                self._committed(stored)
-            for call in calls:
-                call.succeed()
-        else:
+        if error is not None:
             self._commit_failed(calls, error)
-        if not checkpointing:
             self._free()
+            return
+        if self._stored:
+            stored, self._stored = self._stored, []
+            self.newest_seq = stored[-1].seq
+            self._committed(stored)
+        for call in calls:
+            call.succeed()
+        written = self._connection.status(apsw.SQLITE_DBSTATUS_CACHE_WRITE)[0]
+        if written - self._pages_at_checkpoint < self._checkpoint_pages:
+            self._free()
+        else:
+            self._pages_at_checkpoint = written
+            self._jobs.put("PRAGMA wal_checkpoint(PASSIVE)")
+            self._await_disk(self._checkpointed, _GIVE_WAY)
+
+    def _checkpointed(self, error: apsw.Error | None) -> None:
+        if error is not None:  # the log keeps everything; the next commit tries again, and reports what does not pass
+            _log.warning("checkpoint-failed", error=str(error))
+        self._free()
 
     def _commit_failed(self, calls: list[_Call], error: apsw.Error) -> None:
         self._stored = []
@@ -325,7 +338,7 @@ class GroupCommit:
 
     def _free(self) -> None:
         if self._waiting:
-            self._begin()
+            self._loop.call_soon(self._begin)  # callers that were just answered may have more for this transaction
             return
         self._busy = False
         idle, self._idle = self._idle, []
