@@ -29,7 +29,10 @@ def resume(run: Run, now: int) -> Run:
 
 
 def cancel(run: Run, request: Request) -> Run:
-    """Stop: nothing starts, what runs is cancelled. A run that is failing already stays failed. Raises InvalidTransition when it has ended."""
+    """Let nothing start and have cancelled what runs; a run that is failing already stays failed.
+
+    Raises InvalidTransition when the run has ended.
+    """
     allow("cancel", run)
     if run.cancel is not None:
         return run

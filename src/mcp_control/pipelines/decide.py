@@ -358,7 +358,7 @@ class _Draft:
             place for place, (old, new) in enumerate(zip(before.stages, self._stages, strict=True)) if old is not new
         ]
         if run is before and not changed:
-            return Decision(run=before)
+            return Decision(run=before, cancel=self._cancel)
         stages = self._stages
         if self._start and run.started_at is None:
             run = replace(run, started_at=self._now)

@@ -28,12 +28,13 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole definition. `order` lists places so that needs come first."""
+    """A whole definition. `order` lists places so that needs come first; `read` names the stages whose outputs others read."""
 
     spec: PipelineSpec
     stages: tuple[PlannedStage, ...]
     place_of: dict[str, int]
     order: tuple[int, ...]
+    read: frozenset[str]
 
     def descendants(self, place: int) -> set[int]:
         """Return the places of all stages that come after one."""
@@ -59,7 +60,13 @@ def compile_plan(spec: PipelineSpec) -> Plan:
         _planned(place, stage, place_of, tuple(after[place]), spec.spec.priority) for place, stage in enumerate(stages)
     )
     order = tuple(TopologicalSorter({stage.place: stage.needs for stage in planned}).static_order())
-    return Plan(spec=spec, stages=planned, place_of=place_of, order=order)
+    read: set[str] = set()
+    for each in planned:
+        read |= each.payload.stages
+        for part in (each.over, each.combine, each.gate):
+            if part is not None:
+                read |= part.stages
+    return Plan(spec=spec, stages=planned, place_of=place_of, order=order, read=frozenset(read))
 
 
 def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[int, ...], priority: int) -> PlannedStage:

@@ -1,0 +1,140 @@
+"""Definitions written in Python. Imports models only, so that the SDK can offer it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from mcp_control.pipelines.model import Body, Combine, FanOut, Gate, Metadata, Param, PipelineSpec, Stage
+from mcp_control.tasks.model import Needs, RetryPolicy
+
+
+class StageHandle:
+    """A stage in the making: name it in `needs` of later ones, put `output` into their `with_`."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    @property
+    def output(self) -> str:
+        """The expression for the whole output of the stage."""
+        return self.field()
+
+    def field(self, *path: str | int) -> str:
+        """Return the expression for a part of the output, e.g. `field("artifact", "id")`."""
+        steps = "".join(f"[{json.dumps(step)}]" for step in path)
+        head = f"stages.{self.id}" if re.fullmatch(r"[A-Za-z_]\w*", self.id) else f"stages[{json.dumps(self.id)}]"
+        return "${{ " + head + ".output" + steps + " }}"
+
+
+class PipelineBuilder:
+    """A definition written in Python.
+
+    ::
+
+        p = PipelineBuilder("nightly")
+        source = p.param("source")
+        raw = p.stage("ingest", "dataset.ingest", with_={"url": source})
+        p.stage("report", "dataset.report", needs=[raw], with_={"data": raw.output})
+        spec = p.build()
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        description: str = "",
+        labels: Mapping[str, str] | None = None,
+        priority: int = 50,
+        deadline_seconds: float | None = None,
+        max_running: int | None = None,
+    ) -> None:
+        self._metadata = Metadata(name=name, description=description, labels=dict(labels or {}))
+        self._stages: list[Stage] = []
+        self._params: dict[str, Param] = {}
+        self._priority = priority
+        self._deadline_seconds = deadline_seconds
+        self._max_running = max_running
+
+    def param(
+        self,
+        name: str,
+        type: str = "string",
+        *,
+        required: bool = True,
+        default: object = msgspec.UNSET,
+        choices: Sequence[object] = (),
+        description: str = "",
+    ) -> str:
+        """Declare a parameter and return the expression for its value. One with a default need not be given."""
+        data: dict[str, object] = {
+            "type": type,
+            "required": required,
+            "description": description,
+            "choices": list(choices),
+        }
+        if default is not msgspec.UNSET:
+            data["default"] = default
+        self._params[name] = msgspec.convert(data, Param)
+        return "${{ params." + name + " }}"
+
+    def stage(
+        self,
+        id: str,
+        uses: str,
+        *,
+        with_: Mapping[str, object] | None = None,
+        needs: Sequence[StageHandle | str] = (),
+        version: str = "*",
+        fan_out: FanOut | str | None = None,
+        combine: Combine | str | None = None,
+        gate: Gate | str | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+        requires: Needs | None = None,
+        priority: int | None = None,
+        description: str = "",
+    ) -> StageHandle:
+        """Add a stage. `fan_out` may be the expression for the list, `combine` the task type, `gate` the condition alone."""
+        if isinstance(fan_out, str):
+            fan_out = FanOut(
+                over=_bare(fan_out), combine=Combine(uses=combine) if isinstance(combine, str) else combine
+            )
+        self._stages.append(
+            Stage(
+                id=id,
+                uses=uses,
+                version=version,
+                needs=[need.id if isinstance(need, StageHandle) else need for need in needs],
+                with_=dict(with_ or {}),
+                fan_out=fan_out,
+                gate=Gate(check=_bare(gate)) if isinstance(gate, str) else gate,
+                retry=retry,
+                timeout=timeout,
+                requires=requires or Needs(),
+                priority=priority,
+                description=description,
+            )
+        )
+        return StageHandle(id)
+
+    def build(self) -> PipelineSpec:
+        """Return the definition. The server validates it when it is created."""
+        return PipelineSpec(
+            metadata=self._metadata,
+            spec=Body(
+                stages=list(self._stages),
+                params=dict(self._params),
+                priority=self._priority,
+                deadline_seconds=self._deadline_seconds,
+                max_running=self._max_running,
+            ),
+        )
+
+
+def _bare(expression: str) -> str:
+    text = expression.strip()
+    return text[3:-2].strip() if text.startswith("${{") and text.endswith("}}") else text

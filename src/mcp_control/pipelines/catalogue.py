@@ -1,0 +1,116 @@
+"""The catalogue of definitions: each accepted change is a new version, and versions never change."""
+
+import builtins
+from collections.abc import Callable, Collection
+from hashlib import sha256
+from typing import Final
+
+from msgspec.structs import replace
+
+from mcp_control.events.log import fact
+from mcp_control.kernel.changes import Change, Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import Conflict, NotFound
+from mcp_control.kernel.ids import IdSource, is_id
+from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.pipelines.definition import to_json
+from mcp_control.pipelines.model import Pipeline, PipelineSpec, PipelineView
+from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
+from mcp_control.pipelines.validate import validate
+from mcp_control.security.model import Actor
+from mcp_control.storage.ports import Store
+
+_TRIES: Final = 10
+
+
+class Catalogue:
+    """Keeps definitions.
+
+    Args:
+        offered: names of the capabilities that registered agents of a tenant have, for warnings; None leaves that out.
+    """
+
+    def __init__(
+        self, store: Store, clock: Clock, ids: IdSource, offered: Callable[[str], Collection[str]] | None = None
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._ids = ids
+        self._offered = offered
+
+    def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
+        """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
+        return validate(spec, None if self._offered is None else self._offered(actor.tenant))
+
+    async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
+        """Accept a definition as the newest version of its name, and say whether it is new: one equal to the newest is that one.
+
+        Raises:
+            InvalidPipeline: with all that is wrong.
+            Conflict: too many at once.
+        """
+        self.check(actor, spec)
+        digest = sha256(to_json(spec)).hexdigest()
+        for _ in range(_TRIES):
+            now = self._clock.now()
+            latest = await self._latest(actor.tenant, spec.metadata.name)
+            if latest is not None and latest.digest == digest:
+                return latest, False
+            pipeline = Pipeline(
+                id=self._ids.new("pipe"),
+                version=1,
+                tenant=actor.tenant,
+                name=spec.metadata.name,
+                number=1 if latest is None else latest.number + 1,
+                spec=spec,
+                digest=digest,
+                created_at=now,
+                created_by=actor.id,
+            )
+            # The mark of the newest is unique, so the old one gives it up first.
+            old = [] if latest is None else [write_pipeline(replace(latest, version=latest.version + 1), latest=False)]
+            data = {"name": pipeline.name, "version": pipeline.number}
+            created = fact("pipeline.created", pipeline.id, actor.id, now, data, tenant=actor.tenant)
+            outcome = (
+                await self._store.commit([Change([*old, write_pipeline(pipeline, latest=True)], (), [created])])
+            )[0]
+            if outcome is None:
+                return pipeline, True
+            if not isinstance(outcome, Conflict):
+                raise outcome
+        raise Conflict("too many changes to this pipeline at once")
+
+    async def get(self, actor: Actor, ref: str, version: int | None = None) -> Pipeline:
+        """Return a definition by id or name, with `version` that version of its name, else the newest. Raises NotFound."""
+        found: Pipeline | None = None
+        name: str | None = ref
+        if ref.startswith("pipe_") and is_id(ref):
+            entity = (await self._store.get("pipeline", [ref]))[0]
+            found = None if entity is None else read_pipeline(entity)
+            name = None if found is None or found.tenant != actor.tenant else found.name
+        if name is not None and version is not None:
+            where = [Where("name_number", "eq", scoped(actor.tenant, name, version))]
+            rows = await self._store.find("pipeline", Query(where=where, limit=1))
+            found = read_pipeline(rows[0]) if rows else None
+        elif name is not None and found is None:
+            found = await self._latest(actor.tenant, name)
+        if found is None or found.tenant != actor.tenant:
+            raise NotFound("no such pipeline")
+        return found
+
+    async def list(self, actor: Actor, *, cursor: str | None = None, limit: int = 50) -> Page[PipelineView]:
+        """Return a page of the newest versions, by name."""
+        after = None if cursor is None else decode_cursor("pipelines", cursor, 2)
+        where = [Where("latest", "ge", scoped(actor.tenant, "")), Where("latest", "lt", actor.tenant + "\x20")]
+        rows = await self._store.find("pipeline", Query(where=where, order="latest", after=after, limit=limit + 1))
+        more = len(rows) > limit
+        last = rows[limit - 1] if more else None
+        items = [pipeline_view(read_pipeline(row), with_spec=False) for row in rows[:limit]]
+        return Page(
+            items=items,
+            next_cursor=None if last is None else encode_cursor("pipelines", [last.index["latest"], last.id]),
+        )
+
+    async def _latest(self, tenant: str, name: str) -> Pipeline | None:
+        rows = await self._store.find("pipeline", Query(where=[Where("latest", "eq", scoped(tenant, name))], limit=1))
+        return read_pipeline(rows[0]) if rows else None

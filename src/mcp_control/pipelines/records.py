@@ -1,0 +1,231 @@
+"""Pipelines and runs to and from the store and the wire: encoding, index values, facts, views."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.events.log import fact
+from mcp_control.kernel.changes import Entity, Fact, IndexValue
+from mcp_control.kernel.clock import to_datetime
+from mcp_control.pipelines.model import (
+    RUN_FINAL,
+    STAGE_FINAL,
+    Pipeline,
+    PipelineView,
+    Run,
+    RunState,
+    RunView,
+    StageRun,
+    StageState,
+    StageView,
+)
+from mcp_control.pipelines.plan import Plan
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode_run: Final = msgspec.msgpack.Decoder(Run).decode
+_decode_pipeline: Final = msgspec.msgpack.Decoder(Pipeline).decode
+_SEPARATOR: Final = "\x1f"
+
+
+def scoped(tenant: str, *parts: str | int) -> str:
+    """Return an index value that counts within a tenant."""
+    return _SEPARATOR.join((tenant, *map(str, parts)))
+
+
+def write_run(run: Run, cold: Mapping[str, bytes]) -> tuple[Run, Entity]:
+    """Return the run as it is after this write, and the entity that writes it over the version it was read at."""
+    read_at = run.version
+    after = replace(run, version=read_at + 1)
+    final = after.state in RUN_FINAL
+    key = after.idempotency_key
+    index: dict[str, IndexValue] = {
+        "tenant": after.tenant,
+        "state": after.state.value,
+        "pipeline": after.pipeline,
+        "unique_key": None if key is None else scoped(after.tenant, after.origin.principal, key),
+        "due": None if final else after.deadline_at,
+        "finished": after.finished_at if final else None,
+    }
+    return after, Entity("run", after.id, read_at, index, _encode(after), cold)
+
+
+def read_run(entity: Entity) -> Run:
+    """Return the run in a stored entity."""
+    return _decode_run(entity.hot)
+
+
+def write_pipeline(pipeline: Pipeline, latest: bool) -> Entity:
+    """Return the entity that writes a version of a definition; `latest` marks the newest."""
+    key = scoped(pipeline.tenant, pipeline.name)
+    index: dict[str, IndexValue] = {
+        "tenant": pipeline.tenant,
+        "name": key,
+        "name_number": scoped(pipeline.tenant, pipeline.name, pipeline.number),
+        "latest": key if latest else None,
+    }
+    return Entity("pipeline", pipeline.id, pipeline.version - 1, index, _encode(pipeline))
+
+
+def read_pipeline(entity: Entity) -> Pipeline:
+    """Return the definition in a stored entity."""
+    return replace(_decode_pipeline(entity.hot), version=entity.version)
+
+
+# --- facts --------------------------------------------------------------------------------------------------------
+
+
+def run_fact(kind: str, run: Run, actor: str, now: int) -> Fact:
+    """Return the fact that `kind` happened to a run."""
+    data: dict[str, object] = {"pipeline": run.pipeline, "state": run.state.value}
+    if run.reason:
+        data["reason"] = run.reason
+        data["message"] = run.message[:500]
+    return fact(kind, run.id, actor, now, data, tenant=run.tenant, run=run.id)
+
+
+def stage_fact(kind: str, run: Run, stage: StageRun, actor: str, now: int) -> Fact:
+    """Return the fact that `kind` happened to a stage; its subject is the run."""
+    data: dict[str, object] = {
+        "stage": stage.id,
+        "state": stage.state.value,
+        "total": stage.total,
+        "done": stage.done,
+        "progress": stage_progress(stage),
+    }
+    if stage.counts:
+        data["counts"] = stage.counts
+    if stage.reason:
+        data["reason"] = stage.reason
+        data["message"] = stage.message[:500]
+    return fact(kind, run.id, actor, now, data, tenant=run.tenant, run=run.id)
+
+
+# --- views --------------------------------------------------------------------------------------------------------
+
+
+def stage_progress(stage: StageRun, inside: float = 0.0) -> float:
+    """Return 0 to 1: tasks done, and `inside`, the sum of what running tasks have done, of all its tasks."""
+    if stage.state is StageState.COMPLETED:
+        return 1.0
+    if not stage.total:
+        return 0.0
+    return round(min(1.0, (stage.done + inside) / stage.total), 4)
+
+
+def _moment(millis: int | None) -> datetime | None:
+    return None if millis is None else to_datetime(millis)
+
+
+def _eta(started_at: int | None, progress: float, now: int) -> datetime | None:
+    if started_at is None or not 0 < progress < 1:
+        return None
+    return to_datetime(now + round((now - started_at) * (1 - progress) / progress))
+
+
+def _stage_view(stage: StageRun, plan: Plan, place: int, now: int, inside: float) -> StageView:
+    definition = plan.stages[place].stage
+    progress = stage_progress(stage, inside)
+    counts = stage.counts
+    rate = None
+    if stage.started_at is not None:
+        seconds = ((stage.finished_at or now) - stage.started_at) / 1000
+        rows = counts.get("rows_out", counts.get("rows_in"))
+        rate = round(rows / seconds, 1) if rows is not None and seconds > 0 else None
+    return StageView(
+        name=stage.id,
+        state=stage.state,
+        uses=definition.uses,
+        needs=definition.needs,
+        progress=progress,
+        message=stage.message,
+        reason=stage.reason,
+        total=stage.total,
+        done=stage.done,
+        failed=stage.failed,
+        rows_in=counts.get("rows_in"),
+        rows_out=counts.get("rows_out"),
+        rejected=counts.get("rejected"),
+        rate=rate,
+        counts=counts,
+        started_at=_moment(stage.started_at),
+        finished_at=_moment(stage.finished_at),
+        eta=_eta(stage.started_at, progress, now) if stage.state is StageState.RUNNING else None,
+    )
+
+
+def run_view(
+    run: Run,
+    plan: Plan,
+    now: int,
+    *,
+    params: dict[str, msgspec.Raw] | None = None,
+    inside: Mapping[str, float] | None = None,
+) -> RunView:
+    """Return a run as callers see it.
+
+    Args:
+        params: its parameters, when one run is asked for.
+        inside: per stage, the sum of the progress of its running tasks.
+    """
+    stages = [
+        _stage_view(stage, plan, place, now, (inside or {}).get(stage.id, 0.0))
+        for place, stage in enumerate(run.stages)
+    ]
+    progress = (
+        1.0 if run.state is RunState.COMPLETED else round(sum(stage.progress for stage in stages) / len(stages), 4)
+    )
+    return RunView(
+        id=run.id,
+        pipeline=run.pipeline,
+        pipeline_version=run.pipeline_number,
+        state=run.state,
+        state_since=to_datetime(run.state_at),
+        created_at=to_datetime(run.created_at),
+        started_at=_moment(run.started_at),
+        finished_at=_moment(run.finished_at),
+        eta=_eta(run.started_at, progress, now) if run.state is RunState.RUNNING else None,
+        reason=run.reason,
+        message=run.message,
+        progress=progress,
+        round=run.round,
+        stages=stages,
+        summary=run.summary,
+        labels=run.labels,
+        params=params,
+        cancel_requested=run.cancel is not None,
+        etag=str(run.version),
+    )
+
+
+def pipeline_view(pipeline: Pipeline, *, with_spec: bool) -> PipelineView:
+    """Return a definition as callers see it."""
+    metadata = pipeline.spec.metadata
+    return PipelineView(
+        id=pipeline.id,
+        name=pipeline.name,
+        version=pipeline.number,
+        description=metadata.description,
+        labels=metadata.labels,
+        stages=[stage.id for stage in pipeline.spec.spec.stages],
+        created_at=to_datetime(pipeline.created_at),
+        created_by=pipeline.created_by,
+        spec=pipeline.spec if with_spec else None,
+    )
+
+
+def decided(before: Run, after: Run, moved: list[StageRun], actor: str, now: int) -> list[Fact]:
+    """Return the facts of a decision, but for progress: the run's start, stages that started or ended, the run's end."""
+    facts: list[Fact] = []
+    if before.state is RunState.PENDING and after.started_at is not None:
+        facts.append(run_fact("run.started", replace(after, state=RunState.RUNNING), actor, now))
+    for stage in moved:
+        if stage.state is StageState.RUNNING:
+            facts.append(stage_fact("stage.started", after, stage, actor, now))
+        elif stage.state in STAGE_FINAL:
+            facts.append(stage_fact(f"stage.{stage.state.value}", after, stage, actor, now))
+    if after.state in RUN_FINAL and before.state not in RUN_FINAL:
+        facts.append(run_fact(f"run.{after.state.value}", after, actor, now))
+    return facts

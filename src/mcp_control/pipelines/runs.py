@@ -1,0 +1,280 @@
+"""Runs in hand: an identity cache of active runs, and from a decision to the advance that is committed with the tasks that caused it."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final
+
+import msgspec
+import structlog
+
+from mcp_control.kernel.changes import Fact
+from mcp_control.kernel.clock import to_datetime
+from mcp_control.kernel.errors import NotFound, StoreUnavailable
+from mcp_control.pipelines.control import broken
+from mcp_control.pipelines.counting import items_in, task_id
+from mcp_control.pipelines.decide import decide
+from mcp_control.pipelines.decision import Decision, Material, Missing, Start
+from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run
+from mcp_control.pipelines.plan import Plan, compile_plan
+from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.followers import Advance, Finished, NewTask
+from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec, TaskState
+from mcp_control.tasks.records import read as read_task
+
+_log = structlog.get_logger(__name__)
+_PROGRESS_EVERY_MS: Final = 250
+_KEEP_OUTPUT: Final = 256 << 10
+_KEEP_RESULTS: Final = 4 << 20
+_LOADS_MAX: Final = 10_000
+_DEFAULT_RETRY: Final = RetryPolicy()
+_params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class Active:
+    """A run that is being worked on, with what belongs to it.
+
+    Attributes:
+        run: as stored.
+        material: outputs and results known so far; None of it is lost when it is forgotten, since it can be loaded.
+        told_at: per stage, when its progress was last announced.
+        kept: bytes of item results in memory.
+    """
+
+    __slots__ = ("kept", "material", "plan", "run", "told_at")
+
+    def __init__(self, run: Run, plan: Plan, material: Material) -> None:
+        self.run = run
+        self.plan = plan
+        self.material = material
+        self.told_at: dict[str, int] = {}
+        self.kept = 0
+
+
+class _Proposal(msgspec.Struct):
+    advance: Advance
+    active: Active
+    run: Run
+    decision: Decision
+
+
+class Plans:
+    """Compiled definitions by the id of their version, the least recently used forgotten first."""
+
+    def __init__(self, store: Store, capacity: int = 256) -> None:
+        self._store = store
+        self._capacity = capacity
+        self._kept: OrderedDict[str, Plan] = OrderedDict()
+
+    async def load(self, pipeline_id: str) -> Plan:
+        """Return the plan of a version. Raises NotFound."""
+        plan = self._kept.get(pipeline_id)
+        if plan is not None:
+            self._kept.move_to_end(pipeline_id)
+            return plan
+        entity = (await self._store.get("pipeline", [pipeline_id]))[0]
+        if entity is None:
+            raise NotFound("no such pipeline version")
+        return self.of(read_pipeline(entity))
+
+    def of(self, pipeline: Pipeline) -> Plan:
+        """Return the plan of a definition in hand."""
+        plan = self._kept.get(pipeline.id)
+        if plan is None:
+            plan = self._kept[pipeline.id] = compile_plan(pipeline.spec)
+            if len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
+        return plan
+
+
+class Runs:
+    """Loads runs, decides, proposes advances and hears how their commit ended."""
+
+    def __init__(self, store: Store, plans: Plans, capacity: int = 2000) -> None:
+        self._store = store
+        self._plans = plans
+        self._capacity = capacity
+        self._active: OrderedDict[str, Active] = OrderedDict()
+        self._proposals: dict[int, _Proposal] = {}
+
+    async def load(self, run_id: str) -> Active | None:
+        """Return a run, from memory while it is active."""
+        active = self._active.get(run_id)
+        if active is not None:
+            self._active.move_to_end(run_id)
+            return active
+        entity = (await self._store.get("run", [run_id]))[0]
+        if entity is None:
+            return None
+        run = read_run(entity)
+        active = Active(run, await self._plans.load(run.pipeline_id), Material())
+        # Another call may have loaded or advanced it meanwhile.
+        known = self._active.get(run_id)
+        if known is not None and known.run.version >= run.version:
+            return known
+        self._keep(active)
+        return active
+
+    def forget(self, run_id: str) -> None:
+        """Drop a run from memory; the next load reads the store."""
+        self._active.pop(run_id, None)
+
+    def _keep(self, active: Active) -> None:
+        if active.run.state in RUN_FINAL:
+            self._active.pop(active.run.id, None)
+            return
+        self._active[active.run.id] = active
+        if len(self._active) > self._capacity:
+            self._active.popitem(last=False)
+
+    # --- deciding -------------------------------------------------------------------------------------------------
+
+    async def decide(
+        self, active: Active, run: Run, finished: Sequence[Finished], now: int, *, insist: bool = False
+    ) -> Decision:
+        """Decide on a run, loading what is missing. Raises StoreUnavailable and the like when it cannot be loaded."""
+        for _ in range(_LOADS_MAX):
+            try:
+                return decide(active.plan, run, finished, active.material, now, insist=insist)
+            except Missing as missing:
+                await self._fetch(active, run, missing)
+        raise StoreUnavailable(f"run {run.id} keeps missing what it needs")
+
+    async def _fetch(self, active: Active, run: Run, missing: Missing) -> None:
+        material = active.material
+        if missing.results is not None:
+            await self._fetch_results(active, run, missing.results)
+            return
+        wanted = ["params"] if missing.params else [f"output/{missing.output}"]
+        if material.params is None and not missing.params:
+            wanted.append("params")
+        entity = (await self._store.get("run", [run.id], wanted))[0]
+        cold = {} if entity is None else entity.cold
+        if "params" in wanted:
+            material.params = _params(cold.get("params", b"{}"))
+        if missing.output is not None:
+            if f"output/{missing.output}" not in cold:
+                raise LookupError(f"the output of stage {missing.output} is not stored")
+            material.outputs[missing.output] = cold[f"output/{missing.output}"]
+
+    async def _fetch_results(self, active: Active, run: Run, place: int) -> None:
+        """Load the results of items that are not in memory, newest round first: a retry keeps those of earlier rounds."""
+        stage = run.stages[place]
+        results = active.material.results.setdefault(stage.id, {})
+        ended = int.from_bytes(stage.ended, "little")  # what ends in this very decision is with its finished tasks
+        items = range(items_in(active.plan.stages[place], stage))
+        left = [item for item in items if ended >> item & 1 and item not in results]
+        for number in range(stage.round, stage.since - 1, -1):
+            ids = [task_id(run.id, stage.id, item, number) for item in left]
+            for item, entity in zip(left, await self._store.get("task", ids, ("result",)), strict=True):
+                if entity is not None and read_task(entity).state is TaskState.COMPLETED:
+                    results[item] = entity.cold.get("result", b"null")
+            left = [item for item in left if item not in results]
+            if not left:
+                return
+        raise LookupError(f"results of stage {stage.id} are no longer stored")
+
+    # --- proposing ------------------------------------------------------------------------------------------------
+
+    def propose(
+        self,
+        active: Active,
+        before: Run,
+        decision: Decision,
+        now: int,
+        *,
+        actor: str = "system",
+        facts: Sequence[Fact] = (),
+        cold: dict[str, bytes] | None = None,
+    ) -> Advance:
+        """Return the advance of a decision.
+
+        Args:
+            before: the run the decision was made on.
+            facts: what caused it, before its own facts.
+            cold: further cold parts of the run to write.
+        """
+        run, entity = write_run(
+            decision.run,
+            {**(cold or {}), **{f"output/{stage}": bytes(output) for stage, output in decision.outputs.items()}},
+        )
+        told = [*facts, *decided(before, run, decision.moved, actor, now)]
+        for stage in decision.progressed:
+            if now - active.told_at.get(stage.id, 0) >= _PROGRESS_EVERY_MS:
+                active.told_at[stage.id] = now
+                told.append(stage_fact("stage.progressed", run, stage, actor, now))
+        submit: list[NewTask] = []
+        if decision.start:
+            deadline = None if run.deadline_at is None else to_datetime(run.deadline_at)
+            submit = [_new_task(run, start, deadline) for start in decision.start]
+        advance = Advance(writes=[entity], facts=told, submit=submit, cancel=decision.cancel)
+        self._proposals[id(advance)] = _Proposal(advance, active, run, decision)
+        return advance
+
+    def settled(self, run_id: str, advance: Advance, ok: bool) -> Run | None:
+        """Hear how the commit of an advance ended; returns the run as it is stored now, None where that is not known."""
+        proposal = self._proposals.pop(id(advance), None)
+        if not ok:
+            self._active.pop(run_id, None)
+            return None
+        if proposal is None:
+            return None
+        active, run = proposal.active, proposal.run
+        if active.run.version < run.version:
+            active.run = run
+        self._remember(active, proposal.decision)
+        self._keep(active)
+        return run
+
+    def _remember(self, active: Active, decision: Decision) -> None:
+        material = active.material
+        for name, output in decision.outputs.items():
+            if name in active.plan.read and len(memoryview(output)) <= _KEEP_OUTPUT:
+                material.outputs[name] = output
+            active.kept -= sum(len(memoryview(text)) for text in material.results.pop(name, {}).values())
+        for name, results in decision.results.items():
+            place = active.plan.place_of[name]
+            stage = active.run.stages[place]
+            if active.plan.stages[place].over is None or stage.has_output:
+                continue
+            size = sum(len(memoryview(text)) for text in results.values())
+            if active.kept + size <= _KEEP_RESULTS:
+                active.kept += size
+                material.results.setdefault(name, {}).update(results)
+
+    # --- the hook -------------------------------------------------------------------------------------------------
+
+    async def follow(self, run_id: str, finished: Sequence[Finished], now: int) -> Advance:
+        """See `Follower.follow`. A run that cannot be decided on ends `failed`, so that it blocks no agent's report."""
+        active = await self.load(run_id)
+        if active is None:
+            return Advance()
+        run = active.run
+        try:
+            decision = await self.decide(active, run, finished, now)
+        except (LookupError, ValueError, TypeError, AssertionError) as error:
+            _log.error("pipelines.decision_failed", run=run_id, error=repr(error))
+            decision = Decision(run=broken(run, f"{type(error).__name__}: {error}", now))
+        if decision.run is run:
+            return Advance(cancel=decision.cancel)
+        return self.propose(active, run, decision, now)
+
+
+def _new_task(run: Run, start: Start, deadline: datetime | None) -> NewTask:
+    stage = start.stage.stage
+    combine = stage.fan_out.combine if start.item == -1 and stage.fan_out is not None else None
+    timeout, retry = (stage.timeout, stage.retry) if combine is None else (combine.timeout, combine.retry)
+    spec = TaskSpec(
+        type=stage.uses if combine is None else combine.uses,
+        payload=msgspec.Raw(start.payload),
+        type_version=stage.version if combine is None else "*",
+        priority=run.priority if stage.priority is None else stage.priority,
+        needs=stage.requires,
+        labels=run.labels,
+        retry=_DEFAULT_RETRY if retry is None else retry,
+        timeout=timeout,
+        deadline=deadline,
+    )
+    links = Links(run_id=run.id, stage=stage.id, item=start.item, round=start.round, root_id=run.id)
+    return NewTask(id=task_id(run.id, stage.id, start.item, start.round), spec=spec, links=links, origin=run.origin)

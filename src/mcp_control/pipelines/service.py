@@ -1,0 +1,394 @@
+"""PipelineEngine: the verbs for pipelines and runs that every door calls, and the follower that moves runs on."""
+
+import asyncio
+import builtins
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from typing import Final, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.kernel.changes import Change, Key, Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import Conflict, Duplicate, FieldError, IdempotencyMismatch, Invalid, NotFound, Problem
+from mcp_control.kernel.ids import IdSource
+from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.kernel.text import label_errors, range_errors, text_errors
+from mcp_control.pipelines import control
+from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.counting import outstanding, task_id
+from mcp_control.pipelines.decision import Material
+from mcp_control.pipelines.model import (
+    RUN_FINAL,
+    Pipeline,
+    PipelineSpec,
+    PipelineView,
+    Run,
+    RunFilter,
+    RunRequest,
+    RunState,
+    RunView,
+    StageRun,
+)
+from mcp_control.pipelines.params import resolve
+from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.records import read_run, run_fact, run_view, scoped
+from mcp_control.pipelines.runs import Active, Plans, Runs
+from mcp_control.security.model import SYSTEM, Actor
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.followers import Advance, Finished
+from mcp_control.tasks.model import FINAL_STATES, Origin, Request, TaskState
+from mcp_control.tasks.records import read as read_task
+from mcp_control.tasks.submission import check_key
+
+_TRIES: Final = 10
+_SCANNED_MAX: Final = 5000
+WAIT_MAX_SECONDS: Final = 60.0
+_ACTIVE: Final = [RunState.PENDING.value, RunState.RUNNING.value, RunState.PAUSED.value]
+_HEAL_RUNS: Final = 20
+_HEAL_TASKS: Final = 500
+_encode: Final = msgspec.json.Encoder().encode
+_params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+Ask = Callable[[Plan, Run, int], Run]
+
+
+class Applier(Protocol):
+    """What the engine needs of the task component (`tasks.settling.Settler`)."""
+
+    async def apply(self, run_id: str, advance: Advance, tenant: str, actor: str) -> None:
+        """Commit an advance and start its tasks. Raises Conflict when the run was changed meanwhile."""
+        ...
+
+
+class PipelineEngine:
+    """Executes definitions and moves runs on when their tasks end; implements `tasks.followers.Follower`."""
+
+    def __init__(self, store: Store, clock: Clock, ids: IdSource, tasks: Applier, catalogue: Catalogue) -> None:
+        self._store = store
+        self._clock = clock
+        self._ids = ids
+        self._tasks = tasks
+        self._catalogue = catalogue
+        self._plans = Plans(store)
+        self._runs = Runs(store, self._plans)
+        self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
+        self._healed = ""
+
+    # --- definitions ----------------------------------------------------------------------------------------------
+
+    def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
+        """See `Catalogue.check`."""
+        return self._catalogue.check(actor, spec)
+
+    async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
+        """See `Catalogue.create`."""
+        return await self._catalogue.create(actor, spec)
+
+    async def get(self, actor: Actor, ref: str, version: int | None = None) -> Pipeline:
+        """See `Catalogue.get`."""
+        return await self._catalogue.get(actor, ref, version)
+
+    async def list(self, actor: Actor, *, cursor: str | None = None, limit: int = 50) -> Page[PipelineView]:
+        """See `Catalogue.list`."""
+        return await self._catalogue.list(actor, cursor=cursor, limit=limit)
+
+    # --- runs: start ----------------------------------------------------------------------------------------------
+
+    async def execute(self, actor: Actor, ref: str, request: RunRequest, origin: Origin) -> tuple[Run, bool]:
+        """Start a run, durable on return, and say whether it is new: the same idempotency key gives the run of then.
+
+        Raises:
+            NotFound: no such pipeline or version.
+            Invalid: parameters, labels or priority; everything that is wrong.
+            IdempotencyKeyInvalid, IdempotencyMismatch: the key, or another request under the same key.
+        """
+        check_key(request.idempotency_key)
+        digest = "" if request.idempotency_key is None else _digest(ref, request)
+        if request.idempotency_key is not None:
+            known = await self._repeated(actor, request, digest)
+            if known is not None:
+                return known, False
+        pipeline = await self._catalogue.get(actor, ref, request.version)
+        _check_request(request)
+        body = pipeline.spec.spec
+        params = resolve(body.params, request.params)
+        plan = self._plans.of(pipeline)
+        now = self._clock.now()
+        run = Run(
+            id=self._ids.new("run"),
+            version=0,
+            tenant=actor.tenant,
+            pipeline_id=pipeline.id,
+            pipeline=pipeline.name,
+            pipeline_number=pipeline.number,
+            state=RunState.PENDING,
+            state_at=now,
+            created_at=now,
+            stages=[StageRun(id=stage.id) for stage in body.stages],
+            labels=request.labels,
+            priority=body.priority if request.priority is None else request.priority,
+            deadline_at=None if body.deadline_seconds is None else now + control.as_millis(body.deadline_seconds),
+            idempotency_key=request.idempotency_key,
+            digest=digest,
+            origin=replace(origin, principal=origin.principal or actor.id),
+        )
+        active = Active(run, plan, Material({name: msgspec.Raw(text) for name, text in params.items()}))
+        decision = await self._runs.decide(active, run, (), now)
+        cold = {"params": _encode({name: msgspec.Raw(text) for name, text in params.items()})}
+        created = [run_fact("run.created", run, actor.id, now)]
+        advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=created, cold=cold)
+        try:
+            await self._apply(actor, run.id, advance)
+        except Duplicate:
+            known = await self._repeated(actor, request, digest)
+            if known is None:
+                raise
+            return known, False
+        return replace(decision.run, version=1), True
+
+    async def _repeated(self, actor: Actor, request: RunRequest, digest: str) -> Run | None:
+        key = scoped(actor.tenant, actor.id, request.idempotency_key or "")
+        rows = await self._store.find("run", Query(where=[Where("unique_key", "eq", key)], limit=1))
+        if not rows:
+            return None
+        run = read_run(rows[0])
+        if run.digest != digest:
+            raise IdempotencyMismatch("this idempotency key was used for another run")
+        return run
+
+    # --- runs: read -----------------------------------------------------------------------------------------------
+
+    async def run(self, actor: Actor, run_id: str) -> RunView:
+        """Return a run with its parameters, and the progress of running tasks in that of their stages. Raises NotFound."""
+        active = await self._load(actor, run_id)
+        run = active.run
+        params = active.material.params
+        if params is None:
+            entity = (await self._store.get("run", [run_id], ("params",)))[0]
+            params = _params((entity.cold if entity else {}).get("params", b"{}"))
+        inside: dict[str, float] = {}
+        if run.state not in RUN_FINAL:
+            where = [Where("run", "eq", run_id), Where("state", "eq", TaskState.RUNNING.value)]
+            for row in await self._store.find("task", Query(where=where, limit=200)):
+                task = read_task(row)
+                stage = task.links.stage or ""
+                inside[stage] = inside.get(stage, 0.0) + task.progress
+        shown = {name: msgspec.Raw(text) for name, text in params.items()}
+        return run_view(run, active.plan, self._clock.now(), params=shown, inside=inside)
+
+    async def wait(self, actor: Actor, run_id: str, seconds: float) -> None:
+        """Return when the run has ended, or after so many seconds, at most 60. Raises NotFound."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(run_id, []).append(future)
+        try:
+            if not (await self._load(actor, run_id)).run.final:
+                async with asyncio.timeout(min(seconds, WAIT_MAX_SECONDS)):
+                    await future
+        except TimeoutError:
+            return
+        finally:
+            futures = self._waiting.get(run_id, [])
+            if future in futures:
+                futures.remove(future)
+            if not futures:
+                self._waiting.pop(run_id, None)
+
+    async def runs(
+        self, actor: Actor, wanted: RunFilter, *, cursor: str | None = None, limit: int = 50
+    ) -> Page[RunView]:
+        """Return a page of runs that match, newest first unless asked otherwise."""
+        where: builtins.list[Where] = []
+        if wanted.pipeline is not None:
+            where.append(Where("pipeline", "eq", wanted.pipeline))
+        if wanted.state is not None:
+            where.append(Where("state", "eq", wanted.state.value))
+        scope = "runs/oldest" if wanted.ascending else "runs"
+        after = None if cursor is None else decode_cursor(scope, cursor, 1)
+        now = self._clock.now()
+        items: builtins.list[RunView] = []
+        for _ in range(_SCANNED_MAX // (limit + 1) + 1):
+            query = Query(where=where, descending=not wanted.ascending, after=after, limit=limit + 1)
+            rows = await self._store.find("run", query)
+            for row in rows:
+                run = read_run(row)
+                if run.tenant != actor.tenant:
+                    continue
+                if len(items) == limit:
+                    return Page(items=items, next_cursor=encode_cursor(scope, [items[-1].id]))
+                items.append(run_view(run, await self._plans.load(run.pipeline_id), now))
+            if len(rows) <= limit:
+                return Page(items=items)
+            after = [rows[-1].id]
+        return Page(items=items, next_cursor=encode_cursor(scope, after or []))
+
+    async def output(self, actor: Actor, run_id: str, stage: str) -> bytes:
+        """Return the output of a stage as JSON. Raises NotFound while there is none."""
+        run = (await self._load(actor, run_id)).run
+        if not any(each.id == stage and each.has_output for each in run.stages):
+            raise NotFound("there is no such stage, or it has no output yet")
+        entity = (await self._store.get("run", [run_id], (f"output/{stage}",)))[0]
+        if entity is None:
+            raise NotFound("no such run")
+        return entity.cold.get(f"output/{stage}", b"null")
+
+    async def _load(self, actor: Actor, run_id: str) -> Active:
+        active = await self._runs.load(run_id)
+        if active is None or active.run.tenant != actor.tenant:
+            raise NotFound("no such run")
+        return active
+
+    # --- runs: change ---------------------------------------------------------------------------------------------
+
+    async def pause(self, actor: Actor, run_id: str, reason: str = "") -> RunView:
+        """Start nothing new in a run; its running tasks finish. Raises NotFound, InvalidTransition."""
+        request = self._request(actor, reason)
+        return await self._ask(actor, run_id, lambda _plan, run, _now: control.pause(run, request), "run.paused")
+
+    async def resume(self, actor: Actor, run_id: str) -> RunView:
+        """Let a paused run go on. Raises NotFound, InvalidTransition."""
+        return await self._ask(actor, run_id, lambda _plan, run, now: control.resume(run, now), "run.resumed")
+
+    async def cancel(self, actor: Actor, run_id: str, reason: str = "") -> RunView:
+        """End a run: waiting tasks at once, running ones when their agents have stopped. Raises NotFound, InvalidTransition."""
+        request = self._request(actor, reason)
+        return await self._ask(actor, run_id, lambda _plan, run, _now: control.cancel(run, request), "", insist=True)
+
+    async def retry(self, actor: Actor, run_id: str, from_stage: str | None = None) -> RunView:
+        """Run again what did not complete, or everything from a stage on. Raises NotFound, Invalid, InvalidTransition."""
+        return await self._ask(
+            actor, run_id, lambda plan, run, now: control.retry(plan, run, from_stage, now), "run.retried", anew=True
+        )
+
+    def _request(self, actor: Actor, reason: str) -> Request:
+        if errors := text_errors("#/reason", reason, 1000):
+            raise Invalid(errors[0].detail, errors=errors)
+        return Request(at=self._clock.now(), by=actor.id, reason=reason)
+
+    async def _ask(
+        self,
+        actor: Actor,
+        run_id: str,
+        ask: Ask,
+        kind: str,
+        *,
+        finished: Sequence[Finished] = (),
+        insist: bool = False,
+        anew: bool = False,
+    ) -> RunView:
+        """Change a run as asked and do what follows from it; decide again when somebody else was faster.
+
+        Args:
+            kind: the fact to tell when the run changed by the asking itself.
+            anew: what is known of outputs no longer holds.
+        """
+        for _ in range(_TRIES):
+            active = await self._load(actor, run_id)
+            before, now = active.run, self._clock.now()
+            run = ask(active.plan, before, now)
+            if anew:
+                active = Active(before, active.plan, Material(active.material.params))
+            decision = await self._runs.decide(active, run, finished, now, insist=insist)
+            if decision.run is before and not decision.cancel:
+                break
+            if decision.run is before:
+                advance = Advance(cancel=decision.cancel)
+            else:
+                facts = [run_fact(kind, run, actor.id, now)] if kind and run is not before else []
+                advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=facts)
+            try:
+                await self._apply(actor, run_id, advance)
+            except Duplicate:
+                raise
+            except Conflict:
+                continue
+            break
+        else:
+            raise Conflict("the run changes too fast; try again")
+        active = await self._load(actor, run_id)
+        return run_view(active.run, active.plan, self._clock.now())
+
+    async def _apply(self, actor: Actor, run_id: str, advance: Advance) -> None:
+        try:
+            await self._tasks.apply(run_id, advance, actor.tenant, actor.id)
+        except BaseException:
+            self.settled(run_id, advance, False)
+            raise
+        self.settled(run_id, advance, True)
+
+    # --- the hook -------------------------------------------------------------------------------------------------
+
+    async def follow(self, run_id: str, finished: Sequence[Finished], now: int) -> Advance:
+        """See `Follower.follow`."""
+        return await self._runs.follow(run_id, finished, now)
+
+    def settled(self, run_id: str, advance: Advance, ok: bool) -> None:
+        """See `Follower.settled`."""
+        run = self._runs.settled(run_id, advance, ok)
+        if run is not None and run.final:
+            for future in self._waiting.pop(run_id, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    # --- for the janitor ------------------------------------------------------------------------------------------
+
+    async def heal(self, now: int) -> int:
+        """End runs whose deadline passed, and follow tasks that ended without their run hearing of it (promise G7).
+
+        Looks at some active runs per call, round and round. Returns how many runs were changed.
+        """
+        changed = 0
+        due = await self._store.find("run", Query(where=[Where("due", "le", now)], order="due", limit=_HEAL_RUNS))
+        for row in due:
+            changed += await self._heal(read_run(row), now)
+        where = [Where("state", "in", _ACTIVE)]
+        after = [self._healed] if self._healed else None
+        rows = await self._store.find("run", Query(where=where, after=after, limit=_HEAL_RUNS))
+        for row in rows:
+            changed += await self._heal(read_run(row), now)
+        self._healed = rows[-1].id if len(rows) == _HEAL_RUNS else ""
+        return changed
+
+    async def _heal(self, stored: Run, now: int) -> bool:
+        plan = await self._plans.load(stored.pipeline_id)
+        ids = [
+            task_id(stored.id, stage.id, item, stage.round)
+            for place, stage in enumerate(stored.stages)
+            for item in outstanding(plan.stages[place], stage)
+        ][:_HEAL_TASKS]
+        ended: builtins.list[Finished] = []
+        for entity in await self._store.get("task", ids, ("result",)):
+            if entity is not None and (task := read_task(entity)).state in FINAL_STATES:
+                ended.append(Finished(task=task, result=entity.cold.get("result")))
+        late = stored.deadline_at is not None and stored.deadline_at <= now
+        if not ended and not late and stored.ending is None:
+            return False
+        actor = replace(SYSTEM, tenant=stored.tenant)
+        try:
+            view = await self._ask(actor, stored.id, lambda _plan, run, _now: run, "", finished=ended, insist=True)
+        except Problem:
+            return False  # somebody else moves it; it is looked at again
+        return view.etag != str(stored.version)
+
+    async def remove_ended(self, before: int, limit: int = 100) -> int:
+        """Remove runs that ended before a moment, at most `limit`; their tasks are the task component's. Returns how many."""
+        rows = await self._store.find(
+            "run", Query(where=[Where("finished", "lt", before)], order="finished", limit=limit)
+        )
+        if not rows:
+            return 0
+        outcomes = await self._store.commit([Change((), [Key("run", row.id, row.version)]) for row in rows])
+        return sum(outcome is None for outcome in outcomes)
+
+
+def _digest(ref: str, request: RunRequest) -> str:
+    body = msgspec.json.encode(replace(request, idempotency_key=None), order="deterministic")
+    return sha256(ref.encode() + b"\x1f" + body).hexdigest()
+
+
+def _check_request(request: RunRequest) -> None:
+    found: list[FieldError] = label_errors("#/labels", request.labels)
+    if request.priority is not None:
+        found += range_errors("#/priority", request.priority, 0, 100)
+    if found:
+        raise Invalid(found[0].detail, errors=found)
