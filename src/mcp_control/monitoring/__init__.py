@@ -1,0 +1,1 @@
+"""Telling operators how the server does: metrics, logs, health."""
