@@ -24,6 +24,7 @@ from mcp_control.tasks.wire import (
     Report,
     ServerFrame,
     Tasks,
+    Trouble,
     Welcome,
     decode_agent_frame,
     encode_frame,
@@ -36,7 +37,7 @@ Send = Callable[[dict[str, Any]], Any]
 async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     """Wait until a condition holds; the one place where tests poll."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions are of any kind, most without an event
             await asyncio.sleep(0.005)
 
 
@@ -51,6 +52,8 @@ class Peer:
         self.ack_reports = True
         self.refuse_upgrade = 0
         self.refuse: dict[str, str] = {}
+        self.not_understood: bytes | None = None
+        self.greeting: ServerFrame | None = None
         self.cancel_by_beat: list[str] = []
         self.gone_by_beat: list[str] = []
         self.forget_on_reconnect: set[str] = set()
@@ -131,6 +134,8 @@ class Peer:
             self.reports.append(frame)
             if not self.ack_reports:
                 return []
+            if self.not_understood and any(self.not_understood in bytes(item.result) for item in frame.done):
+                return [Trouble(code="too-deep", detail="JSON is nested too deeply")]
             refused = []
             self.started += [s.task_id for s in frame.started]
             for moved in frame.progress:
@@ -195,7 +200,7 @@ class Peer:
                     return
                 frame = decode_agent_frame(message.get("text") or message["bytes"])
                 if isinstance(frame, Hello):
-                    outbox.put_nowait(self.welcome(frame))
+                    outbox.put_nowait(self.greeting or self.welcome(frame))
                     self.outboxes.append(outbox)
                 else:
                     for answer in self.handle(frame):
@@ -251,7 +256,9 @@ class Peer:
 async def serving(app: Any) -> AsyncIterator[str]:
     """Serve an ASGI application on a free port of the loopback; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, lifespan="off", log_level="warning", ws="websockets-sansio", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app, lifespan="off", log_level="warning", ws="websockets-sansio", timeout_graceful_shutdown=1
+        )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started)

@@ -89,8 +89,8 @@ async def test_a_payload_of_the_wrong_type_fails_for_good(peer: Peer, make_agent
     def in_thread(payload: Words) -> None: ...
 
     async with running(agent):
-        for type in ("loop", "thread"):
-            failure = (await peer.run(type, {"text": 7})).failure
+        for name in ("loop", "thread"):
+            failure = (await peer.run(name, {"text": 7})).failure
             assert failure is not None
             assert (failure.error_class, failure.code) == ("permanent", "invalid-payload")
             assert "$.text" in failure.message
@@ -123,7 +123,9 @@ async def test_errors_say_how_the_attempt_failed(
     assert ("Traceback" in done.failure.traceback) == isinstance(error, KeyError)
 
 
-async def test_a_handlers_own_retries_end_a_temporary_failure(peer: Peer, make_agent: MakeAgent, running: Running) -> None:
+async def test_a_handlers_own_retries_end_a_temporary_failure(
+    peer: Peer, make_agent: MakeAgent, running: Running
+) -> None:
     """After `retries` further attempts a temporary failure is reported as permanent."""
     agent = make_agent()
 
@@ -188,8 +190,8 @@ async def test_progress_and_logs_are_live(peer: Peer, make_agent: MakeAgent, run
         return handlers_for_tests.talk(payload, ctx)
 
     async with running(agent):
-        type = {"async": "async.talk", "thread": "thread.talk", "process": "proc.talk"}[executor]
-        assignment = peer.assignment(type, {"n": 3})
+        name = {"async": "async.talk", "thread": "thread.talk", "process": "proc.talk"}[executor]
+        assignment = peer.assignment(name, {"n": 3})
         peer.give(assignment)
         await until(lambda: assignment.task_id in peer.done)
     done = peer.done[assignment.task_id]
@@ -219,7 +221,9 @@ async def test_progress_arrives_while_the_attempt_runs(peer: Peer, make_agent: M
         await until(lambda: assignment.task_id in peer.done)
 
 
-async def test_a_cancelled_coroutine_that_watches_may_clean_up(peer: Peer, make_agent: MakeAgent, running: Running) -> None:
+async def test_a_cancelled_coroutine_that_watches_may_clean_up(
+    peer: Peer, make_agent: MakeAgent, running: Running
+) -> None:
     """A coroutine with a context is told first; it ends `cancelled` by itself, within its grace."""
     agent = make_agent(cancel_grace=30.0)
 
@@ -240,7 +244,9 @@ async def test_a_cancelled_coroutine_that_watches_may_clean_up(peer: Peer, make_
     assert peer.done[assignment.task_id].outcome == "cancelled"
 
 
-async def test_a_cancelled_coroutine_that_does_not_watch_is_stopped(peer: Peer, make_agent: MakeAgent, running: Running) -> None:
+async def test_a_cancelled_coroutine_that_does_not_watch_is_stopped(
+    peer: Peer, make_agent: MakeAgent, running: Running
+) -> None:
     """A coroutine without a context is cancelled at once; one with a context after the grace."""
     agent = make_agent(cancel_grace=0.05)
 
@@ -253,8 +259,8 @@ async def test_a_cancelled_coroutine_that_does_not_watch_is_stopped(peer: Peer, 
         await asyncio.Event().wait()
 
     async with running(agent):
-        for type in ("blind", "deaf"):
-            assignment = peer.assignment(type)
+        for name in ("blind", "deaf"):
+            assignment = peer.assignment(name)
             peer.give(assignment)
             await until(lambda: assignment.task_id in peer.started)  # noqa: B023 - awaited in this turn
             peer.send(Cancel(task_ids=[assignment.task_id]))

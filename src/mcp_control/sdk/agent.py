@@ -157,6 +157,11 @@ class Agent:
             version=self.version,
         )
 
+    @property
+    def held(self) -> list[str]:
+        """Ids of the tasks in hand."""
+        return [] if self._session is None else list(self._session.bench.works)
+
     def run(self) -> None:
         """Serve until told to end: the first SIGTERM or SIGINT drains, the second one ends at once.
 
@@ -226,7 +231,6 @@ class Agent:
 
     async def _abort(self) -> None:
         if self._session is not None:
-            self._session.bench.stop(list(self._session.bench.works), "drain", grace=0.0)
             await self._session.leave(1.0)
 
     async def serve(self) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -156,29 +156,26 @@ class Session:
         with suppress(LinkLost):
             if self._link is not None:
                 await self._link.send(Bye(step="drain"))
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.bench.emptied(), grace)
-        except TimeoutError:
-            self.bench.stop(list(self.bench.works), "drain", grace=0.0)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.bench.emptied(), LEAVE_SECONDS)
         await self.leave(LEAVE_SECONDS)
 
     async def leave(self, patience: float) -> None:
-        """Wait until what was done is known to be durable, at most `patience` seconds, and end the session."""
+        """Hand back what is in hand, wait until everything told is known to be durable, at most `patience` seconds, and end the session."""
         self._draining = True
+        self.bench.stop(list(self.bench.works), "drain", grace=0.0)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.bench.emptied(), patience)
         self.wake()
         ends_at = boottime() + patience
         while not self._outbox.settled and (left := ends_at - boottime()) > 0:
             self._ack_seen.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ack_seen.wait(), left)
+        with suppress(LinkLost):
+            if self._link is not None:
+                await self._link.send(Bye(step="leave"))
         self._left.set()
-        link = self._link
-        if link is not None:
-            with suppress(LinkLost):
-                await link.send(Bye(step="leave"))
-            await link.close()
 
     # --- one connection ---
 
@@ -207,15 +204,17 @@ class Session:
     async def _converse(self, link: Link) -> None:
         if self._draining:
             await link.send(Bye(step="drain"))
-        parts = [asyncio.create_task(part) for part in (self._listen(link), self._tell(link), self._beats(link))]
+        coroutines = (self._listen(link), self._tell(link), self._beats(link), self._left.wait())
+        parts: list[asyncio.Task[Any]] = [asyncio.create_task(coroutine) for coroutine in coroutines]
         try:
             done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-        for part in done:
-            part.result()
+        if not self._left.is_set():
+            for part in done:
+                part.result()
 
     async def _tell(self, link: Link) -> None:
         outbox = self._outbox
