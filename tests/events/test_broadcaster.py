@@ -27,7 +27,8 @@ class World:
 
     def __init__(self, folder: Path, backlog: int = 1000) -> None:
         self.store = SqliteStore(folder, fatal=_fatal)
-        self.events = Broadcaster(self.store, backlog=backlog)
+        self.broken: list[str] = []
+        self.events = Broadcaster(self.store, backlog=backlog, broken=self.broken.append)
 
     async def open(self) -> None:
         await self.store.open([], self.events.committed)
@@ -43,6 +44,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     world = World(tmp_path / "data", backlog=20)
     await world.open()
     yield world
+    assert world.broken == []
     world.events.close()
     await world.store.close()
 
@@ -271,3 +273,14 @@ async def test_subscriptions_are_limited_and_checked(world: World) -> None:
     await few.subscribe()
     with pytest.raises(Overloaded):
         await few.subscribe()
+
+
+async def test_store_that_breaks_the_order_is_reported(tmp_path: Path) -> None:
+    """A gap or a step back in the numbering is counted as a broken invariant, never passed over."""
+    world = World(tmp_path / "data")
+    await world.open()
+    await world.tell(happened("task.queued"))
+    for seq in (2, 4, 4):
+        world.events.committed([StoredFact(seq, happened("task.queued"))])
+    assert world.broken == ["facts_out_of_order"] * 2
+    await world.store.close()

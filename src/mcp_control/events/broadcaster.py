@@ -6,7 +6,7 @@ is emptied and the subscriber is told to read anew (`Batch.reread`).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -191,10 +191,20 @@ class Broadcaster:
         store: where the past is read.
         backlog: entries that may wait for one subscriber.
         limit: subscriptions at once.
+        broken: told `facts_out_of_order` when the store breaks its promise of one order without gaps.
     """
 
-    def __init__(self, store: Store, *, backlog: int = 1000, limit: int = 10_000) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        backlog: int = 1000,
+        limit: int = 10_000,
+        broken: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._store = store
+        self._broken = broken
+        self._started = False
         self._backlog = backlog
         self._limit = limit
         self._subscriptions: dict[Subscription, None] = {}
@@ -211,11 +221,14 @@ class Broadcaster:
         """Learn where the facts stand, so that an old cursor is told from one that is still to come."""
         _, newest = await self._store.trim_facts(0, _KEEP_ALL, 0)
         self.newest = max(self.newest, newest)
+        self._started = True
 
     def committed(self, facts: Sequence[StoredFact]) -> None:
         """Pass on the facts of a commit. Called on the loop by the store, in order."""
         if not facts:
             return
+        if self._started and facts[0].seq != self.newest + 1:
+            self._broken("facts_out_of_order")
         self.newest = facts[-1].seq
         if not self._subscriptions:
             return
