@@ -108,6 +108,26 @@ async def test_password_change_ends_tokens_given_before_on_every_server(server: 
         await each.authenticator.authenticate(new, server.clock.now())
 
 
+async def test_lost_password_is_replaced_by_an_administrator(server: Server) -> None:
+    """The owner of the data folder gets in again with a one-time password; the old one and its tokens end."""
+    await server.administrator()
+    old = f"Bearer {(await server.accounts.login('admin', GOOD, HERE)).access_token}"
+    owner = await server.accounts.administrator()
+    once = await server.accounts.reset_password(owner, "admin")
+    with pytest.raises(InvalidToken):
+        await server.authenticator.authenticate(old, server.clock.now())
+    with pytest.raises(InvalidToken):
+        await server.accounts.login("admin", GOOD, HERE)
+    with pytest.raises(PasswordChangeRequired):
+        await server.accounts.login("admin", once, HERE)
+    await server.accounts.change_password("admin", once, NEW, HERE)
+    await server.accounts.login("admin", NEW, HERE)
+    with pytest.raises(NotFound):
+        await server.accounts.reset_password(owner, "nobody")
+    with pytest.raises(Forbidden):
+        await server.accounts.reset_password(Actor(id="agent_1", kind="agent", roles=("agent",)), "admin")
+
+
 async def test_two_password_changes_at_once_end_in_one(server: Server) -> None:
     """Both proved the old password, so one wins and the other is told."""
     await server.administrator()

@@ -154,12 +154,41 @@ class Accounts:
         await self._commit(changed, fact("user.password_changed", user.id, user.id, now, tenant=user.tenant))
         self._verified.forget(user.id)
 
+    async def reset_password(self, actor: Actor, username: str) -> str:
+        """Give a user a new one-time password, where theirs is lost, and return it, this once. Their access tokens end.
+
+        Raises:
+            NotFound: there is no such user.
+            Forbidden: the actor is no administrator.
+        """
+        allow(actor, "users.reset_password")
+        user = await self._find(_name(username))
+        if user is None:
+            raise NotFound("there is no such user")
+        password = one_time_password()
+        digest = await self._passwords.hash(password)
+        now = self._clock.now()
+        changed = msgspec.structs.replace(
+            user,
+            version=user.version + 1,
+            password_hash=digest,
+            must_change=True,
+            epoch=user.epoch + 1,
+            changed_at=now,
+        )
+        await self._commit(changed, fact("user.password_reset", user.id, actor.id, now, tenant=user.tenant))
+        self._verified.forget(user.id)
+        return password
+
+    async def _find(self, name: str) -> User | None:
+        where = (Where("name", "eq", name), Where("tenant", "eq", DEFAULT_TENANT))
+        found = await self._store.find(USER_KIND.name, Query(where=where, limit=1))
+        return to_user(found[0]) if found else None
+
     async def _check(self, username: str, password: str, address: str) -> User:
         name = _name(username)
         self._throttle.attempt(name, address, self._clock.now())
-        where = (Where("name", "eq", name), Where("tenant", "eq", DEFAULT_TENANT))
-        found = await self._store.find(USER_KIND.name, Query(where=where, limit=1))
-        user = to_user(found[0]) if found else None
+        user = await self._find(name)
         right = await self._passwords.verify(user.password_hash if user else None, password)
         if user is None or not right or user.disabled:
             raise InvalidToken("wrong user name or password")
