@@ -69,6 +69,7 @@ _REPORT_AFTER = re.compile(
 )
 _CHALLENGE = re.compile(rf"\b(?:{any_of(CHALLENGE)})\b", _FLAGS)
 _OPEN_SINGLE = re.compile(r"(?<!\w)'(?!\w*'(?=\w))[^']*$")
+_REACH = 400  # characters: keeps a text without full stops from costing its square
 _OWN = frozenset(OWN_OPINION)
 
 HINT = rf"(?i)(?-u:\b)(?:{PLURAL_PATTERN}|{any_of(SLURS)}|{any_of(SINGULAR_SAYINGS)}|people like you)(?-u:\b)"
@@ -89,7 +90,7 @@ def _quoted(ahead: str, behind: str) -> bool:
 
 
 def _excused(sentence: str, start: int, end: int) -> bool:
-    ahead, behind = sentence[:start], sentence[end:]
+    ahead, behind = sentence[max(0, start - _REACH) : start], sentence[end : end + _REACH]
     if _quoted(ahead, behind) or _REPORT_AFTER.search(behind):
         return True
     if any(not (report.group("own") and report.group("verb").lower() in _OWN) for report in _REPORT.finditer(ahead)):
@@ -97,17 +98,24 @@ def _excused(sentence: str, start: int, end: int) -> bool:
     return bool(_CHALLENGE.search(ahead) or _CHALLENGE.search(behind))
 
 
-@lru_cache(maxsize=16_384)
 def derogations(sentence: str) -> tuple[Hit, ...]:
-    """The hits of one sentence, at most one per category, in the order of `CATEGORIES`; one plain hit beats excused ones."""
+    """The hits of one sentence, at most one per category, in the order of `CATEGORIES`; one plain hit beats excused ones.
+
+    What excuses a hit is looked for within 400 characters of it.
+    """
+    return _cached(sentence) if len(sentence) <= _REACH else _find(sentence)
+
+
+def _find(sentence: str) -> tuple[Hit, ...]:
     text = sentence.replace("’", "'")
     found: dict[str, bool] = {}
 
     def add(category: str, start: int, end: int) -> None:
-        found[category] = _excused(text, start, end) and found.get(category, True)
+        if found.get(category, True):
+            found[category] = _excused(text, start, end)
 
     for match in _GENERALISATION.finditer(text):
-        if not _LIMITED.search(text[: match.start()]):
+        if not _LIMITED.search(text[max(0, match.start() - 20) : match.start()]):
             # "Black men are ..." is said of Black people: the adjective names the category.
             add(PLURALS[match.group("who").lower()][0][0], match.start(), match.end())
     for pattern, meaning in ((_SAYING, SINGULAR_SAYINGS), (_SLUR, SLURS)):
@@ -119,3 +127,6 @@ def derogations(sentence: str) -> tuple[Hit, ...]:
             for category, _group in MENTIONS[mention.group().lower()]:
                 add(category, match.start(), match.end())
     return tuple(Hit(category, found[category]) for category in CATEGORIES if category in found)
+
+
+_cached = lru_cache(maxsize=4096)(_find)  # data sets repeat sentences

@@ -12,6 +12,7 @@ Source: design of techdeck, section 3; ISO 13616 (IBAN), ISO/IEC 7812 (Luhn), RF
 
 import ipaddress
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from datetime import date
 from typing import NamedTuple
@@ -68,10 +69,10 @@ class View(NamedTuple):
 
 Detector = Callable[[View], Iterator[Candidate]]
 
-_NAME = r"[A-ZÀ-ÖØ-Þ][A-Za-zÀ-ÖØ-öø-ÿ'’-]+"
+_NAME = r"[A-ZÀ-ÖØ-Þ][A-Za-zÀ-ÖØ-öø-ÿ'’-]{1,40}"  # bounded, as every repetition here: no text may be slow
 _NAMES = rf"{_NAME}(?: {_NAME}){{0,2}}"
 _URL = re.compile(r"(?:https?://|(?<![\w.])www\.)[^\s<>\"'\])}]+", re.IGNORECASE)
-_EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+'-]*[\w%+-]@((?:[^\W_](?:[\w-]*[^\W_])?\.)+[^\W\d_]{2,24})")
+_EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]*[\w%+-]@((?:[^\W_](?:[\w-]*[^\W_])?\.)+[^\W\d_]{2,24})")
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]{4}){2,7}(?: ?[A-Za-z0-9]{1,4})?(?![A-Za-z0-9])")
 _CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-]|\.\d)")
 _SSN = re.compile(r"(?<![\w-])(\d{3})(?:-(\d{2})-|([ .])(\d{2})\3|(\d{2}))(\d{4})(?![\w-]|\.\d)")
@@ -118,10 +119,12 @@ _NAME_SELF = re.compile(
 _NAME_TITLE = re.compile(rf"\b(?:Dr|Mr|Mrs|Ms|Prof)(?:\.|\b) ?({_NAME}(?: {_NAME})?)")
 _NAME_SIGNED = re.compile(
     r"(?:^|\n|[.!?] )(?i:(?:(?:best|kind|warm|with) )?(?:regards|wishes|love)|sincerely|yours(?: truly| sincerely)?|take care"
-    rf"|thanks|thank you|cheers|best)[,.!]?\s*\n\s*[-–—~]? ?({_NAMES})\s*(?=\n|$)"
+    rf"|thanks|thank you|cheers|best)[,.!]?[ \t]{{0,4}}\n\s{{0,4}}[-–—~]? ?({_NAMES})[ \t]{{0,4}}(?=\n|$)"
 )
 _NAME_CREDENTIAL = re.compile(rf"\b({_NAME}(?: [A-Z]\.)?(?: {_NAME}){{1,2}}),? ?(?:{CREDENTIALS})")
-_CREDENTIAL_HINT = re.compile(CREDENTIALS)
+_CREDENTIAL_SIGNS = ("LC", "LI", "LM", "LP", "NCC", "Psy", "Ph", "Ed", "M.", "MD", "MSW", "RN")
+_STREET_SIGNS = tuple(f" {name}" for name in STREET_TYPES.split("|"))
+"""Substrings without which the slow pattern cannot match."""
 
 
 def _urls(view: View) -> Iterator[Candidate]:
@@ -283,14 +286,16 @@ def _phones(view: View) -> Iterator[Candidate]:
 
 def _addresses(view: View) -> Iterator[Candidate]:
     text = view.text
+    for match in _PO_BOX.finditer(text, view.start, view.end):
+        yield Candidate(match.start(), match.end(), "ADDRESS", match.group().lower(), accepted=True)
+    if not any(sign in text for sign in _STREET_SIGNS):
+        return
     for match in _ADDRESS.finditer(text, view.start, view.end):
         words = match.group(1).lower().split()
         if not ADDRESS_STOPS.intersection(words):
             yield Candidate(
                 match.start(), match.end(), "ADDRESS", " ".join(match.group().lower().split()), accepted=True
             )
-    for match in _PO_BOX.finditer(text, view.start, view.end):
-        yield Candidate(match.start(), match.end(), "ADDRESS", match.group().lower(), accepted=True)
 
 
 def _names(view: View) -> Iterator[Candidate]:
@@ -302,7 +307,7 @@ def _names(view: View) -> Iterator[Candidate]:
         patterns.append(_NAME_SELF)
     if "\n" in text:
         patterns.append(_NAME_SIGNED)
-    if _CREDENTIAL_HINT.search(text):
+    if any(sign in text for sign in _CREDENTIAL_SIGNS):
         patterns.append(_NAME_CREDENTIAL)
     for pattern in patterns:
         for match in pattern.finditer(text):
@@ -342,7 +347,13 @@ def scan(text: str, before: str = "", regions: tuple[str, ...] = ("US", "GB")) -
     kept: list[Candidate] = []
     for detector in (*_TEXTUAL, *numeric, _names):
         for candidate in detector(view):
+            # Kept spans are in order and apart, so only the last one that starts before the end can be in the way.
+            place = bisect_left(kept, candidate.end, key=_start)
             begin = candidate.start if candidate.claim is None else candidate.claim
-            if all(candidate.end <= other.start or begin >= other.end for other in kept):
-                kept.append(candidate)
-    return sorted(kept, key=lambda candidate: candidate.start)
+            if place == 0 or kept[place - 1].end <= begin:
+                kept.insert(place, candidate)
+    return kept
+
+
+def _start(candidate: Candidate) -> int:
+    return candidate.start

@@ -19,13 +19,12 @@ from mcp_control.techdeck.validation.contexts import CREDENTIALS, STREET_TYPES, 
 from mcp_control.techdeck.validation.detectors import CLASSES, Candidate, scan
 
 _GATES = (
-    r"\S@\S",
     r"(?i:https?://|www\.)",
     r"(?i:\bname(?:['’]s| is| was| ?:))\s+[A-ZÀ-Þ]",
     r"\b(?:Dr|Mr|Mrs|Ms|Prof)(?:\.|\b) ?[A-ZÀ-Þ]",
-    r"(?i:regards|wishes|love|sincerely|yours|truly|take care|thanks|thank you|cheers|best)[,.!]?\s*\n\s*[-–—~]? ?[A-ZÀ-Þ]",
     CREDENTIALS,
 )
+_SIGNED = r"(?i:regards|wishes|love|sincerely|yours|truly|take care|thanks|thank you|cheers|best)[,.!]?\s*\n\s*[-–—~]? ?[A-ZÀ-Þ]"
 _DIGIT_GATES = (
     r"\d(?:[ \u00a0().\-–/]{0,3}\d){6}",
     r"\d\.\d{1,3}\.\d{1,3}\.\d",
@@ -43,13 +42,20 @@ def gate(texts: pl.Series) -> pl.Series:
     """Say of each text whether a detector could find anything in it; never false where one would. Null is false."""
     frame = texts.alias("text").to_frame()
     flags = frame.select(
-        pl.any_horizontal(pl.col("text").str.contains(pattern) for pattern in _GATES).alias("hit"),
+        pl.any_horizontal(
+            pl.col("text").str.contains("@", literal=True),
+            *(pl.col("text").str.contains(pattern) for pattern in _GATES),
+        ).alias("hit"),
         pl.col("text").str.contains(r"\d").alias("digit"),
+        pl.col("text").str.contains("\n", literal=True).alias("lines"),
     )
-    numeric = frame.with_row_index("at").filter(flags["digit"] & ~flags["hit"])
-    more = numeric.filter(pl.any_horizontal(pl.col("text").str.contains(pattern) for pattern in _DIGIT_GATES))["at"]
     hits = flags["hit"].fill_null(value=False)
-    return hits.scatter(more, values=True) if len(more) else hits
+    for where, patterns in (("digit", _DIGIT_GATES), ("lines", (_SIGNED,))):
+        rest = frame.with_row_index("at").filter(flags[where] & ~hits)
+        more = rest.filter(pl.any_horizontal(pl.col("text").str.contains(pattern) for pattern in patterns))["at"]
+        if len(more):
+            hits = hits.scatter(more, values=True)
+    return hits
 
 
 _META_NAME = r'(?i:name)"\s*:\s*"[A-ZÀ-Þ]'
@@ -165,13 +171,12 @@ class Redactor:
 
     def json(self, text: str) -> str:
         """JSON text by its values; text that is no JSON (a cut record) as it stands."""
-        try:
-            value = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            return self.text(text)
         before = self.spans.total()
-        clean = self.value(value)
-        return text if self.spans.total() == before else canonical_json(clean)
+        try:
+            clean = self.value(orjson.loads(text))
+            return text if self.spans.total() == before else canonical_json(clean)
+        except (orjson.JSONDecodeError, orjson.JSONEncodeError, RecursionError):  # cut, or nested beyond reason
+            return self.text(text)
 
     def found(self) -> Found:
         return Found(spans=dict(self.spans), low=dict(self.low))
