@@ -10,7 +10,9 @@ from mcp_control.security.model import DEFAULT_TENANT
 _encode: Final = msgspec.json.Encoder().encode
 
 
-def fact(kind: str, subject: str, actor: str, now: int, data: object = None, *, tenant: str = DEFAULT_TENANT, run: str = "") -> Fact:
+def fact(
+    kind: str, subject: str, actor: str, now: int, data: object = None, *, tenant: str = DEFAULT_TENANT, run: str = ""
+) -> Fact:
     """Return the fact that `kind` (`noun.verb`, past tense) happened to `subject` at `now`, caused by `actor`.
 
     Args:

@@ -100,8 +100,11 @@ class Queue(Protocol):
         """Add entries; one that is already there (same lane and id) is replaced."""
         ...
 
-    async def take(self, lane: str, limit: int) -> list[Queued]:
-        """Remove and return the first entries of a lane; no other `take` sees them. Cost does not depend on the lane's length."""
+    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+        """Remove and return the first entries of a lane whose priority is at least `floor`; no other `take` sees them.
+
+        Cost does not depend on the lane's length.
+        """
         ...
 
     async def remove(self, lane: str, ids: Sequence[str]) -> None:

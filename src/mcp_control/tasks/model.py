@@ -145,7 +145,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         order: what sorts it inside its priority, lower first.
         attempt: number of the newest attempt, 0 before the first.
         generation, epoch: the fence; the pair strictly grows with every change of holder.
+        failures: attempts that failed; these count against `retry.max_attempts`, lost and released ones do not.
         lost: leases lost in a row.
+        last_lease: the lease under which the task became final, to recognise a repeated report.
         not_before: it stays `scheduled` until then.
         timeout_ms: one attempt may take this long; None is no limit.
         deadline_at: then it ends `expired`.
@@ -175,8 +177,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     attempt: int = 0
     generation: int = 1
     epoch: int = 0
+    failures: int = 0
     lost: int = 0
     lease: Lease | None = None
+    last_lease: Lease | None = None
+    result_digest: str = ""
     started_at: int | None = None
     finished_at: int | None = None
     attempts: list[Attempt] = []
@@ -275,8 +280,8 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     log_lines: int = 0
     warnings: list[str] = []
     etag: str
-    payload: msgspec.Raw | None = None
-    result: msgspec.Raw | None = None
+    payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -324,6 +329,7 @@ TASK_KIND: Final = Kind(
         Field("type"),
         Field("run"),
         Field("agent"),
+        Field("holder"),
         Field("unique_key"),
         Field("due", "int"),
         Field("finished", "int"),
@@ -333,6 +339,7 @@ TASK_KIND: Final = Kind(
         Index("task_type", ("type", "id")),
         Index("task_run", ("run", "id")),
         Index("task_agent", ("agent", "id")),
+        Index("task_holder", ("holder", "id")),
         Index("task_key", ("unique_key",), unique=True),
         Index("task_due", ("due", "id")),
         Index("task_finished", ("finished", "id")),

@@ -70,7 +70,15 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     failure: Failure | None = None
 
 
-class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op", tag="hello"):
+class Hello(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag_field="op",
+    tag="hello",
+):
     """First frame of an agent: what it is, and the instance and tasks it goes on with after a reconnect.
 
     `instance_id` is None for a new process; else the instance resumes with its leases when they still live.
@@ -89,7 +97,15 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     beat: Beat
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op", tag="report"):
+class Report(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    tag_field="op",
+    tag="report",
+):
     """What happened since the last report; answered by an `Ack` with the same id once it is durable."""
 
     id: int
@@ -99,7 +115,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     done: list[Done] = []
 
 
-class Bye(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op", tag="bye"):
+class Bye(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, tag_field="op", tag="bye"
+):
     """`drain`: send nothing new, I finish what I have. `leave`: I have nothing any more, end my session."""
 
     step: Literal["drain", "leave"] = "drain"

@@ -95,6 +95,15 @@ async def test_higher_priority_comes_first_then_the_older(queue_factory: QueueFa
     assert await queue.depths() == []
 
 
+async def test_a_floor_leaves_lower_priorities_waiting(queue_factory: QueueFactory) -> None:
+    """Taking with a floor returns only what is urgent enough, so that lanes can be served in the order of their priorities."""
+    queue = await queue_factory()
+    await queue.push([Queued("lane", "low", 10, 1), Queued("lane", "high", 90, 2), Queued("lane", "medium", 50, 3)])
+    assert [entry.id for entry in await queue.take("lane", 10, 50)] == ["high", "medium"]
+    assert [entry.id for entry in await queue.take("lane", 10, 50)] == []
+    assert [entry.id for entry in await queue.take("lane", 10)] == ["low"]
+
+
 async def test_concurrent_takes_never_share_an_entry(queue_factory: QueueFactory) -> None:
     """However many take at once, each entry goes to exactly one of them."""
     queue = await queue_factory()

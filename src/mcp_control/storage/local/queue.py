@@ -26,10 +26,12 @@ class _Lane:
         heapq.heappush(self.heaps.setdefault(entry.priority, []), item)
         self._tidy()
 
-    def take(self, lane: str, limit: int) -> list[Queued]:
+    def take(self, lane: str, limit: int, floor: int) -> list[Queued]:
         taken: list[Queued] = []
         while len(taken) < limit and self.heaps:
             priority = max(self.heaps)
+            if priority < floor:
+                break
             heap = self.heaps[priority]
             while heap and len(taken) < limit:
                 item = heapq.heappop(heap)
@@ -99,12 +101,12 @@ class LocalQueue:
                 lane = self._lanes[entry.lane] = _Lane()
             lane.push(entry)
 
-    async def take(self, lane: str, limit: int) -> list[Queued]:
+    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
         """See `Queue.take`."""
         found = self._lanes.get(lane)
         if found is None:
             return []
-        taken = found.take(lane, limit)
+        taken = found.take(lane, limit, floor)
         self._drop_empty(lane, found)
         return taken
 

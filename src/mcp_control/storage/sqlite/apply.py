@@ -4,8 +4,9 @@ Guards are checked before the first write, so a change that conflicts has writte
 change, so that an UPDATE touches no other index. Only a unique index can then refuse a statement. One such statement is put first;
 where there are two or more, or deletes that may free the value, the change runs in a SAVEPOINT.
 
-What a guard needs is remembered from the last write of an entity (`Memory`), since the entity that was just written is the one most
-likely to be written next: this saves a read per write.
+What a guard needs is remembered from the last write of an entity, since the entity that was just written is the one most likely to be
+written next: this saves a read per write. It holds because this connection is the only one that writes; should another one do so after
+all, the PRAGMA data_version tells, and everything is forgotten, as it is when a write is taken back.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,52 +22,33 @@ _State = tuple[Any, ...]  # row, version, index values
 _Write = tuple[
     Table, Entity, tuple[IndexValue, ...], _State | None
 ]  # the new index values; the state before (None: insert)
-_REMEMBERED: Final = 50_000  # entities, some 300 bytes each
-
-
-class Memory:
-    """States of lately written entities. Only true while this connection is the only one that writes and no write is taken back."""
-
-    __slots__ = ("_data_version", "states")
-
-    def __init__(self) -> None:
-        self.states: dict[tuple[str, str], _State] = {}
-        self._data_version = 0
-
-    def keep(self, key: tuple[str, str], state: _State) -> None:
-        """Remember a state as the newest; the oldest goes when there are too many."""
-        states = self.states
-        states.pop(key, None)
-        states[key] = state
-        if len(states) > _REMEMBERED:
-            del states[next(iter(states))]
-
-    def check(self, data_version: int) -> None:
-        """Forget all when another connection has written; `data_version` is the value of that PRAGMA in a new transaction."""
-        if data_version != self._data_version:
-            self._data_version = data_version
-            self.states.clear()
+_REMEMBERED: Final = 50_000  # entities per kind, some 300 bytes each
 
 
 class Applier:
     """Applies changes through one connection, in a transaction that somebody else opens and ends."""
 
-    __slots__ = ("_connection", "_execute", "_memory", "_tables")
+    __slots__ = ("_connection", "_data_version", "_execute", "_last_row", "_remembered", "_tables")
 
     def __init__(self, connection: apsw.Connection, tables: Mapping[str, Table]) -> None:
         self._connection = connection
         self._execute: Callable[..., Any] = connection.cursor().execute
+        self._last_row = connection.last_insert_rowid
         self._tables = tables
-        self._memory = Memory()
+        self._remembered: dict[str, dict[str, _State]] = {name: {} for name in tables}
+        self._data_version = 0
 
     def begin(self) -> None:
         """Open a transaction. Raises apsw.BusyError when another connection writes."""
         self._execute("BEGIN IMMEDIATE")
-        self._memory.check(self._execute("PRAGMA data_version").fetchall()[0][0])
+        data_version = self._execute("PRAGMA data_version").fetchall()[0][0]
+        if data_version != self._data_version:
+            self._data_version = data_version
+            self._forget()
 
     def rollback(self) -> None:
         """Take the open transaction back, if there is one; SQLite may have done so itself."""
-        self._memory.states.clear()
+        self._forget()
         if self._connection.in_transaction:
             self._execute("ROLLBACK")
 
@@ -112,16 +94,20 @@ class Applier:
         problem = self._write_all(deletes, writes)
         if problem is not None:
             self._execute("ROLLBACK TO change")
-            self._memory.states.clear()
+            self._forget()
         self._execute("RELEASE change")
         return problem
 
     def _state(self, table: Table, identifier: str) -> _State | None:
-        found = self._memory.states.get((table.name, identifier))
+        found = self._remembered[table.name].get(identifier)
         if found is None:
             rows = self._execute(table.state_sql, (identifier,)).fetchall()
             return rows[0] if rows else None
         return found
+
+    def _forget(self) -> None:
+        for states in self._remembered.values():
+            states.clear()
 
     def _guard(self, entity: Entity) -> _Write | Problem:
         """Check that the entity is at its version, and find what to set."""
@@ -138,7 +124,7 @@ class Applier:
 
     def _write_all(self, deletes: list[tuple[Table, str, int]], writes: list[_Write]) -> Problem | None:
         for table, identifier, row in deletes:
-            self._memory.states.pop((table.name, identifier), None)
+            self._remembered[table.name].pop(identifier, None)
             for sql in table.delete_sql:
                 self._execute(sql, (row,))
         for write in writes:
@@ -154,7 +140,7 @@ class Applier:
         try:
             if state is None:
                 execute(table.insert_sql, (entity.id, entity.hot, *values))
-                row = self._connection.last_insert_rowid()
+                row = self._last_row()
             else:
                 row = state[0]
                 old = state[2:]
@@ -167,12 +153,18 @@ class Applier:
         except apsw.ConstraintError:
             return self._duplicate(table, entity)
         for name, data in entity.cold.items():
-            part, _, piece = name.partition("/")
-            sql = table.cold_write_sql.get(part)
+            piece = ""
+            sql = table.cold_write_sql.get(name)
             if sql is None:
-                raise ValueError(f"kind {table.name} has no cold part {part}")
+                part, _, piece = name.partition("/")
+                sql = table.cold_write_sql.get(part)
+                if sql is None:
+                    raise ValueError(f"kind {table.name} has no cold part {part}")
             execute(sql, (row, piece, data))
-        self._memory.keep((table.name, entity.id), (row, entity.version + 1, *values))
+        states = self._remembered[table.name]
+        states[entity.id] = (row, entity.version + 1, *values)
+        if len(states) > _REMEMBERED:
+            del states[next(iter(states))]
         return None
 
     def _duplicate(self, table: Table, entity: Entity) -> Problem:

@@ -81,6 +81,7 @@ class SqliteStore:
         self._lock: int | None = None
         self._failed = False
         self._reading = 0
+        self._giving_way = False
         self._connections: list[apsw.Connection] = []
         self._connection_of = threading.local()
 
@@ -278,7 +279,8 @@ class SqliteStore:
             return read(connection)
 
         self._reading += 1
-        if self._reading == 1:
+        if not self._giving_way:
+            self._giving_way = True
             self._loop.call_later(_GIVE_WAY_EVERY, self._give_way)
         try:
             return await self._loop.run_in_executor(self._pool, run)
@@ -289,7 +291,8 @@ class SqliteStore:
 
     def _give_way(self) -> None:
         """While threads read, leave them the interpreter lock from time to time: a busy loop would starve them (see `writer.py`)."""
-        if self._reading:
+        self._giving_way = self._reading > 0
+        if self._giving_way:
             time.sleep(_GIVE_WAY)
             self._loop.call_later(_GIVE_WAY_EVERY, self._give_way)
 

@@ -1,0 +1,135 @@
+"""Live sessions of agent instances on this server: who is connected, what each holds, and how to reach it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from mcp_control.agents.model import Agent, Instance
+
+Frame = object
+
+
+class Watcher(Protocol):
+    """Wants to know of sessions that come, go or change what they accept."""
+
+    def opened(self, session: "Session") -> None:
+        """A session is there and may take work."""
+        ...
+
+    def closed(self, session: "Session") -> None:
+        """A session is gone."""
+        ...
+
+
+class Session:
+    """One connected instance. `send` puts a frame on its way without waiting; it never fails.
+
+    Attributes:
+        held: ids of the tasks whose lease this instance has.
+        allowance: how many further tasks it takes right now beside its free slots; None for a socket, which takes as many as it has slots.
+            A long poll sets it while it waits.
+        accepting: whether it may be given work at all.
+    """
+
+    __slots__ = ("accepting", "agent", "allowance", "held", "instance", "leaving", "send", "slots", "stalled")
+
+    def __init__(
+        self,
+        agent: Agent,
+        instance: Instance,
+        slots: int,
+        send: Callable[[Sequence[Frame]], None],
+        allowance: int | None,
+    ) -> None:
+        self.agent = agent
+        self.instance = instance
+        self.slots = slots
+        self.send = send
+        self.allowance = allowance
+        self.held: set[str] = set()
+        self.leaving = False
+        self.stalled = False
+        self.accepting = True
+        self.refresh(agent)
+
+    @property
+    def free(self) -> int:
+        """Tasks it can take now."""
+        if not self.accepting:
+            return 0
+        free = self.slots - len(self.held)
+        if self.allowance is not None and self.allowance < free:
+            free = self.allowance
+        return max(0, free)
+
+    def refresh(self, agent: Agent) -> None:
+        """Take over a newer value of the agent and what follows for accepting work."""
+        self.agent = agent
+        ordered_off = agent.drain is not None or agent.quarantine is not None or agent.retired_at is not None
+        self.accepting = not (ordered_off or self.leaving or self.stalled)
+
+
+class Sessions:
+    """All live sessions of this server, by instance and by agent."""
+
+    def __init__(self) -> None:
+        self._by_instance: dict[str, Session] = {}
+        self._by_agent: dict[str, dict[str, Session]] = {}
+        self._watchers: list[Watcher] = []
+
+    def __len__(self) -> int:
+        return len(self._by_instance)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell a watcher of every session from now on."""
+        self._watchers.append(watcher)
+
+    def get(self, instance_id: str) -> Session | None:
+        """Return the session of an instance, None when it has none here."""
+        return self._by_instance.get(instance_id)
+
+    def of_agent(self, agent_id: str) -> list[Session]:
+        """Return the sessions of an agent."""
+        return list(self._by_agent.get(agent_id, {}).values())
+
+    def all(self) -> Iterable[Session]:
+        """Return every session."""
+        return list(self._by_instance.values())
+
+    def add(self, session: Session) -> Session | None:
+        """Add a session; returns the one of the same instance that it replaces, whose held tasks it takes over."""
+        instance_id = session.instance.id
+        before = self.drop(instance_id)
+        if before is not None:
+            session.held |= before.held
+        self._by_instance[instance_id] = session
+        self._by_agent.setdefault(session.agent.id, {})[instance_id] = session
+        for watcher in self._watchers:
+            watcher.opened(session)
+        return before
+
+    def drop(self, instance_id: str) -> Session | None:
+        """Forget a session; its leases live on until they end in the store."""
+        session = self._by_instance.pop(instance_id, None)
+        if session is None:
+            return None
+        session.accepting = False
+        siblings = self._by_agent[session.agent.id]
+        del siblings[instance_id]
+        if not siblings:
+            del self._by_agent[session.agent.id]
+        for watcher in self._watchers:
+            watcher.closed(session)
+        return session
+
+    def refresh(self, agent: Agent) -> None:
+        """Take over a newer value of an agent in all its sessions, which may change what they match."""
+        for session in self.of_agent(agent.id):
+            unchanged = session.agent.spec == agent.spec
+            accepted = session.accepting
+            session.refresh(agent)
+            if unchanged and accepted == session.accepting:
+                continue
+            session.slots = agent.spec.slots
+            for watcher in self._watchers:
+                watcher.closed(session)
+                watcher.opened(session)

@@ -1,0 +1,240 @@
+"""What an agent's connection can ask for, whichever door it came through: connect, heartbeat, report, claim, leave."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from mcp_control.agents.model import PROTOCOL_VERSION, Beat
+from mcp_control.agents.service import AgentManager
+from mcp_control.agents.sessions import Frame, Session
+from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import LeaseSuperseded, Problem
+from mcp_control.security.model import Actor
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.ledger import Intent, Ledger
+from mcp_control.tasks.model import Task
+from mcp_control.tasks.records import assignment
+from mcp_control.tasks.reports import deciding, gather
+from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.verbs import losing, releasing
+from mcp_control.tasks.wire import (
+    Ack,
+    Assignment,
+    BeatAck,
+    Cancel,
+    Hello,
+    Refusal,
+    Report,
+    Tasks,
+    Welcome,
+)
+
+_HELD_MAX: Final = 10_000
+
+
+class AgentSessions:
+    """The agents' side of the task component."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        manager: AgentManager,
+        ledger: Ledger,
+        settler: Settler,
+        dispatcher: Dispatcher,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._manager = manager
+        self._ledger = ledger
+        self._settler = settler
+        self._dispatcher = dispatcher
+        self._chance = chance
+
+    async def connect(
+        self,
+        actor: Actor,
+        hello: Hello,
+        send: Callable[[Sequence[Frame]], None],
+        *,
+        address: str = "",
+        allowance: int | None = None,
+    ) -> Session:
+        """Open or resume the session of an instance: `Welcome` is sent first, then what it holds and does not know of, then new work.
+
+        Args:
+            send: puts frames on their way without waiting; must not fail.
+            allowance: None for a socket; 0 for a poller, which raises it with `claim`.
+
+        Raises:
+            Forbidden, AgentSuspended: not this agent, or an agent that gets no work.
+        """
+        agent, instance = await self._manager.open(actor, hello.agent, hello.instance_id, hello.software, address)
+        session = Session(agent, instance, agent.spec.slots, send, allowance)
+        held = await self.held_by(instance.id)
+        session.held = {task.id for task in held}
+        known = set(hello.beat.running)
+        send(
+            [
+                Welcome(
+                    protocol=PROTOCOL_VERSION,
+                    agent_id=agent.id,
+                    instance_id=instance.id,
+                    lease_ms=instance.lease_ms,
+                    beat_ms=instance.lease_ms // 3,
+                    resumed=sorted(session.held & known),
+                )
+            ]
+        )
+        self._manager.sessions.add(session)
+        await self._manager.connected(session)
+        unknown = [task_id for task_id in session.held if task_id not in known]
+        if unknown:
+            found = await self._ledger.load_with_payload(unknown)
+            again = [
+                assignment(task, payload)
+                for task, payload in filter(None, found)
+                if task.lease and task.lease.instance_id == instance.id
+            ]
+            if again:
+                send([Tasks(tasks=again)])
+        return session
+
+    async def held_by(self, instance_id: str) -> list[Task]:
+        """Return the tasks whose lease an instance holds."""
+        found = await self._store.find("task", Query(where=[Where("holder", "eq", instance_id)], limit=_HELD_MAX))
+        tasks = await self._ledger.load([entity.id for entity in found])
+        return [
+            task
+            for task in tasks
+            if task is not None and task.lease is not None and task.lease.instance_id == instance_id
+        ]
+
+    async def heartbeat(self, session: Session, beat: Beat) -> BeatAck:
+        """Renew the session's lease.
+
+        Raises:
+            LeaseSuperseded: it has ended already; the agent must connect as a new instance.
+        """
+        self._current(session)
+        await self._manager.beat(session, beat)
+        gone = [task_id for task_id in beat.running if task_id not in session.held]
+        running = [task_id for task_id in beat.running if task_id in session.held]
+        cancel = [task.id for task in await self._ledger.load(running) if task is not None and task.cancel is not None]
+        agent = session.agent
+        drain = agent.drain is not None or agent.retired_at is not None
+        return BeatAck(lease_ms=session.instance.lease_ms, gone=gone, cancel=cancel, drain=drain)
+
+    async def report(self, session: Session, report: Report) -> Ack:
+        """Record what an agent reports; durable on return but for what is refused. `retry` in the answer: send it again."""
+        now = self._clock.now()
+        actor = session.agent.id
+        intents: list[Intent] = []
+        ends: list[str] = []
+        for task_id, entries in gather(report).items():
+            for told in entries:
+                intents.append(Intent(task_id, deciding(told, actor, now, self._chance)))
+                ends.append(told.done.outcome if told.done is not None else "")
+                if told.done is not None:
+                    # The slot is free as soon as the agent says so; its next task may share the commit of this result.
+                    session.held.discard(task_id)
+        self._dispatcher.freed(session)
+        try:
+            results = await self._settler.settle(intents)
+        except Problem as problem:
+            if problem.status < 500:
+                raise
+            return Ack(id=report.id, retry=True)
+        refused: list[Refusal] = []
+        for intent, outcome, result in zip(intents, ends, results, strict=True):
+            if isinstance(result, Problem):
+                refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
+                session.held.discard(intent.task_id)
+            elif outcome in ("completed", "failed"):
+                self._manager.count(actor, outcome)
+        return Ack(id=report.id, refused=refused)
+
+    async def leave(self, session: Session) -> None:
+        """End a session in good order; what it still holds is queued again."""
+        self._current(session)
+        session.leaving = True
+        session.refresh(session.agent)
+        instance_id = session.instance.id
+        now = self._clock.now()
+        while tasks := await self.held_by(instance_id):
+            await self._settler.settle([Intent(task.id, releasing(instance_id, now)) for task in tasks])
+        await self._manager.end(instance_id, "left")
+
+    def drain(self, session: Session) -> None:
+        """Give a session nothing new."""
+        session.leaving = True
+        session.refresh(session.agent)
+        self._dispatcher.closed(session)
+
+    async def disconnected(self, session: Session) -> None:
+        """Hear that a connection is gone. Its leases live on until they end: the instance may come back."""
+        if self._manager.sessions.get(session.instance.id) is session:
+            self._manager.sessions.drop(session.instance.id)
+            await self._manager.disconnected(session.agent.id)
+
+    async def take_back(self, instance_id: str, now: int) -> int:
+        """Queue again everything an instance holds, then end it; returns how many tasks that were.
+
+        Tasks first: after a crash in between, the instance is still overdue and this is done again. A heartbeat in between keeps the
+        instance alive, which then hears that its tasks are gone.
+        """
+        taken = 0
+        while tasks := await self.held_by(instance_id):
+            for task in tasks:
+                if task.lease is not None:
+                    self._manager.count(task.lease.agent_id, "lost")
+            taken += len(tasks)
+            await self._settler.settle([Intent(task.id, losing(instance_id, now)) for task in tasks])
+        await self._manager.end(instance_id, "lease-expired", unless_alive_at=now)
+        return taken
+
+    def _current(self, session: Session) -> None:
+        if self._manager.sessions.get(session.instance.id) is not session:
+            raise LeaseSuperseded("this session is over")
+
+
+class PollOutbox:
+    """Keeps frames for an agent without a socket until it asks."""
+
+    def __init__(self) -> None:
+        self._frames: list[Frame] = []
+        self._there = asyncio.Event()
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Keep frames."""
+        self._frames.extend(frames)
+        if any(isinstance(frame, Tasks | Cancel) for frame in frames):
+            self._there.set()
+
+    def welcome(self) -> Welcome:
+        """Return the welcome frame of the session."""
+        return next(frame for frame in self._frames if isinstance(frame, Welcome))
+
+    async def claim(
+        self, session: Session, dispatcher: Dispatcher, limit: int, seconds: float
+    ) -> tuple[list[Assignment], list[str]]:
+        """Wait up to so many seconds for at most `limit` tasks; returns them, and ids of tasks to cancel."""
+        session.allowance = limit
+        dispatcher.freed(session)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._there.wait()
+        except TimeoutError:
+            pass
+        finally:
+            session.allowance = 0
+        self._there.clear()
+        frames, self._frames = self._frames, []
+        tasks = [task for frame in frames if isinstance(frame, Tasks) for task in frame.tasks]
+        cancel = [task_id for frame in frames if isinstance(frame, Cancel) for task_id in frame.task_ids]
+        return tasks, cancel

@@ -1,0 +1,233 @@
+"""The dispatcher: brings waiting lanes and free slots together (architecture, section 4, "Assignment is pull with credit").
+
+Agents are compared with lanes, never with tasks, so its cost follows the number of lanes and of agents that just became free; a million
+tasks in one lane cost what one task costs.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Final
+
+from mcp_control.agents.balancing import Candidate, least_loaded
+from mcp_control.agents.matching import Demand, misfit
+from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.storage.ports import Queue, Queued
+from mcp_control.tasks.lanes import demand_of
+from mcp_control.tasks.model import Task
+
+_AT_ONCE: Final = 512
+_COMMITS: Final = 4
+_LOOKED_AT: Final = 16
+
+HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
+"""Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
+
+
+class Lane:
+    """What is known of a lane: what it asks, who fits, and bounds of what waits in it.
+
+    `waiting` may be too high and `priority` an upper bound; both correct themselves when entries are taken.
+    """
+
+    __slots__ = ("demand", "key", "oldest", "priority", "sessions", "tenant", "waiting")
+
+    def __init__(self, key: str, tenant: str, demand: Demand) -> None:
+        self.key = key
+        self.tenant = tenant
+        self.demand = demand
+        self.waiting = 0
+        self.priority = 0
+        self.oldest = 0
+        self.sessions: set[Session] = set()
+
+
+class Dispatcher:
+    """Watches sessions and lanes. `hand_out` is given task ids and the sessions chosen for them, whose slots are already reserved."""
+
+    def __init__(self, queue: Queue, sessions: Sessions, hand_out: HandOut) -> None:
+        self._queue = queue
+        self._hand_out = hand_out
+        self._sessions = sessions
+        self._lanes: dict[str, Lane] = {}
+        self._waiting: dict[str, Lane] = {}
+        self._free: dict[Session, None] = {}
+        self._wake = asyncio.Event()
+        self._room = asyncio.Semaphore(_COMMITS)
+        self._running: set[asyncio.Task[None]] = set()
+        sessions.watch(self)
+
+    def opened(self, session: Session) -> None:
+        """Match a new session with the lanes there are."""
+        for lane in self._lanes.values():
+            if self._fits(lane, session):
+                lane.sessions.add(session)
+        self.freed(session)
+
+    def closed(self, session: Session) -> None:
+        """Forget a session."""
+        self._free.pop(session, None)
+        for lane in self._lanes.values():
+            lane.sessions.discard(session)
+
+    def freed(self, session: Session) -> None:
+        """Hear that a session may take more."""
+        if session.free > 0:
+            self._free[session] = None
+            if self._waiting:
+                self._wake.set()
+
+    def lane(self, task: Task) -> Lane:
+        """Return the lane of a task."""
+        lane = self._lanes.get(task.lane)
+        if lane is None:
+            lane = Lane(task.lane, task.tenant, demand_of(task))
+            lane.sessions = {session for session in self._sessions.all() if self._fits(lane, session)}
+            self._lanes[task.lane] = lane
+        return lane
+
+    def known(self, key: str) -> Lane | None:
+        """Return the lane of this key if there is one."""
+        return self._lanes.get(key)
+
+    def lanes(self) -> Iterable[Lane]:
+        """Return the lanes known."""
+        return self._lanes.values()
+
+    def place(self, task: Task) -> Session | None:
+        """Choose a session for a task that is about to be committed, and reserve the slot; None where it has to queue.
+
+        Saves the commit between `queued` and `assigned` on an idle system. Nobody is overtaken: a lane with waiting tasks is refused,
+        and so is a session that a waiting lane of at least this priority could use.
+        """
+        lane = self.lane(task)
+        if lane.waiting or not self._free:
+            return None
+        contenders = [other for other in self._waiting.values() if other.priority >= task.priority]
+        best: Session | None = None
+        best_load = 2.0
+        looked = 0
+        for session in self._free:
+            if session not in lane.sessions or any(session in other.sessions for other in contenders):
+                continue
+            free = session.free
+            if free <= 0:
+                continue
+            load = (session.slots - free) / session.slots
+            if load < best_load:
+                best, best_load = session, load
+            looked += 1
+            if looked >= _LOOKED_AT:
+                break
+        if best is not None:
+            self._reserve(best, task.id)
+        return best
+
+    def _reserve(self, session: Session, task_id: str) -> None:
+        session.held.add(task_id)
+        if session.allowance is not None:
+            session.allowance -= 1
+        # Back to the end of the row: idle sessions take turns.
+        self._free.pop(session, None)
+        if session.free > 0:
+            self._free[session] = None
+
+    def unreserve(self, session: Session, task_id: str) -> None:
+        """Give a slot back that was reserved or whose task has ended."""
+        session.held.discard(task_id)
+        self.freed(session)
+
+    async def enqueue(self, tasks: Sequence[Task]) -> None:
+        """Put queued tasks in their lanes."""
+        await self._queue.push([Queued(task.lane, task.id, task.priority, task.order) for task in tasks])
+        for task in tasks:
+            lane = self.lane(task)
+            if not lane.waiting:
+                lane.priority, lane.oldest = task.priority, task.order
+                self._waiting[lane.key] = lane
+            lane.waiting += 1
+            if task.priority > lane.priority:
+                lane.priority = task.priority
+        if self._free:
+            self._wake.set()
+
+    async def withdraw(self, task: Task) -> None:
+        """Take a task out of its lane. The lane's count is left too high; the next take corrects it."""
+        await self._queue.remove(task.lane, [task.id])
+
+    async def run(self) -> None:
+        """Dispatch until cancelled."""
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while await self._pass():
+                    pass
+        finally:
+            for task in self._running:
+                task.cancel()
+
+    async def _pass(self) -> bool:
+        """Take what fits from every waiting lane, best first; say whether anything was taken."""
+        took = False
+        lanes = sorted(self._waiting.values(), key=lambda lane: (-lane.priority, lane.oldest))
+        for place, lane in enumerate(lanes):
+            sessions = [session for session in self._free if session in lane.sessions and session.free > 0]
+            room = sum(session.free for session in sessions)
+            if not room:
+                continue
+            floor = lanes[place + 1].priority if place + 1 < len(lanes) else 0
+            wanted = min(room, _AT_ONCE)
+            entries = await self._queue.take(lane.key, wanted, floor)
+            self._taken(lane, entries, wanted, floor)
+            if not entries:
+                continue
+            took = True
+            await self._room.acquire()
+            # Slots may have gone while this waited; those entries go back.
+            sessions = [session for session in sessions if session.free > 0]
+            chosen = least_loaded([Candidate(session.slots, session.free) for session in sessions], len(entries))
+            pairs = [(entry.id, sessions[at]) for entry, at in zip(entries, chosen, strict=False)]
+            for task_id, session in pairs:
+                self._reserve(session, task_id)
+            if len(pairs) < len(entries):
+                await self._put_back(lane, entries[len(pairs) :])
+            running = asyncio.create_task(self._give(pairs))
+            self._running.add(running)
+            running.add_done_callback(self._running.discard)
+        return took
+
+    def _taken(self, lane: Lane, entries: Sequence[Queued], wanted: int, floor: int) -> None:
+        if len(entries) < wanted and floor == 0:
+            lane.waiting = 0
+        else:
+            lane.waiting = max(1, lane.waiting - len(entries))
+            if len(entries) < wanted:
+                lane.priority = floor - 1
+            elif entries:
+                lane.priority = entries[-1].priority
+                lane.oldest = entries[-1].order
+        if not lane.waiting:
+            self._waiting.pop(lane.key, None)
+
+    async def _put_back(self, lane: Lane, entries: Sequence[Queued]) -> None:
+        await self._queue.push(entries)
+        lane.waiting += len(entries)
+        lane.priority = max(lane.priority, *(entry.priority for entry in entries))
+        lane.oldest = min(lane.oldest, entries[0].order)
+        self._waiting[lane.key] = lane
+        self._wake.set()
+
+    async def _give(self, pairs: list[tuple[str, Session]]) -> None:
+        try:
+            await self._hand_out(pairs)
+        finally:
+            self._room.release()
+
+    def forget_idle(self) -> None:
+        """Drop lanes in which nothing waits; called now and then, so that lanes of the past cost nothing."""
+        for key in [key for key, lane in self._lanes.items() if not lane.waiting]:
+            del self._lanes[key]
+
+    def _fits(self, lane: Lane, session: Session) -> bool:
+        agent = session.agent
+        return agent.tenant == lane.tenant and misfit(agent.id, agent.spec, lane.demand) is None

@@ -1,0 +1,85 @@
+"""Why a task is not running: the first reason in the order the scheduler looks (requirement T7). Pure."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mcp_control.agents.matching import Demand, misfit
+from mcp_control.agents.model import AgentSpec, AgentState
+from mcp_control.kernel.clock import to_datetime
+from mcp_control.tasks.model import Explanation, Task, TaskState
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """What the scheduler sees of an agent."""
+
+    id: str
+    spec: AgentSpec
+    state: AgentState
+    free: int
+    state_at: int
+
+
+def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation:
+    """Return the first reason why the task is not running, or what it is doing."""
+    if task.final:
+        return _because(
+            task,
+            "finished",
+            f"the task is {task.state.value}" + (f": {task.message}" if task.message else ""),
+            task.state_at,
+        )
+    if task.state is TaskState.RUNNING:
+        return _because(task, "running", "an agent is working on it", task.state_at, _holder(task))
+    if task.state is TaskState.ASSIGNED:
+        return _because(task, "assigned", "given to an agent that has not begun yet", task.state_at, _holder(task))
+    if task.state is TaskState.SCHEDULED:
+        code = "retry-backoff" if task.reason == "retrying" else "scheduled"
+        found = _because(task, code, task.message or "its start time has not come", task.state_at)
+        return (
+            found
+            if task.not_before is None
+            else msgspec.structs.replace(found, expected_start=to_datetime(task.not_before))
+        )
+    if task.state is not TaskState.QUEUED:
+        return _because(task, task.state.value.replace("_", "-"), task.message or "it waits", task.state_at)
+    return _queued(task, demand, agents, ahead)
+
+
+def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation:
+    reasons = {agent.id: misfit(agent.id, agent.spec, demand) for agent in agents}
+    fit = [agent for agent in agents if reasons[agent.id] is None]
+    if not fit:
+        shown = sorted({f"{agent.spec.name} {reasons[agent.id]}" for agent in agents})[:3]
+        detail = f": {'; '.join(shown)}" if shown else "; none is registered"
+        return _because(task, "no-capable-agent", f"no registered agent can take it{detail}", task.state_at, [], ahead)
+    there = [agent for agent in fit if agent.state in (AgentState.ONLINE, AgentState.BUSY)]
+    if not there:
+        states = sorted({agent.state.value for agent in fit})
+        since = max(agent.state_at for agent in fit)
+        message = f"the agents that can take it are {' or '.join(states)}"
+        return _because(task, "agents-unavailable", message, since, [agent.id for agent in fit[:10]], ahead)
+    if not any(agent.free for agent in there):
+        message = f"all {len(there)} agents that can take it are full"
+        return _because(task, "agents-full", message, task.state_at, [agent.id for agent in there[:10]], ahead)
+    if ahead:
+        return _because(task, "waiting-turn", f"{ahead} tasks are before it in its lane", task.state_at, [], ahead)
+    return _because(task, "next", "it is next; an agent is about to get it", task.state_at, [], ahead)
+
+
+def _holder(task: Task) -> list[str]:
+    return [] if task.lease is None else [task.lease.agent_id, task.lease.instance_id]
+
+
+def _because(
+    task: Task, code: str, message: str, since: int, held_by: Sequence[str] = (), ahead: int | None = None
+) -> Explanation:
+    return Explanation(
+        task_id=task.id,
+        state=task.state,
+        code=code,
+        message=message,
+        since=to_datetime(since),
+        held_by=list(held_by),
+        ahead=ahead,
+    )

@@ -1,0 +1,167 @@
+"""The janitors of tasks: what time brings about, one `once` each. The app runs them with `kernel/loops.py`; tests call them."""
+
+import random
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from mcp_control.agents.service import AgentManager
+from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.ledger import Intent, Ledger
+from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.records import read
+from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.verbs import losing, timing
+
+_log = structlog.get_logger(__name__)
+_BATCH: Final = 500
+_JUMP_MS: Final = 1000
+
+
+class Timekeeper:
+    """Takes the steps that time asks for: promotion, attempt timeout, forced cancellation, deadline."""
+
+    def __init__(
+        self, store: Store, clock: Clock, settler: Settler, chance: Callable[[], float] = random.random
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._settler = settler
+        self._chance = chance
+
+    async def once(self) -> int:
+        """Handle everything that is due, in batches; returns how many tasks that were."""
+        handled = 0
+        while True:
+            now = self._clock.now()
+            due = await self._store.find("task", Query(where=[Where("due", "le", now)], order="due", limit=_BATCH))
+            if not due:
+                return handled
+            await self._settler.settle([Intent(entity.id, timing(now, self._chance())) for entity in due])
+            handled += len(due)
+            if len(due) < _BATCH:
+                return handled
+
+
+class LeaseKeeper:
+    """Ends the leases of instances that went silent.
+
+    After a start, and whenever the wall clock jumps against the monotonic one, every lease is held for one full term from that moment
+    (reliability, section 2, "Clock guard"): a server that was away, or a clock that was wrong, must not cost anybody their work.
+    """
+
+    def __init__(self, clock: Clock, manager: AgentManager, agents: AgentSessions) -> None:
+        self._clock = clock
+        self._manager = manager
+        self._agents = agents
+        self._held_from = clock.now()
+        self._wall = self._held_from
+        self._monotonic = clock.monotonic()
+        self.holds = 0
+
+    async def once(self) -> int:
+        """End overdue leases; returns how many tasks were queued again."""
+        now = self._guarded()
+        taken = 0
+        for instance in await self._manager.overdue(now):
+            if self._held_from + instance.lease_ms > now:
+                continue
+            taken += await self._agents.take_back(instance.id, now)
+            _log.warning("agents.lease_expired", instance=instance.id, agent=instance.agent_id)
+        return taken
+
+    def _guarded(self) -> int:
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        drift = (now - self._wall) - (monotonic - self._monotonic) * 1000
+        self._wall, self._monotonic = now, monotonic
+        if abs(drift) > _JUMP_MS:
+            self._held_from = now
+            self.holds += 1
+            _log.warning("clock.jumped", milliseconds=round(drift))
+        return now
+
+
+class Reconciler:
+    """Compares what is held and queued in memory with the store. What it finds is a fault of ours; the counters must stay 0."""
+
+    def __init__(self, store: Store, clock: Clock, ledger: Ledger, settler: Settler, dispatcher: Dispatcher) -> None:
+        self._store = store
+        self._clock = clock
+        self._ledger = ledger
+        self._settler = settler
+        self._dispatcher = dispatcher
+        self.orphans = 0
+
+    async def rebuild(self) -> int:
+        """Fill the lanes from the store, at start; returns how many tasks wait."""
+        waiting = 0
+        after: list[str] | None = None
+        while True:
+            page = await self._store.find(
+                "task", Query(where=[Where("state", "eq", TaskState.QUEUED.value)], after=after, limit=2000)
+            )
+            if page:
+                await self._dispatcher.enqueue([read(entity) for entity in page])
+                waiting += len(page)
+                after = [page[-1].id]
+            if len(page) < 2000:
+                return waiting
+
+    async def once(self) -> int:
+        """Queue tasks again whose holder has ended without them; returns how many were found."""
+        now = self._clock.now()
+        found = 0
+        ended: dict[str, bool] = {}
+        for state in (TaskState.ASSIGNED, TaskState.RUNNING):
+            after: list[str] | None = None
+            while True:
+                page = await self._store.find(
+                    "task", Query(where=[Where("state", "eq", state.value)], after=after, limit=1000)
+                )
+                await self._check_holders(page, ended)
+                lost = [entity for entity in page if ended.get(str(entity.index["holder"]))]
+                self._ledger.forget([entity.id for entity in lost])
+                await self._settler.settle(
+                    [Intent(entity.id, losing(str(entity.index["holder"]), now)) for entity in lost]
+                )
+                found += len(lost)
+                if len(page) < 1000:
+                    break
+                after = [page[-1].id]
+        if found:
+            self.orphans += found
+            _log.error("tasks.orphans_found", tasks=found)
+        self._dispatcher.forget_idle()
+        return found
+
+    async def _check_holders(self, page: list[Entity], ended: dict[str, bool]) -> None:
+        unknown = sorted({str(entity.index["holder"]) for entity in page} - ended.keys())
+        for instance_id, entity in zip(unknown, await self._store.get("instance", unknown), strict=True):
+            ended[instance_id] = entity is None or entity.index.get("lease_until") is None
+
+
+class Retention:
+    """Removes finished tasks and their logs after their time, a bounded batch at once."""
+
+    def __init__(self, store: Store, clock: Clock, keep_ms: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._keep_ms = keep_ms
+
+    async def once(self) -> int:
+        """Remove one batch of what is over its time; returns how many tasks that were."""
+        before = self._clock.now() - self._keep_ms
+        old = await self._store.find(
+            "task", Query(where=[Where("finished", "lt", before)], order="finished", limit=_BATCH)
+        )
+        for task in old:
+            logs = await self._store.find("log", Query(where=[Where("task", "eq", task.id)], order="first", limit=2000))
+            await self._store.commit(
+                [Change(deletes=[Key("task", task.id, task.version), *(Key("log", log.id) for log in logs)])]
+            )
+        return len(old)

@@ -1,0 +1,200 @@
+"""The ledger: the one place where tasks are read and written.
+
+It keeps recent tasks and their payloads in memory (architecture, section 3, "Identity cache"); every write still carries the version read,
+so a stale copy ends in `Conflict` and a reload, never in a lost update.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+from mcp_control.kernel.changes import Change, Entity, Fact
+from mcp_control.kernel.errors import Conflict, Problem
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.model import LogLine, Task
+from mcp_control.tasks.records import read, write, write_log
+
+_NOTHING: Final = Change()
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A task's next value, the facts that go with it, and the cold parts it brings."""
+
+    after: Task
+    facts: Sequence[Fact] = ()
+    payload: bytes | None = None
+    result: bytes | None = None
+    lines: Sequence[LogLine] = ()
+
+
+Decide = Callable[[Task], Move | None]
+
+
+class Intent(msgspec.Struct, frozen=True):
+    """What somebody wants of a task: `decide` looks at it as it is and returns its move, None for no change, or raises a Problem.
+
+    It may be called several times; only the last decision counts.
+    """
+
+    task_id: str
+    decide: Decide
+
+
+class Group(msgspec.Struct, frozen=True):
+    """What is committed together: moves of tasks, and whatever else belongs to it."""
+
+    moves: Sequence[Move]
+    writes: Sequence[Entity] = ()
+    facts: Sequence[Fact] = ()
+
+
+class _Kept:
+    __slots__ = ("payload", "task")
+
+    def __init__(self, task: Task, payload: bytes | None) -> None:
+        self.task = task
+        self.payload = payload
+
+
+class Ledger:
+    """Reads and writes tasks. `finished` is called with every task that became final, and its result, after the commit."""
+
+    def __init__(self, store: Store, capacity: int = 50_000, payload_bytes: int = 128 << 20) -> None:
+        self._store = store
+        self._capacity = capacity
+        self._payload_room = payload_bytes
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.finished: list[Callable[[Task, bytes | None], None]] = []
+
+    async def load(self, ids: Sequence[str]) -> list[Task | None]:
+        """Return tasks in the order of the ids, None where there is none."""
+        kept = self._kept
+        found: list[Task | None] = [entry.task if (entry := kept.get(task_id)) else None for task_id in ids]
+        missing = [place for place, task in enumerate(found) if task is None]
+        if missing:
+            entities = await self._store.get("task", [ids[place] for place in missing])
+            for place, entity in zip(missing, entities, strict=True):
+                if entity is not None:
+                    found[place] = self._newer(read(entity))
+        return found
+
+    async def load_with_payload(self, ids: Sequence[str]) -> list[tuple[Task, bytes] | None]:
+        """Return tasks with their payloads, None where there is no such task."""
+        kept = self._kept
+        found: list[tuple[Task, bytes] | None] = []
+        missing: list[int] = []
+        for place, task_id in enumerate(ids):
+            entry = kept.get(task_id)
+            if entry is not None and entry.payload is not None:
+                found.append((entry.task, entry.payload))
+            else:
+                found.append(None)
+                missing.append(place)
+        if missing:
+            entities = await self._store.get("task", [ids[place] for place in missing], ("payload",))
+            for place, entity in zip(missing, entities, strict=True):
+                if entity is not None:
+                    found[place] = (self._newer(read(entity)), entity.cold.get("payload", b"null"))
+        return found
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Drop tasks from memory; the next load reads the store."""
+        for task_id in ids:
+            entry = self._kept.pop(task_id, None)
+            if entry is not None and entry.payload is not None:
+                self._payload_room += len(entry.payload)
+
+    async def commit(self, groups: Sequence[Group]) -> list[Problem | None]:
+        """Commit groups, each all or nothing and on its own; returns an outcome per group.
+
+        Raises:
+            Problem: the store refused the whole call or its outcome is unknown; nothing is kept in memory then.
+        """
+        changes: list[Change] = []
+        written: list[list[tuple[Task, Move]]] = []
+        for group in groups:
+            entities: list[Entity] = []
+            facts: list[Fact] = []
+            after: list[tuple[Task, Move]] = []
+            for move in group.moves:
+                task = move.after
+                if move.lines:
+                    entities.append(write_log(task, list(move.lines)))
+                    task = msgspec.structs.replace(task, log_lines=task.log_lines + len(move.lines))
+                task, entity = write(task, move.payload, move.result)
+                entities.append(entity)
+                facts += move.facts
+                after.append((task, move))
+            entities += group.writes
+            facts += group.facts
+            changes.append(Change(entities, (), facts))
+            written.append(after)
+        try:
+            outcomes = await self._store.commit(changes)
+        except BaseException:
+            self.forget([task.id for after in written for task, _ in after])
+            raise
+        for outcome, after in zip(outcomes, written, strict=True):
+            if outcome is None:
+                for task, move in after:
+                    self._keep(task, move)
+            elif isinstance(outcome, Conflict):
+                self.forget([task.id for task, _ in after])
+        return outcomes
+
+    def _keep(self, task: Task, move: Move) -> None:
+        kept = self._kept
+        if task.final:
+            self.forget([task.id])
+            for hear in self.finished:
+                hear(task, move.result)
+            return
+        entry = kept.get(task.id)
+        if entry is not None:
+            if entry.task.version < task.version:
+                entry.task = task
+            return
+        payload = move.payload
+        if payload is not None:
+            if self._payload_room < len(payload):
+                payload = None
+            else:
+                self._payload_room -= len(payload)
+        kept[task.id] = _Kept(task, payload)
+        while len(kept) > self._capacity:
+            self.forget([next(iter(kept))])
+
+    def _newer(self, task: Task) -> Task:
+        """Return the newer of a task just read and the one in memory: a read may have been overtaken by a write."""
+        entry = self._kept.get(task.id)
+        return entry.task if entry is not None and entry.task.version > task.version else task
+
+
+class Waiters:
+    """Callers that wait for tasks to become final."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, list[asyncio.Future[tuple[Task, bytes | None]]]] = {}
+
+    def expect(self, task_id: str) -> asyncio.Future[tuple[Task, bytes | None]]:
+        """Return a future that gets the task and its result when it becomes final on this server."""
+        future: asyncio.Future[tuple[Task, bytes | None]] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(task_id, []).append(future)
+        return future
+
+    def abandon(self, task_id: str, future: asyncio.Future[tuple[Task, bytes | None]]) -> None:
+        """Stop waiting."""
+        futures = self._waiting.get(task_id)
+        if futures and future in futures:
+            futures.remove(future)
+            if not futures:
+                del self._waiting[task_id]
+
+    def hear(self, task: Task, result: bytes | None) -> None:
+        """Tell everybody who waits for this task."""
+        for future in self._waiting.pop(task.id, ()):
+            if not future.done():
+                future.set_result((task, result))

@@ -1,0 +1,176 @@
+"""Tasks to and from the store and the wire: encoding, index values, views, facts."""
+
+from datetime import datetime
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.events.log import fact
+from mcp_control.kernel.changes import Entity, Fact
+from mcp_control.kernel.clock import to_datetime
+from mcp_control.tasks.model import FINAL_STATES, LogChunk, LogLine, Task, TaskState, TaskView
+from mcp_control.tasks.transitions import due_at
+from mcp_control.tasks.wire import Assignment
+
+CANCEL_GRACE_MS: Final = 20_000
+_encode: Final = msgspec.msgpack.Encoder().encode
+_decode: Final = msgspec.msgpack.Decoder(Task).decode
+_decode_lines: Final = msgspec.msgpack.Decoder(list[LogLine]).decode
+
+
+def unique_key(task: Task) -> str | None:
+    """Return what makes an idempotency key unique: it counts per tenant and caller, so that nobody can probe another's keys."""
+    if task.idempotency_key is None:
+        return None
+    return f"{task.tenant}\x1f{task.origin.principal}\x1f{task.idempotency_key}"
+
+
+def write(task: Task, payload: bytes | None = None, result: bytes | None = None) -> tuple[Task, Entity]:
+    """Return the task as it is after this write, and the entity that writes it over the version it was read at."""
+    read_at = task.version
+    after = replace(task, version=read_at + 1)
+    lease = after.lease or after.last_lease
+    index: dict[str, str | int | None] = {
+        "tenant": after.tenant,
+        "state": after.state.value,
+        "type": after.type,
+        "run": after.links.run_id,
+        "agent": lease.agent_id if lease else None,
+        "holder": after.lease.instance_id if after.lease else None,
+        "unique_key": unique_key(after),
+        "due": due_at(after, CANCEL_GRACE_MS),
+        "finished": after.finished_at if after.state in FINAL_STATES else None,
+    }
+    cold: dict[str, bytes] = {}
+    if payload is not None:
+        cold["payload"] = payload
+    if result is not None:
+        cold["result"] = result
+    return after, Entity("task", after.id, read_at, index, _encode(after), cold)
+
+
+def read(entity: Entity) -> Task:
+    """Return the task in a stored entity."""
+    return _decode(entity.hot)
+
+
+def task_fact(kind: str, task: Task, actor: str, now: int, **more: object) -> Fact:
+    """Return the fact that `kind` happened to a task, with what most readers want to know of it."""
+    data: dict[str, object] = {"type": task.type, "state": task.state.value}
+    if task.attempt:
+        data["attempt"] = task.attempt
+    if task.lease is not None:
+        data["agent_id"] = task.lease.agent_id
+    links = task.links
+    run = links.run_id or ""
+    if run:
+        data["stage"] = links.stage
+        if links.item is not None:
+            data["item"] = links.item
+    if task.reason:
+        data["reason"] = task.reason
+    if task.failure is not None:
+        data["code"] = task.failure.code
+        data["error_class"] = task.failure.error_class
+        data["message"] = task.failure.message[:500]
+    if more:
+        data.update(more)
+    return fact(kind, task.id, actor, now, data, tenant=task.tenant, run=run)
+
+
+def write_log(task: Task, lines: list[LogLine]) -> Entity:
+    """Return the entity that keeps lines logged by a task; they follow the `task.log_lines` that are there already."""
+    first = task.log_lines
+    hot = _encode(lines)
+    return Entity("log", f"{task.id}-{first}", 0, {"task": task.id, "first": first}, hot)
+
+
+def read_log(entity: Entity) -> LogChunk:
+    """Return the lines in a stored log entity."""
+    first = entity.index["first"]
+    task = entity.index["task"]
+    return LogChunk(task_id=str(task), first=int(first or 0), lines=_decode_lines(entity.hot))
+
+
+def assignment(task: Task, payload: bytes) -> Assignment:
+    """Return what an agent is told of a task it holds."""
+    lease = task.lease
+    if lease is None:
+        raise ValueError("a task without a lease cannot be handed out")
+    links = task.links
+    return Assignment(
+        task_id=task.id,
+        type=task.type,
+        attempt=task.attempt,
+        fence=task.fence,
+        lease_token=lease.token,
+        payload=msgspec.Raw(payload),
+        max_attempts=task.retry.max_attempts,
+        timeout_ms=task.timeout_ms,
+        deadline_at=task.deadline_at,
+        run_id=links.run_id,
+        stage=links.stage,
+        item=links.item,
+        labels=task.labels,
+        traceparent=task.traceparent,
+    )
+
+
+def _moment(millis: int | None) -> datetime | None:
+    return None if millis is None else to_datetime(millis)
+
+
+def _eta(task: Task, now: int) -> datetime | None:
+    if task.state is not TaskState.RUNNING or task.started_at is None or task.progress <= 0:
+        return None
+    return to_datetime(task.started_at + round((now - task.started_at) / task.progress))
+
+
+def view(
+    task: Task, now: int, payload: bytes | None = None, result: bytes | None = None, warnings: list[str] | None = None
+) -> TaskView:
+    """Return the task as callers see it; lease tokens stay inside."""
+    lease = task.lease or task.last_lease
+    links = task.links
+    return TaskView(
+        id=task.id,
+        type=task.type,
+        state=task.state,
+        state_since=to_datetime(task.state_at),
+        created_at=to_datetime(task.created_at),
+        reason=task.reason,
+        message=task.message,
+        priority=task.priority,
+        progress=task.progress,
+        progress_message=task.progress_message,
+        type_version=task.type_version,
+        labels=task.labels,
+        needs=task.needs,
+        retry=task.retry,
+        attempt=task.attempt,
+        attempts=task.attempts,
+        agent_id=lease.agent_id if lease else None,
+        fence=task.fence,
+        failure=task.failure,
+        run_at=_moment(task.not_before),
+        deadline=_moment(task.deadline_at),
+        timeout=None if task.timeout_ms is None else task.timeout_ms / 1000,
+        started_at=_moment(task.started_at),
+        finished_at=_moment(task.finished_at),
+        eta=_eta(task, now),
+        cancel_requested=task.cancel is not None,
+        cancel_reason=task.cancel.reason if task.cancel else "",
+        idempotency_key=task.idempotency_key,
+        run_id=links.run_id,
+        stage=links.stage,
+        item=links.item,
+        parent_id=links.parent_id,
+        retry_of=links.retry_of,
+        context_id=links.context_id,
+        log_lines=task.log_lines,
+        warnings=warnings or [],
+        etag=str(task.version),
+        payload=msgspec.UNSET if payload is None else msgspec.Raw(payload),
+        result=msgspec.UNSET if result is None else msgspec.Raw(result),
+    )

@@ -1,0 +1,146 @@
+"""What agents report of their tasks, as decisions: pure functions over one task and everything one report says of it."""
+
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+from hmac import compare_digest
+from typing import Final
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.kernel.changes import Fact
+from mcp_control.kernel.errors import AlreadyTerminal, LeaseSuperseded
+from mcp_control.kernel.text import visible
+from mcp_control.tasks.ledger import Decide, Move
+from mcp_control.tasks.model import Failure, LogLine, Task, TaskState
+from mcp_control.tasks.records import task_fact
+from mcp_control.tasks.transitions import cancel, complete, fail, progress, release, start
+from mcp_control.tasks.wire import Done, Progress, Report
+
+LOG_LINES_MAX: Final = 100_000
+MESSAGE_MAX: Final = 4000
+TRACEBACK_MAX: Final = 32_000
+
+
+class Told(msgspec.Struct):
+    """Everything one report says of one task."""
+
+    lease_token: str
+    started: bool = False
+    progress: Progress | None = None
+    lines: list[LogLine] = []
+    done: Done | None = None
+
+
+def gather(report: Report) -> dict[str, list[Told]]:
+    """Return what a report says, task by task; a second entry where the same task appears under another lease."""
+    found: dict[str, list[Told]] = {}
+
+    def told(task_id: str, token: str) -> Told:
+        entries = found.setdefault(task_id, [])
+        for entry in entries:
+            if entry.lease_token == token:
+                return entry
+        entries.append(Told(token))
+        return entries[-1]
+
+    for started in report.started:
+        told(started.task_id, started.lease_token).started = True
+    for moved in report.progress:
+        told(moved.task_id, moved.lease_token).progress = moved
+    for logged in report.logs:
+        entry = told(logged.task_id, logged.lease_token)
+        entry.lines = [*entry.lines, *logged.lines]
+    for done in report.done:
+        told(done.task_id, done.lease_token).done = done
+    return found
+
+
+def _repeated(task: Task, told: Told) -> None:
+    """Accept a report that only repeats what is recorded; refuse anything else on a final task."""
+    lease = task.last_lease
+    if lease is None or not compare_digest(lease.token, told.lease_token):
+        raise LeaseSuperseded("the lease is not the live one")
+    if told.done is not None and (told.done.outcome != task.state.value or _digest(told.done) != task.result_digest):
+        raise AlreadyTerminal(f"the task is already {task.state.value}", state=task.state.value)
+
+
+def _digest(done: Done) -> str:
+    """Return a short digest of what an attempt ended with, to tell a repeated report from a different one."""
+    ended = bytes(done.result) if done.failure is None else done.failure.code.encode()
+    return blake2b(ended, digest_size=8).hexdigest()
+
+
+def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> Decide:
+    """Return the decision for what a report says of a task: started, progress, log lines and end, in this order, as one move.
+
+    The decision raises LeaseSuperseded when the lease presented is not the live one, AlreadyTerminal when the task ended otherwise.
+    """
+
+    def decide(task: Task) -> Move | None:
+        if task.final:
+            _repeated(task, told)
+            return None
+        if task.lease is None or not compare_digest(task.lease.token, told.lease_token):
+            raise LeaseSuperseded("the lease is not the live one")
+        facts: list[Fact] = []
+        after = task
+        done = told.done
+        if done is None and told.started and after.state is TaskState.ASSIGNED:
+            after = start(after, now)
+            facts.append(task_fact("task.started", after, actor, now))
+        if done is None and told.progress is not None:
+            began = after.state is TaskState.ASSIGNED
+            after = progress(after, told.progress.fraction, visible(told.progress.message)[:MESSAGE_MAX], now)
+            if began:
+                facts.append(task_fact("task.started", after, actor, now))
+            facts.append(
+                task_fact("task.progressed", after, actor, now, progress=after.progress, message=after.progress_message)
+            )
+        lines = _kept_lines(task, told.lines)
+        if lines:
+            facts.append(task_fact("task.logged", after, actor, now, first=task.log_lines, lines=len(lines)))
+        result: bytes | None = None
+        if done is not None:
+            after, kind, result = _end(after, done, now, chance)
+            if after.final:
+                after = replace(after, result_digest=_digest(done))
+            facts.append(task_fact(kind, after, actor, now, agent_id=task.lease.agent_id))
+        if after is task and not lines:
+            return None
+        return Move(after, facts, result=result, lines=lines)
+
+    return decide
+
+
+def _end(task: Task, done: Done, now: int, chance: Callable[[], float]) -> tuple[Task, str, bytes | None]:
+    if done.outcome == "completed":
+        return complete(task, now), "task.completed", bytes(done.result)
+    if done.outcome == "cancelled":
+        return cancel(task, now), "task.cancelled", None
+    if done.outcome == "released":
+        after = release(task, now)
+        return after, "task.cancelled" if after.final else "task.released", None
+    after = fail(task, _bounded(done.failure or Failure()), now, chance(), _attempt_outcome(done.failure))
+    return after, "task.failed" if after.final else "task.retrying", None
+
+
+def _attempt_outcome(failure: Failure | None) -> str:
+    return "timeout" if failure is not None and failure.cause == "timeout" else "failed"
+
+
+def _bounded(failure: Failure) -> Failure:
+    return replace(
+        failure,
+        code=visible(failure.code)[:64],
+        message=visible(failure.message)[:MESSAGE_MAX],
+        traceback=failure.traceback[-TRACEBACK_MAX:],
+    )
+
+
+def _kept_lines(task: Task, lines: Iterable[LogLine]) -> list[LogLine]:
+    room = LOG_LINES_MAX - task.log_lines
+    kept = [replace(line, attempt=task.attempt, message=line.message[:MESSAGE_MAX]) for line in lines][: max(0, room)]
+    if kept and len(kept) == room:
+        kept[-1] = replace(kept[-1], level="warning", message=f"log cut off after {LOG_LINES_MAX} lines")
+    return kept

@@ -1,0 +1,392 @@
+"""TaskOrchestrator: the verbs for tasks that every door calls (seed, "Task Orchestration Service")."""
+
+import asyncio
+import builtins
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from mcp_control.agents.matching import misfit
+from mcp_control.agents.service import AgentManager
+from mcp_control.agents.sessions import Session
+from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import (
+    Duplicate,
+    FieldError,
+    IdempotencyMismatch,
+    Invalid,
+    InvalidTransition,
+    NotFound,
+    Problem,
+    Unroutable,
+)
+from mcp_control.kernel.ids import IdSource
+from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.kernel.text import label_errors, text_errors
+from mcp_control.security.model import Actor
+from mcp_control.storage.ports import Queue, Store
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.explain import Seen, explain
+from mcp_control.tasks.followers import NewTask
+from mcp_control.tasks.lanes import demand_of, lane_key
+from mcp_control.tasks.ledger import Decide, Group, Intent, Ledger, Waiters
+from mcp_control.tasks.model import Explanation, Links, LogChunk, Origin, Task, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.records import read, read_log, view
+from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.submission import check, digest_of, priority_number
+from mcp_control.tasks.verbs import cancelling, editing, pinning
+
+WAIT_MAX_SECONDS: Final = 60.0
+_SCANNED_MAX: Final = 5000
+
+
+class Submitted(msgspec.Struct, frozen=True):
+    """A submission's task, whether it was created now or by an earlier request with the same key, and warnings."""
+
+    task: Task
+    created: bool
+    warnings: list[str] = []
+
+
+class TaskFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which tasks: all conditions given must hold."""
+
+    state: TaskState | None = None
+    type: str | None = None
+    run: str | None = None
+    agent: str | None = None
+    labels: Mapping[str, str] = {}
+    oldest_first: bool = False
+
+
+class TaskEdit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a person may change of a task that is not final; what is not given stays."""
+
+    priority: int | str | None = None
+    labels: dict[str, str] | None = None
+
+
+class TaskOrchestrator:
+    """Accepts tasks, answers questions about them and changes them on request."""
+
+    def __init__(
+        self,
+        store: Store,
+        queue: Queue,
+        clock: Clock,
+        ids: IdSource,
+        manager: AgentManager,
+        ledger: Ledger,
+        settler: Settler,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self._store = store
+        self._queue = queue
+        self._clock = clock
+        self._ids = ids
+        self._manager = manager
+        self._ledger = ledger
+        self._settler = settler
+        self._dispatcher = dispatcher
+        self._waiters = Waiters()
+        ledger.finished.append(self._waiters.hear)
+
+    async def submit(
+        self, actor: Actor, specs: Sequence[TaskSpec], origin: Origin
+    ) -> builtins.list[Submitted | Problem]:
+        """Accept submissions, each on its own; durable on return. The order of the answers is that of the submissions.
+
+        A submission whose key was used before returns the task of then; `IdempotencyMismatch` if it asked for something else.
+
+        Raises:
+            StoreUnavailable, StorageFull, Overloaded: nothing was accepted.
+            OutcomeUnknown: repeat with the same keys.
+        """
+        now = self._clock.now()
+        results: builtins.list[Submitted | Problem] = [NotFound()] * len(specs)
+        started: builtins.list[tuple[Task, bytes, Session | None]] = []
+        groups: builtins.list[Group] = []
+        places: builtins.list[int] = []
+        warnings: builtins.list[builtins.list[str]] = []
+        for place, spec in enumerate(specs):
+            try:
+                check(spec, now)
+                warned = self._routable(actor.tenant, spec)
+            except Problem as problem:
+                results[place] = problem
+                continue
+            new = NewTask(id=self._ids.new("task"), spec=spec, links=_NO_LINKS, origin=origin)
+            task, payload, session, move = self._settler.create(new, now, actor.tenant, actor.id)
+            started.append((task, payload, session))
+            groups.append(Group([move]))
+            places.append(place)
+            warnings.append(warned)
+        if not groups:
+            return results
+        try:
+            outcomes = await self._ledger.commit(groups)
+        except BaseException:
+            self._settler.doubt(
+                [task.id for task, _, _ in started], [(session, task.id) for task, _, session in started if session]
+            )
+            raise
+        accepted: builtins.list[tuple[Task, bytes, Session | None]] = []
+        for place, item, warned, outcome in zip(places, started, warnings, outcomes, strict=True):
+            task, _, session = item
+            if outcome is None:
+                accepted.append(item)
+                # The stored value is one version on; what callers see of it must carry that.
+                results[place] = Submitted(msgspec.structs.replace(task, version=1), True, warned)
+                continue
+            if session is not None:
+                self._dispatcher.unreserve(session, task.id)
+            results[place] = (
+                await self._repeated(actor, specs[place], outcome) if isinstance(outcome, Duplicate) else outcome
+            )
+        await self._settler.begin(accepted)
+        return results
+
+    async def _repeated(self, actor: Actor, spec: TaskSpec, duplicate: Duplicate) -> Submitted | Problem:
+        found = (await self._ledger.load([str(duplicate.data["existing"])]))[0]
+        if found is None:
+            return duplicate
+        if found.digest != digest_of(spec):
+            return IdempotencyMismatch("this idempotency key was used for another submission")
+        return Submitted(found, False)
+
+    def _routable(self, tenant: str, spec: TaskSpec) -> builtins.list[str]:
+        """Return a warning where no registered agent could ever take the task; raise Unroutable if the caller asked for that."""
+        lane = lane_key(tenant, spec.type, spec.type_version, spec.needs)
+        known = self._dispatcher.known(lane)
+        if known is not None and known.sessions:
+            return []
+        task = _probe(tenant, spec, lane)
+        demand = demand_of(task)
+        if any(misfit(agent_id, agent, demand) is None for agent_id, agent in self._manager.known(tenant)):
+            return []
+        message = f"no registered agent can take a task of type {spec.type} with these needs"
+        if spec.on_unroutable == "reject":
+            raise Unroutable(message)
+        return [message]
+
+    async def get(self, actor: Actor, ids: Sequence[str], cold: Sequence[str] = ()) -> builtins.list[TaskView | None]:
+        """Return tasks in the order of the ids, None where there is none for this actor; `cold` may name payload and result."""
+        now = self._clock.now()
+        if not cold:
+            tasks = await self._ledger.load(ids)
+            return [view(task, now) if task and task.tenant == actor.tenant else None for task in tasks]
+        views: builtins.list[TaskView | None] = []
+        for entity in await self._store.get("task", ids, cold):
+            task = read(entity) if entity else None
+            if entity is None or task is None or task.tenant != actor.tenant:
+                views.append(None)
+            else:
+                views.append(view(task, now, entity.cold.get("payload"), entity.cold.get("result")))
+        return views
+
+    async def one(self, actor: Actor, task_id: str) -> Task:
+        """Return a task. Raises NotFound, the same for one that is not there and one of another tenant."""
+        task = (await self._ledger.load([task_id]))[0]
+        if task is None or task.tenant != actor.tenant:
+            raise NotFound("no such task")
+        return task
+
+    async def wait(self, actor: Actor, task_id: str, seconds: float) -> None:
+        """Return when the task is final, or after so many seconds. Raises NotFound."""
+        future = self._waiters.expect(task_id)
+        try:
+            task = await self.one(actor, task_id)
+            if not task.final:
+                async with asyncio.timeout(min(seconds, WAIT_MAX_SECONDS)):
+                    await future
+        except TimeoutError:
+            return
+        finally:
+            self._waiters.abandon(task_id, future)
+
+    async def list(
+        self, actor: Actor, wanted: TaskFilter, *, cursor: str | None = None, limit: int = 50
+    ) -> Page[TaskView]:
+        """Return a page of tasks that match, newest first unless asked otherwise; without payloads and results."""
+        where: builtins.list[Where] = []
+        if wanted.run is not None:
+            where.append(Where("run", "eq", wanted.run))
+        if wanted.agent is not None:
+            where.append(Where("agent", "eq", wanted.agent))
+        if wanted.state is not None:
+            where.append(Where("state", "eq", wanted.state.value))
+        if wanted.type is not None:
+            where.append(Where("type", "eq", wanted.type))
+        scope = "tasks/oldest" if wanted.oldest_first else "tasks"
+        after = None if cursor is None else decode_cursor(scope, cursor, 1)
+        now = self._clock.now()
+        items: builtins.list[TaskView] = []
+        scanned = 0
+        while True:
+            asked = max(limit + 1, 200) if wanted.labels else limit + 1
+            rows = await self._store.find(
+                "task", Query(where=where, descending=not wanted.oldest_first, after=after, limit=asked)
+            )
+            for place, entity in enumerate(rows):
+                task = read(entity)
+                if task.tenant != actor.tenant or any(
+                    task.labels.get(name) != value for name, value in wanted.labels.items()
+                ):
+                    continue
+                items.append(view(task, now))
+                if len(items) == limit:
+                    more = place + 1 < len(rows)
+                    return Page(items=items, next_cursor=encode_cursor(scope, [task.id]) if more else None)
+            scanned += len(rows)
+            if len(rows) < asked:
+                return Page(items=items)
+            after = [rows[-1].id]
+            if scanned >= _SCANNED_MAX:
+                # Labels have no index: a page may come back short, with a cursor to go on from, but never costs without bound.
+                return Page(items=items, next_cursor=encode_cursor(scope, after))
+
+    async def cancel(self, actor: Actor, task_id: str, reason: str = "") -> Task:
+        """Cancel a waiting task at once; ask the agent of a running one to stop, and end it by force when the grace is over.
+
+        Raises:
+            InvalidTransition: the task is final.
+        """
+        _check_text("#/reason", reason)
+        before = await self.one(actor, task_id)
+        after = await self._one(task_id, cancelling(actor.id, reason, self._clock.now()))
+        if after.final:
+            await self._dispatcher.withdraw(before)
+        else:
+            await self._settler.tell_cancelled([task_id])
+        return after
+
+    async def retry(self, actor: Actor, task_id: str, origin: Origin) -> Submitted:
+        """Submit a finished task again as a new one that names the old (`retry_of`); final is final.
+
+        Raises:
+            InvalidTransition: the task is not final yet.
+        """
+        task = await self.one(actor, task_id)
+        if not task.final:
+            raise InvalidTransition("the task has not ended", state=task.state.value, allowed=["cancel"])
+        entity = (await self._store.get("task", [task_id], ("payload",)))[0]
+        payload = b"null" if entity is None else entity.cold.get("payload", b"null")
+        now = self._clock.now()
+        spec = TaskSpec(
+            type=task.type,
+            payload=msgspec.Raw(payload),
+            type_version=task.type_version,
+            priority=task.priority,
+            needs=task.needs,
+            labels=task.labels,
+            retry=task.retry,
+            timeout=None if task.timeout_ms is None else task.timeout_ms / 1000,
+            context_id=task.links.context_id,
+            parent_id=task.links.parent_id,
+            trust=task.trust,
+        )
+        links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
+        new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin)
+        created, held, session, move = self._settler.create(new, now, actor.tenant, actor.id)
+        outcome = (await self._ledger.commit([Group([move])]))[0]
+        if outcome is not None:
+            raise outcome
+        await self._settler.begin([(created, held, session)])
+        return Submitted(msgspec.structs.replace(created, version=1), True)
+
+    async def assign(self, actor: Actor, task_id: str, agent: str) -> Task:
+        """Let only this agent take a waiting task.
+
+        Raises:
+            NotFound: no such task or agent.
+            Unroutable: the agent cannot do it.
+            InvalidTransition: an agent already works on it; AlreadyTerminal: it has ended.
+        """
+        task = await self.one(actor, task_id)
+        chosen = self._manager.find(actor, agent)
+        needs = msgspec.structs.replace(task.needs, agent=chosen.id)
+        reason = misfit(chosen.id, chosen.spec, msgspec.structs.replace(demand_of(task), agent=chosen.id))
+        if reason is not None:
+            raise Unroutable(f"agent {chosen.spec.name} cannot take it: it {reason}")
+        lane = lane_key(task.tenant, task.type, task.type_version, needs)
+        after = await self._one(task_id, pinning(actor.id, chosen.id, lane, self._clock.now()))
+        await self._dispatcher.withdraw(task)
+        return after
+
+    async def edit(self, actor: Actor, task_id: str, edit: TaskEdit, version: int | None) -> Task:
+        """Change priority or labels. Raises VersionConflict unless `version` is the current one."""
+        priority = None if edit.priority is None else priority_number(edit.priority)
+        errors = [] if edit.labels is None else label_errors("#/labels", edit.labels)
+        if edit.priority is not None and priority is None:
+            errors.append(
+                FieldError(pointer="#/priority", code="out-of-range", detail="0 to 100, or critical, high, medium, low")
+            )
+        if errors:
+            raise Invalid(errors[0].detail, errors=errors)
+        await self.one(actor, task_id)
+        # Pushing an entry that is there replaces it, so a queued task moves to its new place.
+        return await self._one(task_id, editing(actor.id, version, priority, edit.labels, self._clock.now()))
+
+    async def explain(self, actor: Actor, task_id: str) -> Explanation:
+        """Return the first reason why a task is not running."""
+        task = await self.one(actor, task_id)
+        agents = [
+            Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at)
+            for agent in self._manager.registered(actor.tenant)
+            for shown in (self._manager.view(agent),)
+        ]
+        ahead = await self._queue.ahead(task.lane, task.id) if task.state is TaskState.QUEUED else None
+        return explain(task, demand_of(task), agents, ahead)
+
+    async def logs(self, actor: Actor, task_id: str, after: int = 0, limit: int = 1000) -> builtins.list[LogChunk]:
+        """Return what a task logged from line number `after` on, about `limit` lines."""
+        await self.one(actor, task_id)
+        chunks: builtins.list[LogChunk] = []
+        lines = 0
+        # A chunk that begins before `after` may reach beyond it, so the one before counts too.
+        before = Query(
+            where=[Where("task", "eq", task_id), Where("first", "le", after)], order="first", descending=True, limit=1
+        )
+        head = await self._store.find("log", before)
+        rest = Query(where=[Where("task", "eq", task_id), Where("first", "gt", after)], order="first", limit=200)
+        for entity in [*head, *await self._store.find("log", rest)]:
+            chunk = read_log(entity)
+            kept = chunk.lines[max(0, after - chunk.first) :][: limit - lines]
+            if kept:
+                chunks.append(LogChunk(task_id=task_id, first=max(after, chunk.first), lines=kept))
+                lines += len(kept)
+            if lines >= limit:
+                break
+        return chunks
+
+    async def _one(self, task_id: str, decide: Decide) -> Task:
+        result = (await self._settler.settle([Intent(task_id, decide)]))[0]
+        if isinstance(result, Problem):
+            raise result
+        return result
+
+
+_NO_LINKS: Final = Links()
+
+
+def _probe(tenant: str, spec: TaskSpec, lane: str) -> Task:
+    return Task(
+        id="",
+        version=0,
+        tenant=tenant,
+        type=spec.type,
+        type_version=spec.type_version,
+        state=TaskState.QUEUED,
+        state_at=0,
+        created_at=0,
+        lane=lane,
+        order=0,
+        needs=spec.needs,
+    )
+
+
+def _check_text(pointer: str, text: str) -> None:
+    if errors := text_errors(pointer, text, 1000):
+        raise Invalid(errors[0].detail, errors=errors)

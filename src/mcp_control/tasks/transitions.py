@@ -1,0 +1,302 @@
+"""The one transition table of tasks, and the pure functions that move a task along it.
+
+Every change of a task's state happens here. Each function takes the task as it is and returns it as it becomes; none touches `version`,
+which belongs to the store. Time, tokens and chance are arguments. An illegal move raises `InvalidTransition` with the state it was in.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from msgspec.structs import replace
+
+from mcp_control.kernel.errors import InvalidTransition
+from mcp_control.tasks.model import FINAL_STATES, Attempt, Failure, Lease, Request, Task, TaskState
+from mcp_control.tasks.retry import backoff_ms, may_retry
+
+S = TaskState
+_HELD: Final = (S.ASSIGNED, S.RUNNING)
+_WAITING: Final = (S.SCHEDULED, S.BLOCKED, S.QUEUED, S.INPUT_REQUIRED)
+LOST_LIMIT: Final = 3
+KEPT_ATTEMPTS: Final = 25
+
+
+def _rows(sources: tuple[TaskState, ...], *targets: TaskState) -> dict[TaskState, tuple[TaskState, ...]]:
+    return dict.fromkeys(sources, targets)
+
+
+TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = MappingProxyType(
+    {
+        "promote": _rows((S.SCHEDULED,), S.QUEUED),
+        "assign": _rows((S.QUEUED,), S.ASSIGNED),
+        "start": _rows((S.ASSIGNED,), S.RUNNING),
+        "complete": _rows(_HELD, S.COMPLETED),
+        "fail": _rows(_HELD, S.SCHEDULED, S.FAILED),
+        "lose": _rows(_HELD, S.QUEUED, S.FAILED),
+        "release": _rows(_HELD, S.QUEUED),
+        "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
+        "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
+    }
+)
+"""verb -> state it starts from -> states it may end in. A task begins `queued`, `scheduled` or `rejected`."""
+
+
+def allowed_verbs(state: TaskState) -> list[str]:
+    """Return the verbs that lead on from a state, in alphabetical order; none from a final one."""
+    return sorted(verb for verb, rows in TRANSITIONS.items() if state in rows)
+
+
+def _check(task: Task, verb: str) -> None:
+    if task.state not in TRANSITIONS[verb]:
+        raise InvalidTransition(
+            f"a task that is {task.state.value} cannot {verb}",
+            state=task.state.value,
+            allowed=allowed_verbs(task.state),
+        )
+
+
+def promote(task: Task, now: int) -> Task:
+    """Queue a scheduled task whose time has come."""
+    _check(task, "promote")
+    return replace(task, state=S.QUEUED, state_at=now, not_before=None, reason="", message="")
+
+
+def assign(task: Task, agent_id: str, instance_id: str, token: str, now: int) -> Task:
+    """Give a queued task to an agent instance: a new attempt, a new fence, a new lease."""
+    _check(task, "assign")
+    return replace(
+        task,
+        state=S.ASSIGNED,
+        state_at=now,
+        attempt=task.attempt + 1,
+        epoch=task.epoch + 1,
+        lease=Lease(agent_id=agent_id, instance_id=instance_id, token=token, since=now),
+        started_at=None,
+        progress=0.0,
+        progress_message="",
+        reason="",
+        message="",
+    )
+
+
+def start(task: Task, now: int) -> Task:
+    """Record that the attempt has begun."""
+    _check(task, "start")
+    return replace(task, state=S.RUNNING, state_at=now, started_at=now)
+
+
+def progress(task: Task, fraction: float, message: str, now: int) -> Task:
+    """Record how far the attempt is; an attempt that makes progress has begun. Not a change of state for a running task."""
+    running = task if task.state is S.RUNNING else start(task, now)
+    return replace(running, progress=min(1.0, max(0.0, fraction)), progress_message=message)
+
+
+def _end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = None) -> list[Attempt]:
+    lease = task.lease
+    if lease is None:
+        return task.attempts
+    ended = Attempt(
+        number=task.attempt,
+        agent_id=lease.agent_id,
+        instance_id=lease.instance_id,
+        assigned_at=lease.since,
+        started_at=task.started_at,
+        ended_at=now,
+        outcome=outcome,
+        failure=failure,
+    )
+    return [*task.attempts[-KEPT_ATTEMPTS + 1 :], ended]
+
+
+def complete(task: Task, now: int) -> Task:
+    """Record the one final result of a task."""
+    _check(task, "complete")
+    return replace(
+        task,
+        state=S.COMPLETED,
+        state_at=now,
+        finished_at=now,
+        attempts=_end_attempt(task, "completed", now),
+        started_at=task.started_at or task.state_at,
+        lease=None,
+        last_lease=task.lease,
+        lost=0,
+        progress=1.0,
+        failure=None,
+    )
+
+
+def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "failed") -> Task:
+    """End an attempt with an error: scheduled again after a backoff while the policy allows it, else failed for good.
+
+    A task that someone asked to cancel is not tried again.
+
+    Args:
+        chance: random number in [0, 1) for the jitter.
+        outcome: how the attempt is remembered: `failed` or `timeout`.
+    """
+    _check(task, "fail")
+    attempts = _end_attempt(task, outcome, now, failure)
+    failures = task.failures + 1
+    if may_retry(task.retry, failures, failure) and task.cancel is None:
+        wait = backoff_ms(task.retry, failures, chance)
+        return replace(
+            task,
+            state=S.SCHEDULED,
+            state_at=now,
+            not_before=now + wait,
+            attempts=attempts,
+            failures=failures,
+            failure=failure,
+            lease=None,
+            started_at=None,
+            epoch=task.epoch + 1,
+            lost=0,
+            reason="retrying",
+            message=f"attempt {task.attempt} failed: {failure.code}; next in {wait / 1000:.1f} s",
+        )
+    temporary = failure.error_class == "temporary"
+    return replace(
+        task,
+        state=S.FAILED,
+        state_at=now,
+        finished_at=now,
+        attempts=attempts,
+        failures=failures,
+        failure=failure,
+        lease=None,
+        last_lease=task.lease,
+        lost=0,
+        reason="attempts-exhausted" if temporary else f"{failure.error_class}-error",
+        message=failure.message,
+    )
+
+
+def lose(task: Task, now: int) -> Task:
+    """Take a task back from an instance whose lease has ended: queued again at its old place, or quarantined after three in a row.
+
+    Raises `lost`, not the failures: the work may be fine, its worker was not. The fence moves at once, so the old holder is refused from
+    now on, not only after the next assignment (reliability, rule R2).
+    """
+    _check(task, "lose")
+    attempts = _end_attempt(task, "lost", now)
+    lost = task.lost + 1
+    held = replace(task, attempts=attempts, lost=lost, lease=None, started_at=None, epoch=task.epoch + 1, state_at=now)
+    if task.cancel is not None:
+        return replace(held, state=S.CANCELLED, finished_at=now, reason="cancelled", message=task.cancel.reason)
+    if lost >= LOST_LIMIT:
+        failure = Failure(
+            error_class="critical",
+            cause="lost",
+            code="quarantined",
+            message=f"{lost} leases lost in a row; the task may kill its agents",
+        )
+        return replace(
+            held,
+            state=S.FAILED,
+            finished_at=now,
+            failure=failure,
+            last_lease=task.lease,
+            reason="quarantined",
+            message=failure.message,
+        )
+    return replace(held, state=S.QUEUED, reason="lease-lost", message="its agent went silent; queued again")
+
+
+def release(task: Task, now: int) -> Task:
+    """Take back a task that its agent hands over unfinished (drain). Costs no attempt."""
+    _check(task, "release")
+    held = replace(
+        task,
+        attempts=_end_attempt(task, "released", now),
+        lease=None,
+        started_at=None,
+        epoch=task.epoch + 1,
+        state_at=now,
+    )
+    if task.cancel is not None:
+        return replace(
+            held,
+            state=S.CANCELLED,
+            finished_at=now,
+            last_lease=task.lease,
+            reason="cancelled",
+            message=task.cancel.reason,
+        )
+    return replace(held, state=S.QUEUED, lost=0, reason="released", message="handed back by its agent; queued again")
+
+
+def request_cancel(task: Task, request: Request) -> Task:
+    """Cancel a waiting task; ask for it where an agent holds the task. A repeated request keeps the first."""
+    if task.state in _HELD:
+        return task if task.cancel is not None else replace(task, cancel=request)
+    return cancel(replace(task, cancel=request), request.at)
+
+
+def cancel(task: Task, now: int) -> Task:
+    """End a task as cancelled: a waiting one at once, a held one when its agent says so or its time to do so is over."""
+    _check(task, "cancel")
+    return replace(
+        task,
+        state=S.CANCELLED,
+        state_at=now,
+        finished_at=now,
+        attempts=_end_attempt(task, "cancelled", now),
+        lease=None,
+        last_lease=task.lease,
+        epoch=task.epoch + 1,
+        reason="cancelled",
+        message=task.cancel.reason if task.cancel else "",
+    )
+
+
+def expire(task: Task, now: int) -> Task:
+    """End a task whose deadline has passed; `reason` tells whether it ever started."""
+    _check(task, "expire")
+    return replace(
+        task,
+        state=S.EXPIRED,
+        state_at=now,
+        finished_at=now,
+        attempts=_end_attempt(task, "expired", now),
+        lease=None,
+        last_lease=task.lease,
+        epoch=task.epoch + 1,
+        failure=Failure(error_class="permanent", cause="deadline", code="deadline", message="the deadline passed"),
+        reason="deadline" if task.attempt else "deadline-never-started",
+        message="the deadline passed",
+    )
+
+
+def due_at(task: Task, cancel_grace_ms: int) -> int | None:
+    """Return when time alone asks for a step: promotion, attempt timeout, forced cancellation or deadline, whichever is first."""
+    if task.state in FINAL_STATES:
+        return None
+    moments = [task.deadline_at]
+    if task.state is S.SCHEDULED:
+        moments.append(task.not_before)
+    if task.lease is not None:
+        if task.timeout_ms is not None:
+            moments.append(task.lease.since + task.timeout_ms)
+        if task.cancel is not None:
+            moments.append(task.cancel.at + cancel_grace_ms)
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
+def on_time(task: Task, now: int, chance: float, cancel_grace_ms: int) -> Task | None:
+    """Take the step that time asks for; None when there is none yet. The order settles ties: deadline, cancellation, timeout, promotion."""
+    if task.state in FINAL_STATES:
+        return None
+    if task.deadline_at is not None and task.deadline_at <= now:
+        return expire(task, now)
+    if task.lease is not None:
+        if task.cancel is not None and task.cancel.at + cancel_grace_ms <= now:
+            return cancel(task, now)
+        if task.timeout_ms is not None and task.lease.since + task.timeout_ms <= now:
+            failure = Failure(
+                cause="timeout", code="timeout", message=f"the attempt took longer than {task.timeout_ms / 1000:g} s"
+            )
+            return fail(task, failure, now, chance, "timeout")
+    if task.state is S.SCHEDULED and (task.not_before is None or task.not_before <= now):
+        return promote(task, now)
+    return None

@@ -1,0 +1,103 @@
+"""What people and time may ask of a task, as decisions on the task as it is: pure functions that return `Decide` callables."""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
+from mcp_control.tasks.ledger import Decide, Move
+from mcp_control.tasks.model import HELD_STATES, Request, Task
+from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
+from mcp_control.tasks.transitions import allowed_verbs, lose, on_time, release, request_cancel
+
+
+def cancelling(actor: str, reason: str, now: int) -> Decide:
+    """Cancel a task; one that is already being cancelled, or is cancelled, stays as it is."""
+
+    def decide(task: Task) -> Move | None:
+        if task.final:
+            raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
+        after = request_cancel(task, Request(at=now, by=actor, reason=reason))
+        if after is task:
+            return None
+        kind = "task.cancelled" if after.final else "task.cancel_requested"
+        return Move(after, [task_fact(kind, after, actor, now)])
+
+    return decide
+
+
+def losing(instance_id: str, now: int) -> Decide:
+    """Take a task back from an instance whose lease is over, if that instance still holds it."""
+
+    def decide(task: Task) -> Move | None:
+        if task.lease is None or task.lease.instance_id != instance_id:
+            return None
+        after = lose(task, now)
+        kind = "task.lost" if not after.final else f"task.{after.state.value}"
+        return Move(after, [task_fact(kind, after, "system", now, agent_id=task.lease.agent_id)])
+
+    return decide
+
+
+def releasing(instance_id: str, now: int) -> Decide:
+    """Take back a task that an instance hands over, if it still holds it."""
+
+    def decide(task: Task) -> Move | None:
+        if task.lease is None or task.lease.instance_id != instance_id:
+            return None
+        after = release(task, now)
+        kind = "task.released" if not after.final else "task.cancelled"
+        return Move(after, [task_fact(kind, after, "system", now, agent_id=task.lease.agent_id)])
+
+    return decide
+
+
+def timing(now: int, chance: float) -> Decide:
+    """Take the step that time asks for."""
+
+    def decide(task: Task) -> Move | None:
+        after = on_time(task, now, chance, CANCEL_GRACE_MS)
+        if after is None:
+            return None
+        kind = {"queued": "task.queued", "scheduled": "task.retrying"}.get(
+            after.state.value, f"task.{after.state.value}"
+        )
+        return Move(after, [task_fact(kind, after, "system", now)])
+
+    return decide
+
+
+def editing(
+    actor: str, version: int | None, priority: int | None, labels: Mapping[str, str] | None, now: int
+) -> Decide:
+    """Change priority or labels of a task that is not final. `version` None takes whatever version is there."""
+
+    def decide(task: Task) -> Move | None:
+        if version is not None and task.version != version:
+            raise VersionConflict("the task was changed meanwhile; read it again", current=str(task.version))
+        if task.final:
+            raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
+        after = task
+        if priority is not None:
+            after = replace(after, priority=priority)
+        if labels is not None:
+            after = replace(after, labels=dict(labels))
+        return None if after == task else Move(after, [task_fact("task.updated", after, actor, now)])
+
+    return decide
+
+
+def pinning(actor: str, agent_id: str, lane: str, now: int) -> Decide:
+    """Assign a waiting task to one agent by hand: it joins the lane that only this agent serves."""
+
+    def decide(task: Task) -> Move | None:
+        if task.final:
+            raise AlreadyTerminal(f"the task is already {task.state.value}", state=task.state.value)
+        if task.state in HELD_STATES:
+            raise InvalidTransition(
+                "an agent is working on it", state=task.state.value, allowed=allowed_verbs(task.state)
+            )
+        after = replace(task, needs=replace(task.needs, agent=agent_id), lane=lane)
+        return Move(after, [task_fact("task.updated", after, actor, now, assigned_to=agent_id)])
+
+    return decide

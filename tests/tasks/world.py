@@ -1,0 +1,164 @@
+"""The task component on a real store, and an agent that speaks to it without a socket."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND, AgentSpec, Beat, Capability
+from mcp_control.agents.service import AgentManager
+from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.kernel.changes import StoredFact
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.ids import IdSource
+from mcp_control.security.model import Actor
+from mcp_control.storage.local.queue import LocalQueue
+from mcp_control.storage.ports import Store
+from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
+from mcp_control.tasks.ledger import Ledger
+from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
+from mcp_control.tasks.service import Submitted, TaskOrchestrator
+from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
+from mcp_control.testing.clock import FakeClock
+
+ADMIN = Actor(id="user_admin", kind="user", display="admin", roles=("administrator",))
+KINDS = (TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND)
+
+
+class World:
+    """Everything of the task component, wired as the product wires it."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.store = store
+        self.clock = clock
+        self.facts: list[StoredFact] = []
+        self.ids = IdSource(clock)
+        self.queue = LocalQueue()
+        self.sessions = Sessions()
+        self.manager = AgentManager(store, clock, self.ids, self.sessions)
+        self.ledger = Ledger(store)
+        self.dispatcher = Dispatcher(self.queue, self.sessions, lambda pairs: self.settler.hand_out(pairs))
+        self.settler = Settler(self.ledger, self.sessions, self.dispatcher, clock, self.ids)
+        self.tasks = TaskOrchestrator(
+            store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
+        )
+        self.agents = AgentSessions(store, clock, self.manager, self.ledger, self.settler, self.dispatcher)
+        self.timekeeper = Timekeeper(store, clock, self.settler)
+        self.leases = LeaseKeeper(clock, self.manager, self.agents)
+        self.reconciler = Reconciler(store, clock, self.ledger, self.settler, self.dispatcher)
+        self.retention = Retention(store, clock, keep_ms=30 * 86_400_000)
+
+    async def submit(self, task_type: str = "echo", **fields: object) -> Task:
+        """Submit one task that must be accepted."""
+        spec = msgspec.convert({"type": task_type, **fields}, TaskSpec)
+        (result,) = await self.tasks.submit(ADMIN, [spec], Origin(principal=ADMIN.id))
+        assert isinstance(result, Submitted), result
+        return result.task
+
+    async def task(self, task_id: str) -> Task:
+        """Read a task as the store has it."""
+        self.ledger.forget([task_id])
+        return await self.tasks.one(ADMIN, task_id)
+
+    async def agent(self, name: str = "worker", *types: str, slots: int = 1, lease_seconds: float = 30.0) -> "Peer":
+        """Register an agent and connect an instance of it."""
+        spec = AgentSpec(
+            name=name,
+            capabilities=[Capability(name=task_type) for task_type in types or ("echo",)],
+            slots=slots,
+            lease_seconds=lease_seconds,
+        )
+        registered = await self.manager.register(ADMIN, spec)
+        actor = Actor(id=registered.agent.id, kind="agent", roles=("agent",))
+        peer = Peer(self, actor, spec)
+        await peer.connect()
+        return peer
+
+
+class Peer:
+    """An agent instance whose frames arrive in a list."""
+
+    def __init__(self, world: World, actor: Actor, spec: AgentSpec) -> None:
+        self.world = world
+        self.actor = actor
+        self.spec = spec
+        self.given: dict[str, Assignment] = {}
+        self.cancelled: list[str] = []
+        self.instance_id: str | None = None
+        self.session: Session | None = None
+        self._arrived = asyncio.Event()
+        self._reports = 0
+
+    def _receive(self, frames: Sequence[object]) -> None:
+        for frame in frames:
+            match frame:
+                case Welcome():
+                    self.instance_id = frame.instance_id
+                case Tasks():
+                    self.given.update({task.task_id: task for task in frame.tasks})
+                case Cancel():
+                    self.cancelled += frame.task_ids
+                case _:
+                    raise AssertionError(frame)
+        self._arrived.set()
+
+    @property
+    def live(self) -> Session:
+        """The session, which must be there."""
+        assert self.session is not None
+        return self.session
+
+    async def connect(self, *running: str) -> None:
+        """Connect, or reconnect as the same instance."""
+        hello = Hello(agent=self.spec, instance_id=self.instance_id, beat=Beat(running=list(running)))
+        self.session = await self.world.agents.connect(self.actor, hello, self._receive)
+
+    async def until_given(self, count: int = 1) -> list[Assignment]:
+        """Wait until so many tasks have arrived in all."""
+        async with asyncio.timeout(5):
+            while len(self.given) < count:
+                self._arrived.clear()
+                await self._arrived.wait()
+        return list(self.given.values())
+
+    async def report(self, **fields: object) -> Ack:
+        """Send a report."""
+        self._reports += 1
+        return await self.world.agents.report(self.live, Report(id=self._reports, **fields))  # type: ignore[arg-type]
+
+    async def start(self, assignment: Assignment) -> Ack:
+        """Say that work has begun."""
+        return await self.report(started=[Started(task_id=assignment.task_id, lease_token=assignment.lease_token)])
+
+    async def done(self, assignment: Assignment, outcome: str = "completed", **fields: object) -> Ack:
+        """Say how work ended."""
+        done = Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome=outcome, **fields)  # type: ignore[arg-type]
+        return await self.report(done=[done])
+
+
+@asynccontextmanager
+async def world_at(folder: Path, clock: Clock | None = None, store: Store | None = None) -> AsyncIterator[World]:
+    """Open a world on a data folder."""
+
+    def fatal(problem: Problem) -> None:
+        raise problem
+
+    inner = store or SqliteStore(folder, fatal=fatal)
+    world = World(inner, clock or FakeClock())
+    await inner.open(KINDS, world.facts.extend)
+    await world.manager.start()
+    await world.reconciler.rebuild()
+    running = asyncio.create_task(world.dispatcher.run())
+    try:
+        yield world
+    finally:
+        running.cancel()
+        await world.settler.close()
+        await inner.close()
