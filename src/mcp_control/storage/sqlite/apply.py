@@ -164,7 +164,7 @@ class Applier:
         states = self._remembered[table.name]
         states[entity.id] = (row, entity.version + 1, *values)
         if len(states) > _REMEMBERED:
-            del states[next(iter(states))]
+            states.clear()  # costs those in use one read each, now and then; an order of age would cost something every time
         return None
 
     def _duplicate(self, table: Table, entity: Entity) -> Problem:
