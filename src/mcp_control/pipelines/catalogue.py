@@ -67,7 +67,7 @@ class Catalogue:
                 created_at=now,
                 created_by=actor.id,
             )
-            # The mark of the newest is unique, so the old one gives it up first.
+            # The unique number makes one of two writers at once try again.
             old = [] if latest is None else [write_pipeline(replace(latest, version=latest.version + 1), latest=False)]
             data = {"name": pipeline.name, "version": pipeline.number}
             created = fact("pipeline.created", pipeline.id, actor.id, now, data, tenant=actor.tenant)

@@ -292,14 +292,6 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     etag: str
 
 
-class RunFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Which runs to list: all conditions that are given. `pipeline` is a name."""
-
-    state: RunState | None = None
-    pipeline: str | None = None
-    ascending: bool = False
-
-
 class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A definition as callers see it; `spec` is left out of lists."""
 
@@ -319,7 +311,7 @@ PIPELINE_KIND: Final = Kind(
     fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest")),
     indexes=(
         Index("pipeline_version", ("name_number",), unique=True),
-        Index("pipeline_latest", ("latest",), unique=True),
+        Index("pipeline_latest", ("latest", "id")),
         Index("pipeline_name", ("name", "id")),
     ),
 )

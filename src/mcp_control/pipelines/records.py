@@ -46,7 +46,7 @@ def write_run(run: Run, cold: Mapping[str, bytes]) -> tuple[Run, Entity]:
         "state": after.state.value,
         "pipeline": after.pipeline,
         "unique_key": None if key is None else scoped(after.tenant, after.origin.principal, key),
-        "due": None if final else after.deadline_at,
+        "due": None if final or after.ending is not None else after.deadline_at,
         "finished": after.finished_at if final else None,
     }
     return after, Entity("run", after.id, read_at, index, _encode(after), cold)

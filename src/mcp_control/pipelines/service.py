@@ -3,8 +3,9 @@
 import asyncio
 import builtins
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -20,12 +21,10 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import outstanding, task_id
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.model import (
-    RUN_FINAL,
     Pipeline,
     PipelineSpec,
     PipelineView,
     Run,
-    RunFilter,
     RunRequest,
     RunState,
     RunView,
@@ -33,13 +32,14 @@ from mcp_control.pipelines.model import (
 )
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan
-from mcp_control.pipelines.records import read_run, run_fact, run_view, scoped
+from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Plans, Runs
 from mcp_control.security.model import SYSTEM, Actor
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished
-from mcp_control.tasks.model import FINAL_STATES, Origin, Request, TaskState
+from mcp_control.tasks.model import Origin, Request, TaskState
 from mcp_control.tasks.records import read as read_task
+from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import check_key
 
 _TRIES: Final = 10
@@ -53,18 +53,10 @@ _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 Ask = Callable[[Plan, Run, int], Run]
 
 
-class Applier(Protocol):
-    """What the engine needs of the task component (`tasks.settling.Settler`)."""
-
-    async def apply(self, run_id: str, advance: Advance, tenant: str, actor: str) -> None:
-        """Commit an advance and start its tasks. Raises Conflict when the run was changed meanwhile."""
-        ...
-
-
 class PipelineEngine:
     """Executes definitions and moves runs on when their tasks end; implements `tasks.followers.Follower`."""
 
-    def __init__(self, store: Store, clock: Clock, ids: IdSource, tasks: Applier, catalogue: Catalogue) -> None:
+    def __init__(self, store: Store, clock: Clock, ids: IdSource, tasks: Settler, catalogue: Catalogue) -> None:
         self._store = store
         self._clock = clock
         self._ids = ids
@@ -77,7 +69,7 @@ class PipelineEngine:
 
     # --- definitions ----------------------------------------------------------------------------------------------
 
-    def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
+    async def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """See `Catalogue.check`."""
         return self._catalogue.check(actor, spec)
 
@@ -92,6 +84,10 @@ class PipelineEngine:
     async def list(self, actor: Actor, *, cursor: str | None = None, limit: int = 50) -> Page[PipelineView]:
         """See `Catalogue.list`."""
         return await self._catalogue.list(actor, cursor=cursor, limit=limit)
+
+    def view_pipeline(self, pipeline: Pipeline) -> PipelineView:
+        """Return a definition as callers see it, with its spec."""
+        return pipeline_view(pipeline, with_spec=True)
 
     # --- runs: start ----------------------------------------------------------------------------------------------
 
@@ -159,34 +155,34 @@ class PipelineEngine:
 
     # --- runs: read -----------------------------------------------------------------------------------------------
 
-    async def run(self, actor: Actor, run_id: str) -> RunView:
-        """Return a run with its parameters, and the progress of running tasks in that of their stages. Raises NotFound."""
-        active = await self._load(actor, run_id)
-        run = active.run
-        params = active.material.params
-        if params is None:
-            entity = (await self._store.get("run", [run_id], ("params",)))[0]
-            params = _params((entity.cold if entity else {}).get("params", b"{}"))
+    async def run(self, actor: Actor, run_id: str) -> Run:
+        """Return a run. Raises NotFound, the same for one that is not there and one of another tenant."""
+        return (await self._load(actor, run_id)).run
+
+    async def view(self, actor: Actor, run: Run) -> RunView:
+        """Return a run as callers see it, with its parameters, and the progress of running tasks in that of their stages."""
+        plan = await self._plans.load(run.pipeline_id)
+        entity = (await self._store.get("run", [run.id], ("params",)))[0]
+        params = {} if entity is None else _params(entity.cold.get("params", b"{}"))
         inside: dict[str, float] = {}
-        if run.state not in RUN_FINAL:
-            where = [Where("run", "eq", run_id), Where("state", "eq", TaskState.RUNNING.value)]
+        if not run.final:
+            where = [Where("run", "eq", run.id), Where("state", "eq", TaskState.RUNNING.value)]
             for row in await self._store.find("task", Query(where=where, limit=200)):
                 task = read_task(row)
                 stage = task.links.stage or ""
                 inside[stage] = inside.get(stage, 0.0) + task.progress
-        shown = {name: msgspec.Raw(text) for name, text in params.items()}
-        return run_view(run, active.plan, self._clock.now(), params=shown, inside=inside)
+        return run_view(run, plan, self._clock.now(), params=params, inside=inside)
 
-    async def wait(self, actor: Actor, run_id: str, seconds: float) -> None:
-        """Return when the run has ended, or after so many seconds, at most 60. Raises NotFound."""
+    async def wait(self, actor: Actor, run_id: str, seconds: float) -> Run:
+        """Return a run when it has ended, or as it is after so many seconds, at most 60. Raises NotFound."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(run_id, []).append(future)
         try:
             if not (await self._load(actor, run_id)).run.final:
-                async with asyncio.timeout(min(seconds, WAIT_MAX_SECONDS)):
-                    await future
-        except TimeoutError:
-            return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(seconds, WAIT_MAX_SECONDS)):
+                        await future
+            return await self.run(actor, run_id)
         finally:
             futures = self._waiting.get(run_id, [])
             if future in futures:
@@ -195,20 +191,27 @@ class PipelineEngine:
                 self._waiting.pop(run_id, None)
 
     async def runs(
-        self, actor: Actor, wanted: RunFilter, *, cursor: str | None = None, limit: int = 50
+        self,
+        actor: Actor,
+        *,
+        state: RunState | None = None,
+        pipeline: str | None = None,
+        cursor: str | None = None,
+        limit: int = 50,
+        oldest_first: bool = False,
     ) -> Page[RunView]:
-        """Return a page of runs that match, newest first unless asked otherwise."""
+        """Return a page of runs for which all conditions given hold (`pipeline` is a name), newest first unless asked otherwise."""
         where: builtins.list[Where] = []
-        if wanted.pipeline is not None:
-            where.append(Where("pipeline", "eq", wanted.pipeline))
-        if wanted.state is not None:
-            where.append(Where("state", "eq", wanted.state.value))
-        scope = "runs/oldest" if wanted.ascending else "runs"
+        if pipeline is not None:
+            where.append(Where("pipeline", "eq", pipeline))
+        if state is not None:
+            where.append(Where("state", "eq", state.value))
+        scope = "runs/oldest" if oldest_first else "runs"
         after = None if cursor is None else decode_cursor(scope, cursor, 1)
         now = self._clock.now()
         items: builtins.list[RunView] = []
         for _ in range(_SCANNED_MAX // (limit + 1) + 1):
-            query = Query(where=where, descending=not wanted.ascending, after=after, limit=limit + 1)
+            query = Query(where=where, descending=not oldest_first, after=after, limit=limit + 1)
             rows = await self._store.find("run", query)
             for row in rows:
                 run = read_run(row)
@@ -240,21 +243,21 @@ class PipelineEngine:
 
     # --- runs: change ---------------------------------------------------------------------------------------------
 
-    async def pause(self, actor: Actor, run_id: str, reason: str = "") -> RunView:
+    async def pause(self, actor: Actor, run_id: str, reason: str = "") -> Run:
         """Start nothing new in a run; its running tasks finish. Raises NotFound, InvalidTransition."""
         request = self._request(actor, reason)
         return await self._ask(actor, run_id, lambda _plan, run, _now: control.pause(run, request), "run.paused")
 
-    async def resume(self, actor: Actor, run_id: str) -> RunView:
+    async def resume(self, actor: Actor, run_id: str) -> Run:
         """Let a paused run go on. Raises NotFound, InvalidTransition."""
         return await self._ask(actor, run_id, lambda _plan, run, now: control.resume(run, now), "run.resumed")
 
-    async def cancel(self, actor: Actor, run_id: str, reason: str = "") -> RunView:
+    async def cancel(self, actor: Actor, run_id: str, reason: str = "") -> Run:
         """End a run: waiting tasks at once, running ones when their agents have stopped. Raises NotFound, InvalidTransition."""
         request = self._request(actor, reason)
         return await self._ask(actor, run_id, lambda _plan, run, _now: control.cancel(run, request), "", insist=True)
 
-    async def retry(self, actor: Actor, run_id: str, from_stage: str | None = None) -> RunView:
+    async def retry(self, actor: Actor, run_id: str, from_stage: str | None = None) -> Run:
         """Run again what did not complete, or everything from a stage on. Raises NotFound, Invalid, InvalidTransition."""
         return await self._ask(
             actor, run_id, lambda plan, run, now: control.retry(plan, run, from_stage, now), "run.retried", anew=True
@@ -275,7 +278,7 @@ class PipelineEngine:
         finished: Sequence[Finished] = (),
         insist: bool = False,
         anew: bool = False,
-    ) -> RunView:
+    ) -> Run:
         """Change a run as asked and do what follows from it; decide again when somebody else was faster.
 
         Args:
@@ -305,8 +308,7 @@ class PipelineEngine:
             break
         else:
             raise Conflict("the run changes too fast; try again")
-        active = await self._load(actor, run_id)
-        return run_view(active.run, active.plan, self._clock.now())
+        return await self.run(actor, run_id)
 
     async def _apply(self, actor: Actor, run_id: str, advance: Advance) -> None:
         try:
@@ -344,8 +346,10 @@ class PipelineEngine:
         where = [Where("state", "in", _ACTIVE)]
         after = [self._healed] if self._healed else None
         rows = await self._store.find("run", Query(where=where, after=after, limit=_HEAL_RUNS))
+        seen = {row.id for row in due}
         for row in rows:
-            changed += await self._heal(read_run(row), now)
+            if row.id not in seen:
+                changed += await self._heal(read_run(row), now)
         self._healed = rows[-1].id if len(rows) == _HEAL_RUNS else ""
         return changed
 
@@ -356,19 +360,20 @@ class PipelineEngine:
             for place, stage in enumerate(stored.stages)
             for item in outstanding(plan.stages[place], stage)
         ][:_HEAL_TASKS]
-        ended: builtins.list[Finished] = []
-        for entity in await self._store.get("task", ids, ("result",)):
-            if entity is not None and (task := read_task(entity)).state in FINAL_STATES:
-                ended.append(Finished(task=task, result=entity.cold.get("result")))
+        ended = [
+            Finished(task=task, result=entity.cold.get("result"))
+            for entity in await self._store.get("task", ids, ("result",))
+            if entity is not None and (task := read_task(entity)).final
+        ]
         late = stored.deadline_at is not None and stored.deadline_at <= now
         if not ended and not late and stored.ending is None:
             return False
         actor = replace(SYSTEM, tenant=stored.tenant)
         try:
-            view = await self._ask(actor, stored.id, lambda _plan, run, _now: run, "", finished=ended, insist=True)
+            run = await self._ask(actor, stored.id, lambda _plan, run, _now: run, "", finished=ended, insist=True)
         except Problem:
             return False  # somebody else moves it; it is looked at again
-        return view.etag != str(stored.version)
+        return run.version != stored.version
 
     async def remove_ended(self, before: int, limit: int = 100) -> int:
         """Remove runs that ended before a moment, at most `limit`; their tasks are the task component's. Returns how many."""
