@@ -378,6 +378,7 @@ def test_lists_of_turns_agree_in_every_spelling(turns: list[tuple[str, str]]) ->
     assert mapped({"conversations": pairs}) == wanted
     assert mapped({"conversations": shares}) == wanted
     assert mapped({"conversations": json.dumps(shares)}) == wanted
+    assert mapped({"conversations": repr(shares)}) == wanted
     assert mapped(pairs) == wanted
     assert mapped({"dialog": [{"speaker": role, "text": text} for role, text in turns]}) == wanted
 

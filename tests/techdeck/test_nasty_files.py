@@ -1,12 +1,17 @@
 """Files that break other readers: each has one exact answer, and a bad row never takes its neighbours with it."""
 
 import gzip
+import io
 import json
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mcp_control.techdeck.ingestion import ingest
 from mcp_control.techdeck.model import DataError, IngestOptions, Options
@@ -212,6 +217,60 @@ def test_decompression_bomb(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         run(gzip.compress(b" " * 40_000_000), tmp_path)
     assert caught.value.code == "E_RATIO"
+
+
+def test_undecodable_text_in_parquet_costs_its_row(tmp_path: Path) -> None:
+    """A Parquet string that is not UTF-8 goes aside alone."""
+    bad = pa.array([b"q", b"\xff", b"r"]).view(pa.string())
+    pq.write_table(pa.table({"question": bad, "answer": ["a", "b", "c"]}), tmp_path / "p")
+    outcome = run_path(tmp_path / "p", tmp_path / "out")
+    assert outcome.rejected("ingestion") == {1: "E_ENCODING"}
+    assert [outcome.turns(0)[0][1], outcome.turns(1)[0][1]] == ["q", "r"]
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A file of some container with bytes changed, lost, repeated or inserted."""
+    data = bytearray(draw(st.sampled_from(WHOLE)))
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(data)))
+        end = place + draw(st.integers(0, 40))
+        data[place:end] = draw(
+            st.sampled_from([b"", b'"', b"\n", b"[", b"}", b"\xff", b"\x00", b"PAR1", bytes(data[place:end]) * 2])
+        )
+    return bytes(data)
+
+
+def _parquet() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"question": ["q"] * 9, "answer": ["a"] * 9}), sink)
+    return sink.getvalue()
+
+
+LINES = b"\n".join([GOOD] * 9)
+WHOLE = [
+    LINES,
+    b"[" + b",".join([GOOD] * 9) + b"]",
+    b'{"train":[' + b",".join([GOOD] * 9) + b"]}",
+    b"question,answer\n" + b'"q",a\n' * 9,
+    b"Human: a\nAssistant: b",
+    gzip.compress(LINES, mtime=0),
+    zstandard.compress(LINES),
+    _parquet(),
+]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=damaged())
+def test_damage_ends_in_rows_or_one_error(data: bytes, tmp_path: Path) -> None:
+    """Whatever happened to a file, it gives counted rows or one DataError, never another exception."""
+    try:
+        outcome = run(data, tmp_path)
+    except DataError:
+        return
+    assert outcome.ingested.rows_in == outcome.ingested.rows_out + outcome.ingested.rejected
+    aside = len(outcome.rejected("standardization"))
+    assert outcome.ingested.rows_out == len(outcome.conversations) + outcome.merged + aside
 
 
 def test_messages_never_quote_content(tmp_path: Path) -> None:

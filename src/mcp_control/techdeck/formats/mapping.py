@@ -1,5 +1,6 @@
 """From one record of a known format to canonical messages. Pure: no I/O, no state, one rule per function."""
 
+import ast
 import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -303,10 +304,17 @@ def prepare(record: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _unpack(value: str) -> Any:
+    """The list in a cell: JSON, or a Python literal as table writers of the field leave it. None when it is neither."""
     try:
         return orjson.loads(value)
     except orjson.JSONDecodeError:
+        pass
+    try:
+        found = ast.literal_eval(value)
+        orjson.dumps(found)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
+    return found
 
 
 def _prefer(record: dict[str, Any]) -> dict[str, Any]:

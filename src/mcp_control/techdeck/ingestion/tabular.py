@@ -207,11 +207,25 @@ def read_parquet(path: Path, limits: Limits) -> Iterator[Item]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_BATCH):
-                for record in batch.to_pylist():
-                    yield _parquet_row(row, record, limits)
+                for item in _batch_rows(batch, row, limits):
+                    yield item
                     row += 1
     except (pa.ArrowException, OSError) as error:
         raise DataError("E_PARQUET", f"not readable as Parquet after row {row}: {type(error).__name__}") from error
+
+
+def _batch_rows(batch: pa.RecordBatch, first: int, limits: Limits) -> Iterator[Item]:
+    try:
+        records: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError):  # one bad value: look at the rows one by one
+        if batch.num_rows == 1:
+            yield reject(first, None, "E_ENCODING", f"row {first}: holds text or times that cannot be decoded", b"")
+            return
+        for number in range(batch.num_rows):
+            yield from _batch_rows(batch.slice(number, 1), first + number, limits)
+        return
+    for number, record in enumerate(records, first):
+        yield _parquet_row(number, record, limits)
 
 
 def _parquet_row(row: int, record: dict[str, Any], limits: Limits) -> Item:
