@@ -21,7 +21,7 @@ from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
 from mcp_control.api.app import ControlApp
-from mcp_control.api.assembly import application
+from mcp_control.api.assembly import application, routes
 from mcp_control.api.protocol import ControlHttpProtocol, ControlSocketProtocol
 from mcp_control.api.services import Services
 from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
@@ -33,7 +33,12 @@ from mcp_control.kernel.clock import SystemClock
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
+from mcp_control.monitoring.health import OK, Finding, Health
+from mcp_control.monitoring.loop_lag import LoopLag
+from mcp_control.monitoring.metrics import Metrics
+from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
+from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
@@ -163,15 +168,40 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
         stack.push_async_callback(settler.close)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)
+        lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher)
+        catalogue = Catalogue(
+            store,
+            clock,
+            ids,
+            lambda tenant: {one.name for _, spec in manager.known(tenant) for one in spec.capabilities},
+        )
+        engine = PipelineEngine(store, clock, ids, settler, catalogue)
+        settler.follower = engine
         artifacts = Artifacts(
             store, FolderBlobs(settings.data), clock, ids, max_bytes=settings.limits.max_artifact_bytes
         )
 
+        overload = settings.overload
+        metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
         gate = Gate(
-            lambda: store.waiting,
-            Limits(submits=settings.overload.max_requests, lag=settings.overload.loop_lag_seconds),
+            lambda: store.waiting, metrics.shed, Limits(submits=overload.max_requests, lag=overload.loop_lag_seconds)
         )
+
+        def note_lag(seconds: float) -> None:
+            gate.lag = seconds
+            metrics.loop_lag(seconds)
+
+        lag = LoopLag(clock, noted=note_lag)
+        lag.start()
+        stack.push_async_callback(lag.stop)
+        health = Health()
+
+        async def writable() -> Finding:
+            return OK if store.writable else Finding("failed", "takes no writes")
+
+        health.add("store", writable)
+        _watch(metrics, store, broadcaster, sessions, reconciler, lease_keeper)
         services = Services(
             settings=settings,
             version=__version__,
@@ -179,10 +209,10 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
             clock=clock,
             ids=ids,
             gate=gate,
-            meter=_Quiet(),
+            metrics=metrics,
+            health=health,
             store=store,
             started=clock.monotonic(),
-            problems=lambda: [] if store.writable else ["the store takes no writes"],
             plugins=list,
             broadcaster=broadcaster,
             authenticator=Authenticator(store, tokens, verified),
@@ -192,7 +222,7 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
             tasks=tasks,
             sessions=agent_sessions,
             dispatcher=dispatcher,
-            pipelines=None,  # type: ignore[arg-type]
+            pipelines=engine,
             artifacts=artifacts,
         )
         one_time_password = await accounts.ensure_administrator()
@@ -202,27 +232,41 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
         events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
-        lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         for name, seconds, once in (
             ("timekeeper", 0.05, lambda _: timekeeper.once()),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("events-retention", keep.interval_seconds, events.once),
             ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
+            ("runs", 1.0, engine.heal),
+            (
+                "runs-retention",
+                keep.interval_seconds,
+                lambda now: engine.remove_ended(now - round(keep.runs_days * _DAY_MS)),
+            ),
             ("enrolments", 60.0, credentials.once),
             ("blobs", 60.0, artifacts.once),
         ):
             stack.push_async_callback(every(seconds, once, name=name, clock=clock).stop)
-        stack.push_async_callback(_stopped, [asyncio.create_task(gate.watch()), asyncio.create_task(dispatcher.run())])
+        stack.push_async_callback(_stopped, [asyncio.create_task(dispatcher.run())])
         yield Control(application(services), services, one_time_password)
 
 
-class _Quiet:
-    def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        pass
-
-    def render(self) -> bytes:
-        return b""
+def _watch(
+    metrics: Metrics,
+    store: SqliteStore,
+    broadcaster: Broadcaster,
+    sessions: Sessions,
+    reconciler: Reconciler,
+    lease_keeper: LeaseKeeper,
+) -> None:
+    """Show what is read when the figures are."""
+    metrics.watch("store_waiting", "changes that wait for a commit", lambda: store.waiting)
+    metrics.watch("sessions", "connected agent instances", lambda: len(sessions))
+    metrics.watch("subscriptions", "open event subscriptions", lambda: broadcaster.subscribers)
+    metrics.watch_total("facts", "facts recorded", lambda: broadcaster.newest)
+    metrics.watch_total("orphans", "tasks whose holder had ended without them", lambda: reconciler.orphans)
+    metrics.watch_total("clock_holds", "times a clock jump made leases hold longer", lambda: lease_keeper.holds)
 
 
 async def _stopped(loops: list[asyncio.Task[None]]) -> None:

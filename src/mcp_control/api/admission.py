@@ -1,6 +1,5 @@
 """Overload (promise G12): new work is shed first, what moves accepted work on is shed last."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -45,28 +44,27 @@ class Gate:
 
     Args:
         waiting: how many changes wait for the store right now.
+        shed: hears of every refusal.
+
+    Attributes:
+        submits: submits under way.
+        lag: how late the event loop is, in seconds; written by whoever measures it.
     """
 
-    __slots__ = ("_limits", "lag", "shed", "submits", "waiting")
+    __slots__ = ("_limits", "_shed", "lag", "submits", "waiting")
 
-    def __init__(self, waiting: Callable[[], int], limits: Limits = DEFAULT_LIMITS) -> None:
-        self.waiting = waiting
+    def __init__(
+        self, waiting: Callable[[], int], shed: Callable[[str], None], limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self._limits = limits
+        self._shed = shed
+        self.waiting = waiting
         self.submits = 0
         self.lag = 0.0
-        self.shed = 0
 
     def check(self, weight: Weight) -> None:
         """Let a request through. Raises Overloaded with the seconds to wait."""
         after = admit(weight, Load(self.submits, self.waiting(), self.lag), self._limits)
         if after is not None:
-            self.shed += 1
+            self._shed(weight)
             raise Overloaded("the server is busy with the work it has accepted; come back later", retry_after=after)
-
-    async def watch(self, every: float = 0.25) -> None:
-        """Measure how late the event loop is, for ever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + every
-            await asyncio.sleep(every)
-            self.lag = max(0.0, loop.time() - due)

@@ -48,7 +48,7 @@ class ControlApp:
         self._sockets = sockets
         self._services = services
         self._gate = services.gate
-        self._meter = services.meter
+        self._metrics = services.metrics
         self._prefix = secrets.token_hex(5)
         self._numbers = itertools.count(1)
 
@@ -88,9 +88,10 @@ class ControlApp:
         except ClientGone:
             return
         except Exception as error:
+            self._metrics.violation("unhandled_exception")
             _log.exception("request failed", request_id=request_id, route=route, error=type(error).__name__)
             answer = refusal(Internal("the server made a mistake; its log has more under this request id"), request_id)
-        self._meter.request(scope["method"], route, answer.status, self._services.clock.monotonic() - started)
+        self._metrics.request(route, scope["method"], answer.status, self._services.clock.monotonic() - started)
         await self._send(scope, send, answer, request_id)
 
     async def _admitted(self, endpoint: Endpoint, call: Call) -> Reply:

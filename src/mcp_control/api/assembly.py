@@ -4,7 +4,7 @@ from mcp_control.api import agents, artifacts, auth, docs, events, pipelines, ru
 from mcp_control.api.agent_polling import Pollers
 from mcp_control.api.agent_polling import endpoints as polling
 from mcp_control.api.agent_socket import AgentSocket
-from mcp_control.api.app import ControlApp
+from mcp_control.api.app import ControlApp, Socket
 from mcp_control.api.openapi import build
 from mcp_control.api.routing import Endpoint, Router
 from mcp_control.api.services import Services
@@ -37,5 +37,5 @@ def routes(version: str) -> tuple[Endpoint, ...]:
 
 def application(services: Services) -> ControlApp:
     """Return the ASGI application over these services."""
-    sockets = {"/ws": EventSocket(services), "/ws/agent": AgentSocket(services)}
+    sockets: dict[str, Socket] = {"/ws": EventSocket(services), "/ws/agent": AgentSocket(services)}
     return ControlApp(Router(routes(services.version)), sockets, services)

@@ -9,7 +9,8 @@ import msgspec
 from mcp_control.api.call import Call, Reply, reply
 from mcp_control.api.query import Query
 from mcp_control.api.routing import Endpoint
-from mcp_control.events.broadcaster import Batch, Subscription, filter_of
+from mcp_control.events.broadcaster import Batch, Subscription
+from mcp_control.events.filters import filter_of
 from mcp_control.events.model import Event, event_id, event_seq, to_event
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import CursorExpired
@@ -56,49 +57,42 @@ async def list_events(call: Call) -> Reply:
             _patterns(query.type), query.subject, query.run, call.actor.tenant, position
         )
         headers = ((b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"no"))
-        return Reply(200, b"", headers, _Stream(call, subscription))
+        return Reply(200, b"", headers, _stream(call, subscription))
     wanted = filter_of(_patterns(query.type), query.subject, query.run, call.actor.tenant)
     facts, cursor = await broadcaster.page(wanted, position, query.limit)
     return reply(EventPage(items=[to_event(stored) for stored in facts], next=event_id(cursor)))
 
 
-class _Stream:
-    """The chunks of one event stream; ends when the server stops or the credential does."""
-
-    def __init__(self, call: Call, subscription: Subscription) -> None:
-        self._call = call
-        self._subscription = subscription
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        subscription, call = self._subscription, self._call
-        gone = asyncio.ensure_future(call.gone())
-        following: asyncio.Future[Batch] | None = None
-        try:
-            yield b"retry: 1000\nid: " + event_id(subscription.after).encode() + b"\n\n"
-            while True:
-                following = following or asyncio.ensure_future(anext(subscription))
-                done, _ = await asyncio.wait(
-                    (following, gone), timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if gone in done or call.expired():
-                    return
-                if following not in done:
-                    yield b": still here\n\n"
-                    continue
-                try:
-                    batch = following.result()
-                except StopAsyncIteration:
-                    return
-                except CursorExpired:
-                    yield b'event: problem\ndata: {"code":"cursor-expired"}\n\n'
-                    return
-                following = None
-                yield chunk(batch)
-        finally:
-            gone.cancel()
-            if following is not None:
-                following.cancel()
-            subscription.close()
+async def _stream(call: Call, subscription: Subscription) -> AsyncIterator[bytes]:
+    """Yield the chunks of one event stream; it ends when the caller hangs up, the credential ends or the server stops."""
+    gone = asyncio.ensure_future(call.gone())
+    following: asyncio.Future[Batch] | None = None
+    try:
+        yield b"retry: 1000\nid: " + event_id(subscription.after).encode() + b"\n\n"
+        while True:
+            following = following or asyncio.ensure_future(anext(subscription))
+            done, _ = await asyncio.wait(
+                (following, gone), timeout=HEARTBEAT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+            if gone in done or call.expired():
+                return
+            if following not in done:
+                yield b": still here\n\n"
+                continue
+            try:
+                batch = following.result()
+            except StopAsyncIteration:
+                return
+            except CursorExpired:
+                yield b'event: problem\ndata: {"code":"cursor-expired"}\n\n'
+                return
+            following = None
+            yield chunk(batch)
+    finally:
+        gone.cancel()
+        if following is not None:
+            following.cancel()
+        subscription.close()
 
 
 def chunk(batch: Batch) -> bytes:

@@ -3,15 +3,14 @@
 from typing import Annotated, Final
 
 import msgspec
-import yaml
 
 from mcp_control.api.call import Call, Reply, check_media_type, reply
 from mcp_control.api.decode import Body
 from mcp_control.api.query import PageQuery, Query
 from mcp_control.api.routing import Endpoint
 from mcp_control.api.tasks import with_key
-from mcp_control.kernel.errors import MalformedJson
 from mcp_control.kernel.paging import Page
+from mcp_control.pipelines.definition import from_yaml
 from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunRequest, RunView
 
 YAML: Final = "application/yaml"
@@ -48,27 +47,12 @@ async def create_pipeline(call: Call) -> Reply:
     dry = call.query(_CREATE).dry_run
     raw = await call.read()
     check_media_type(call.headers.get(b"content-type"), _SPEC.media_types)
-    if call.headers.get(b"content-type", b"").startswith(YAML.encode()):
-        raw = _json_of(raw)
-    spec = _SPEC.decode(raw)
+    spec = from_yaml(raw) if call.headers[b"content-type"].lower().startswith(YAML.encode()) else _SPEC.decode(raw)
     engine = call.services.pipelines
     if dry:
-        return reply(Validated(valid=True, warnings=list(await engine.check(call.actor, spec))))
+        return reply(Validated(valid=True, warnings=await engine.check(call.actor, spec)))
     pipeline, created = await engine.create(call.actor, spec)
-    return reply(engine.view_pipeline(pipeline), 201 if created else 200)
-
-
-def _json_of(raw: bytes) -> bytes:
-    """Return a YAML document as JSON, so that both are read by the same decoder. Raises MalformedJson."""
-    try:
-        if b"&" in raw and any(isinstance(token, yaml.AliasToken) for token in yaml.scan(raw, Loader=yaml.CSafeLoader)):
-            # A few lines of aliases can stand for gigabytes.
-            raise MalformedJson("YAML aliases are not read")
-        return msgspec.json.encode(yaml.load(raw, Loader=yaml.CSafeLoader))  # noqa: S506 - a safe loader
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise MalformedJson(f"not a YAML document of plain values{place}") from error
+    return reply(call.services.pipelines.view_pipeline(pipeline), 201 if created else 200)
 
 
 async def list_pipelines(call: Call) -> Reply:
@@ -80,9 +64,8 @@ async def list_pipelines(call: Call) -> Reply:
 async def get_pipeline(call: Call) -> Reply:
     """Return a pipeline with its definition."""
     version = call.query(_VERSION).version
-    engine = call.services.pipelines
-    pipeline = await engine.get(call.actor, call.params["pipeline"], version)
-    return reply(engine.view_pipeline(pipeline))
+    pipeline = await call.services.pipelines.get(call.actor, call.params["pipeline"], version)
+    return reply(call.services.pipelines.view_pipeline(pipeline))
 
 
 async def execute_pipeline(call: Call) -> Reply:

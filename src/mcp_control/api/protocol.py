@@ -7,7 +7,8 @@ which have been stable for years; the raw-socket tests show it if a new version 
 import asyncio
 from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from typing_extensions import override
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from mcp_control.api.problem import MEDIA_TYPE, problem_bytes
@@ -39,6 +40,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._refusal: Problem | None = None
 
+    @override
     def data_received(self, data: bytes) -> None:
         """Feed the parser, unless the head has grown beyond its limit without an end."""
         if self._refusal is not None:
@@ -49,12 +51,14 @@ class ControlHttpProtocol(HttpToolsProtocol):
             if self._head_bytes > self._headers_max:
                 self._refuse(HeadersTooLarge(f"at most {self._headers_max} bytes of headers"))
 
+    @override
     def on_message_begin(self) -> None:
         """A request begins: count its head from here."""
         self._in_head = True
         self._head_bytes = 0
         super().on_message_begin()
 
+    @override
     def on_headers_complete(self) -> None:
         """The head is there: let it through when it is within its limit."""
         self._in_head = False
@@ -66,6 +70,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
             raise ValueError("headers too large")  # the parser reports it, and the refusal below answers
         super().on_headers_complete()
 
+    @override
     def send_400_response(self, msg: str) -> None:
         """Answer what could not be parsed."""
         self._refuse(self._refusal or BadRequest("the request is not valid HTTP/1.1"))
@@ -73,7 +78,8 @@ class ControlHttpProtocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         self._refusal = problem
         self._in_head = False
-        if self.cycle is not None and not self.cycle.response_complete:
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, whatever its annotation says
+        if cycle is not None and not cycle.response_complete:
             # An earlier request of this connection is being answered; its answer must not be mixed with this one.
             self.transport.close()
             return
@@ -93,6 +99,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
 class ControlSocketProtocol(WebSocketsSansIOProtocol):
     """WebSocket that can be closed although the peer reads nothing: `send` waits for such a peer, `close_now` does not."""
 
+    @override
     def handle_connect(self, event: Any) -> None:
         """Hand the application the way to close at once, as an extension of its scope."""
         super().handle_connect(event)

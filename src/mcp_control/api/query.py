@@ -70,8 +70,8 @@ class Query(Generic[T]):
                 raise UnknownParameter("the parameter may be given once", parameter=name)
             else:
                 values[name] = value
-        for name, value in values.items():
-            if "\0" in str(value):
+        for name, given in values.items():
+            if "\0" in str(given):
                 raise Invalid(
                     "NUL characters are not allowed",
                     errors=(FieldError(pointer=f"#/{name}", code="invalid-character", detail="NUL"),),
@@ -79,7 +79,7 @@ class Query(Generic[T]):
         try:
             return msgspec.convert(values, self.type, strict=False)
         except msgspec.ValidationError as error:
-            errors = [found for name, value in values.items() for found in self._faults(name, value)]
+            errors = [found for name, given in values.items() for found in self._faults(name, given)]
             raise Invalid(str(error), errors=errors or field_errors({}, msgspec.Raw, error)) from error
 
     def _faults(self, name: str, value: object) -> list[FieldError]:

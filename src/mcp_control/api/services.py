@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from mcp_control.agents.service import AgentManager
 from mcp_control.api.admission import Gate
@@ -11,6 +10,9 @@ from mcp_control.configuration.settings import Settings
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.ids import IdSource
+from mcp_control.monitoring.health import Health
+from mcp_control.monitoring.metrics import Metrics
+from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
@@ -19,21 +21,6 @@ from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.service import TaskOrchestrator
 
-if TYPE_CHECKING:
-    from mcp_control.pipelines.service import PipelineEngine
-
-
-class Meter(Protocol):
-    """Counts requests and shows all figures."""
-
-    def request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count an answered request."""
-        ...
-
-    def render(self) -> bytes:
-        """Return all figures in the text format of Prometheus."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Services:
@@ -41,7 +28,6 @@ class Services:
 
     Attributes:
         started: when, on the monotonic clock.
-        problems: what keeps the server from taking work, for people; empty when it does.
         plugins: name and version of those that are loaded.
     """
 
@@ -51,10 +37,10 @@ class Services:
     clock: Clock
     ids: IdSource
     gate: Gate
-    meter: Meter
+    metrics: Metrics
+    health: Health
     store: Store
     started: float
-    problems: Callable[[], list[str]]
     plugins: Callable[[], list[tuple[str, str]]]
     broadcaster: Broadcaster
     authenticator: Authenticator
@@ -64,7 +50,7 @@ class Services:
     tasks: TaskOrchestrator
     sessions: AgentSessions
     dispatcher: Dispatcher
-    pipelines: "PipelineEngine"
+    pipelines: PipelineEngine
     artifacts: Artifacts
 
     @property

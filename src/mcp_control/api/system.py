@@ -9,17 +9,18 @@ from mcp_control.api.call import Call, Reply, reply
 from mcp_control.api.routing import Endpoint
 from mcp_control.api.services import Services
 from mcp_control.kernel.changes import Where
+from mcp_control.monitoring.health import HealthReport
+from mcp_control.monitoring.metrics import CONTENT_TYPE
 from mcp_control.pipelines.model import RunState
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.model import TaskState
 
 
-class Health(msgspec.Struct, frozen=True, kw_only=True):
-    """`ok`, or what is wrong."""
+class Alive(msgspec.Struct, frozen=True, kw_only=True):
+    """The process answers."""
 
-    status: str
-    problems: list[str] = []
+    status: str = "ok"
 
 
 class LaneView(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,19 +72,20 @@ _COUNT_MAX: Final = 1_000_000
 
 async def live(_call: Call) -> Reply:
     """Say that the process answers."""
-    return reply(Health(status="ok"))
+    return reply(Alive())
 
 
 async def ready(call: Call) -> Reply:
     """Say whether the server takes work: 503 while it cannot write."""
-    problems = call.services.problems()
-    return reply(Health(status="ok" if not problems else "unready", problems=problems), 503 if problems else 200)
+    report = await call.services.health.report()
+    return reply(report, 200 if report.ready else 503)
 
 
 async def status(call: Call) -> Reply:
     """Show the server at a glance."""
     services = call.services
     allow(call.actor, "system.status")
+    health = await services.health.report()
     agents: dict[str, int] = {}
     for agent in services.agents.registered(call.actor.tenant):
         state = services.agents.view(agent).state.value
@@ -94,7 +96,6 @@ async def status(call: Call) -> Reply:
             node=services.node,
             uptime_seconds=round(services.clock.monotonic() - services.started, 3),
             store={
-                "writable": not services.problems(),
                 "waiting": services.gate.waiting(),
                 "events": services.broadcaster.newest,
             },
@@ -102,7 +103,7 @@ async def status(call: Call) -> Reply:
             tasks=await _by_state(services.store, "task", TaskState),
             runs=await _by_state(services.store, "run", RunState),
             lanes=_lanes(services),
-            problems=services.problems(),
+            problems=[f"{part.name}: {part.detail}" for part in health.components if part.state != "ok"],
         )
     )
 
@@ -142,17 +143,17 @@ async def plugins(call: Call) -> Reply:
 async def metrics(call: Call) -> Reply:
     """Return the figures for Prometheus."""
     allow(call.actor, "system.metrics")
-    return Reply(200, call.services.meter.render(), ((b"content-type", b"text/plain; version=0.0.4; charset=utf-8"),))
+    return Reply(200, call.services.metrics.render(), ((b"content-type", CONTENT_TYPE.encode()),))
 
 
 ENDPOINTS: Final = (
     Endpoint(
         method="GET", path="/health/live", handler=live, summary="Is the process alive?", tag="system", access="open", weight="keep",
-        returns=Health, absolute=True,
+        returns=Alive, absolute=True,
     ),
     Endpoint(
         method="GET", path="/health/ready", handler=ready, summary="Does it take work?", tag="system", access="open", weight="keep",
-        returns=Health, statuses=(503,), absolute=True,
+        returns=HealthReport, statuses=(503,), absolute=True,
     ),
     Endpoint(method="GET", path="/status", handler=status, summary="Status", tag="system", returns=Status),
     Endpoint(method="GET", path="/lanes", handler=lanes, summary="Lanes", tag="system", returns=Lanes),

@@ -5,12 +5,12 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from mcp_control.api.agents import labels_of
 from mcp_control.api.call import JSON, Call, Reply, encode, invalid, reply, tagged
 from mcp_control.api.decode import Body
 from mcp_control.api.problem import ProblemDocument, document
 from mcp_control.api.query import Limit, PageQuery, Query, WaitQuery, WaitSeconds
 from mcp_control.api.routing import Endpoint
-from mcp_control.api.agents import labels_of
 from mcp_control.kernel.errors import IdempotencyKeyInvalid, NotFound, Problem, VersionConflict
 from mcp_control.kernel.ids import is_id
 from mcp_control.kernel.paging import Page
@@ -320,6 +320,10 @@ ENDPOINTS: Final = (
         method="POST", path="/tasks/{task_id}/assign", handler=assign_task, summary="Assign a task by hand", tag="tasks", body=_ASSIGN,
         returns=TaskView, example={"agent": "worker-1"},
     ),
-    Endpoint(method="GET", path="/tasks/{task_id}/explain", handler=explain_task, summary="Why is it not running?", tag="tasks", returns=Explanation),
-    Endpoint(method="GET", path="/tasks/{task_id}/logs", handler=task_logs, summary="Read or follow the log", tag="tasks", query=_LOGS, returns=LogPage),
+    Endpoint(
+        method="GET", path="/tasks/{task_id}/explain", handler=explain_task, summary="Why is it not running?", tag="tasks", returns=Explanation,
+    ),
+    Endpoint(
+        method="GET", path="/tasks/{task_id}/logs", handler=task_logs, summary="Read or follow the log", tag="tasks", query=_LOGS, returns=LogPage,
+    ),
 )  # fmt: skip

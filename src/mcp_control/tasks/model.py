@@ -43,6 +43,8 @@ HELD_STATES: Final = frozenset({TaskState.ASSIGNED, TaskState.RUNNING})
 
 ErrorClass = Literal["temporary", "permanent", "critical"]
 Cause = Literal["app", "infra", "policy", "budget", "deadline", "timeout", "lost"]
+# Given by a factory: a Raw as a plain default cannot be shown in a JSON Schema.
+NULL: Final = msgspec.Raw(b"null")
 PRIORITIES: Final = {"critical": 90, "high": 70, "medium": 50, "low": 30}
 
 
@@ -224,7 +226,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     type: str
-    payload: msgspec.Raw = msgspec.Raw(b"null")
+    payload: msgspec.Raw = msgspec.field(default_factory=lambda: NULL)
     type_version: str = "*"
     priority: int | str = 50
     needs: Needs = Needs()

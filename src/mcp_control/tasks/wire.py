@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from mcp_control.agents.model import AgentSpec, Beat
-from mcp_control.tasks.model import Failure, LogLine
+from mcp_control.tasks.model import NULL, Failure, LogLine
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -66,7 +66,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     task_id: str
     lease_token: str
     outcome: Literal["completed", "failed", "cancelled", "released"]
-    result: msgspec.Raw = msgspec.Raw(b"null")
+    result: msgspec.Raw = msgspec.field(default_factory=lambda: NULL)
     failure: Failure | None = None
 
 
