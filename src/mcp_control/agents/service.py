@@ -29,6 +29,7 @@ from mcp_control.kernel.errors import (
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.security.model import Actor
+from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 
 _TRIES: Final = 10
@@ -111,7 +112,7 @@ class AgentManager:
         for _ in range(_TRIES):
             now = self._clock.now()
             before = self._find(actor.tenant, spec.name)
-            self._may_register(actor, before)
+            _may_register(actor, before)
             if before is None:
                 agent = Agent(
                     id=self._ids.new("agent"),
@@ -139,15 +140,9 @@ class AgentManager:
             return Registered(saved, before is not None)
         raise Conflict
 
-    def _may_register(self, actor: Actor, before: Agent | None) -> None:
-        if actor.kind == "agent" and "enrolment" not in actor.roles:
-            if before is None or before.id != actor.id:
-                raise NameTaken("an agent's credential registers that agent alone")
-        elif before is not None and "enrolment" in actor.roles:
-            raise NameTaken(f"an agent named {before.spec.name} exists; it resumes with its own credential")
-
     def find(self, actor: Actor, id_or_name: str) -> Agent:
         """Return an agent by id or name. Raises NotFound."""
+        allow(actor, "agents.get", self._names.get((actor.tenant, id_or_name), id_or_name))
         agent = self._agents.get(id_or_name) or self._find(actor.tenant, id_or_name)
         if agent is None or agent.tenant != actor.tenant:
             raise NotFound("no such agent")
@@ -167,6 +162,7 @@ class AgentManager:
         self, actor: Actor, wanted: AgentFilter, *, cursor: str | None = None, limit: int = 50, sort: str = "created"
     ) -> Page[AgentView]:
         """Return a page of agents that match, by `created` (id), `name` or `last_beat`."""
+        allow(actor, "agents.list")
         rows = [agent for agent in self._agents.values() if agent.tenant == actor.tenant]
         if wanted.state is AgentState.RETIRED:
             found = await self._store.find("agent", Query(where=[Where("state", "eq", "retired")], limit=5000))
@@ -203,6 +199,7 @@ class AgentManager:
 
     async def edit(self, actor: Actor, agent_id: str, edit: AgentEdit, version: int) -> Agent:
         """Change what a person may change. Raises VersionConflict unless `version` is the current one."""
+        allow(actor, "agents.edit", agent_id)
         agent = await self.get(actor, agent_id)
         if agent.version != version:
             raise VersionConflict("the agent was changed meanwhile; read it again", current=str(agent.version))
@@ -237,6 +234,7 @@ class AgentManager:
         for _ in range(_TRIES):
             now = self._clock.now()
             agent = await self.get(actor, agent_id)
+            allow(actor, f"agents.{verb}", agent.id)
             if agent.retired_at is not None:
                 if verb == "retire":
                     return agent
@@ -468,3 +466,13 @@ def _matches(shown: AgentView, wanted: AgentFilter) -> bool:
         and (not wanted.free or shown.free_slots > 0)
         and all(shown.labels.get(label) == value for label, value in wanted.labels.items())
     )
+
+
+def _may_register(actor: Actor, before: Agent | None) -> None:
+    enrolling = "enrolment" in actor.roles
+    if actor.kind == "agent" and not enrolling:
+        if before is None or before.id != actor.id:
+            raise NameTaken("an agent's credential registers that agent alone")
+    elif before is not None and enrolling:
+        raise NameTaken(f"an agent named {before.spec.name} exists; it resumes with its own credential")
+    allow(actor, "agents.register", before.id if before is not None else None)

@@ -26,6 +26,7 @@ from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import label_errors, text_errors
 from mcp_control.security.model import Actor
+from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.explain import Seen, explain
@@ -104,6 +105,7 @@ class TaskOrchestrator:
             StoreUnavailable, StorageFull, Overloaded: nothing was accepted.
             OutcomeUnknown: repeat with the same keys.
         """
+        allow(actor, "tasks.submit")
         now = self._clock.now()
         results: builtins.list[Submitted | Problem] = [NotFound()] * len(specs)
         started: builtins.list[tuple[Task, bytes, Session | None]] = []
@@ -173,6 +175,7 @@ class TaskOrchestrator:
 
     async def get(self, actor: Actor, ids: Sequence[str], cold: Sequence[str] = ()) -> builtins.list[TaskView | None]:
         """Return tasks in the order of the ids, None where there is none for this actor; `cold` may name payload and result."""
+        allow(actor, "tasks.get")
         now = self._clock.now()
         if not cold:
             tasks = await self._ledger.load(ids)
@@ -188,6 +191,7 @@ class TaskOrchestrator:
 
     async def one(self, actor: Actor, task_id: str) -> Task:
         """Return a task. Raises NotFound, the same for one that is not there and one of another tenant."""
+        allow(actor, "tasks.get", task_id)
         task = (await self._ledger.load([task_id]))[0]
         if task is None or task.tenant != actor.tenant:
             raise NotFound("no such task")
@@ -210,6 +214,7 @@ class TaskOrchestrator:
         self, actor: Actor, wanted: TaskFilter, *, cursor: str | None = None, limit: int = 50
     ) -> Page[TaskView]:
         """Return a page of tasks that match, newest first unless asked otherwise; without payloads and results."""
+        allow(actor, "tasks.list")
         where: builtins.list[Where] = []
         if wanted.run is not None:
             where.append(Where("run", "eq", wanted.run))
@@ -253,6 +258,7 @@ class TaskOrchestrator:
         Raises:
             InvalidTransition: the task is final.
         """
+        allow(actor, "tasks.cancel", task_id)
         _check_text("#/reason", reason)
         before = await self.one(actor, task_id)
         after = await self._one(task_id, cancelling(actor.id, reason, self._clock.now()))
@@ -268,6 +274,7 @@ class TaskOrchestrator:
         Raises:
             InvalidTransition: the task is not final yet.
         """
+        allow(actor, "tasks.retry", task_id)
         task = await self.one(actor, task_id)
         if not task.final:
             raise InvalidTransition("the task has not ended", state=task.state.value, allowed=["cancel"])
@@ -304,6 +311,7 @@ class TaskOrchestrator:
             Unroutable: the agent cannot do it.
             InvalidTransition: an agent already works on it; AlreadyTerminal: it has ended.
         """
+        allow(actor, "tasks.assign", task_id)
         task = await self.one(actor, task_id)
         chosen = self._manager.find(actor, agent)
         needs = msgspec.structs.replace(task.needs, agent=chosen.id)
@@ -317,6 +325,7 @@ class TaskOrchestrator:
 
     async def edit(self, actor: Actor, task_id: str, edit: TaskEdit, version: int | None) -> Task:
         """Change priority or labels. Raises VersionConflict unless `version` is the current one."""
+        allow(actor, "tasks.edit", task_id)
         priority = None if edit.priority is None else priority_number(edit.priority)
         errors = [] if edit.labels is None else label_errors("#/labels", edit.labels)
         if edit.priority is not None and priority is None:
@@ -331,6 +340,7 @@ class TaskOrchestrator:
 
     async def explain(self, actor: Actor, task_id: str) -> Explanation:
         """Return the first reason why a task is not running."""
+        allow(actor, "tasks.explain", task_id)
         task = await self.one(actor, task_id)
         agents = [
             Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at)
@@ -342,6 +352,7 @@ class TaskOrchestrator:
 
     async def logs(self, actor: Actor, task_id: str, after: int = 0, limit: int = 1000) -> builtins.list[LogChunk]:
         """Return what a task logged from line number `after` on, about `limit` lines."""
+        allow(actor, "tasks.logs", task_id)
         await self.one(actor, task_id)
         chunks: builtins.list[LogChunk] = []
         lines = 0
