@@ -198,6 +198,12 @@ def test_asymmetry_is_flagged_when_large_and_certain_only() -> None:
     assert not unsure.flagged
 
 
+def test_one_conversation_is_no_evidence_of_asymmetry() -> None:
+    """Many sentences from a single conversation are not flagged, however different."""
+    (pair,) = asymmetries({"gender:women:7": [40, -200_000], "gender:men:7": [40, 200_000]})
+    assert (pair.difference, pair.flagged) == (1.0, False)
+
+
 def test_the_bootstrap_has_one_answer() -> None:
     """Fixed seed: equal sums give equal intervals, in any order of the blocks."""
     rng = random.Random(2)

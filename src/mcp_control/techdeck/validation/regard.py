@@ -88,7 +88,8 @@ def _tested(category: str, sums: dict[str, list[int]], seed: int) -> list[tuple[
             spread = spread[~np.isnan(spread)]
             low, high = (float(value) for value in np.percentile(spread, [2.5, 97.5]))
             deviation, difference = float(np.std(spread, ddof=1)), point[i] - point[j]
-            p = math.erfc(abs(difference) / deviation / math.sqrt(2)) if deviation > 0 else float(difference == 0)
+            # No spread at all means too few conversations to tell.
+            p = math.erfc(abs(difference) / deviation / math.sqrt(2)) if deviation > 0 else 1.0
             pair = Pair(
                 category=category,
                 a=a,
