@@ -196,3 +196,44 @@ async def test_queries_seek_in_the_declared_index(tmp_path: Path, query: Query, 
         assert "TEMP B-TREE" not in plan
         assert "SCAN" not in plan
     connection.close()
+
+
+async def test_a_busy_loop_does_not_starve_commits_and_long_reads(tmp_path: Path) -> None:
+    """Beside a loop that never rests, commits and reads in threads still get the interpreter lock."""
+    store = await _opened(tmp_path)
+    await store.commit([Change([thing(f"i{n}", due=n)]) for n in range(500)])
+    done = False
+
+    async def never_rests() -> None:
+        while not done:
+            until = time.perf_counter() + 0.0002
+            while time.perf_counter() < until:
+                pass
+            await asyncio.sleep(0)
+
+    busy = asyncio.ensure_future(never_rests())
+    began = time.monotonic()
+    for version in range(1, 21):
+        assert await store.commit([Change([thing("i0", version)])]) == [None]
+        assert len(await store.find("thing", Query(where=[Where("due", "ge", 400)], limit=100))) == 100
+    assert time.monotonic() - began < 10
+    done = True
+    await busy
+    await store.close()
+
+
+async def test_undeclared_names_are_the_callers_mistake(tmp_path: Path) -> None:
+    """Kinds, fields and parts that were not declared are ValueErrors for reads, too."""
+    store = await _opened(tmp_path)
+    await store.commit([Change([thing("a")])])
+    with pytest.raises(ValueError, match="not declared"):
+        await store.get("nothing", ["a"])
+    with pytest.raises(ValueError, match="cold part"):
+        await store.get("thing", ["a"], ["secret"])
+    with pytest.raises(ValueError, match="index field"):
+        await store.find("thing", Query(where=[Where("1=1 --", "eq", "x")]))
+    with pytest.raises(ValueError, match="index field"):
+        await store.count("thing", [Where("hot", "eq", "x")], 5)
+    with pytest.raises(ValueError, match="more than once"):
+        await store.commit([Change([thing("b"), thing("b")])])
+    await store.close()

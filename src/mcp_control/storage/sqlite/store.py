@@ -31,7 +31,7 @@ T = TypeVar("T")
 _Execute = Callable[..., Any]
 
 _OLDEST_SQLITE: Final = (3, 51, 3)  # before it, a checkpoint at the wrong moment could corrupt a database in WAL mode
-_QUICK_CHECK_BYTES: Final = 1 << 30  # a check reads the whole file: about a second per gigabyte
+_QUICK_CHECK_BYTES: Final = 1 << 30  # a check reads the whole file
 _SHORT_LIST: Final = 64
 _FULL_RETRY: Final = 1.0
 _GIVE_WAY: Final = 0.0001
@@ -79,6 +79,7 @@ class SqliteStore:
         self._filesystem_of = filesystem_of
         self._tables: dict[str, Table] = {}
         self._lock: int | None = None
+        self._writer: GroupCommit | None = None  # while open
         self._failed = False
         self._reading = 0
         self._giving_way = False
@@ -88,12 +89,12 @@ class SqliteStore:
     @property
     def writable(self) -> bool:
         """Whether commits are accepted: false while the disk is full, after it failed, and when closed."""
-        return self._lock is not None and not self._failed and not self._writer.read_only
+        return self._writer is not None and not self._failed and not self._writer.read_only
 
     @property
     def waiting(self) -> int:
         """Changes that wait for a commit."""
-        return self._writer.waiting if self._lock is not None else 0
+        return self._writer.waiting if self._writer is not None else 0
 
     # --- open and close -------------------------------------------------------------------------------------------
 
@@ -102,14 +103,16 @@ class SqliteStore:
         self._tables = {kind.name: Table(kind) for kind in kinds}
         self._loop = asyncio.get_running_loop()
         self._failed = False
-        await asyncio.to_thread(self._open_files, kinds)
-        writing = self._connections[0]
+        newest_seq = await asyncio.to_thread(self._open_files, kinds)
+        writing, reading = self._connections
+        self._read = reading.cursor().execute
+        self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="sqlite-read")
         self._writer = GroupCommit(
             writing,
             Applier(writing, self._tables),
             committed,
             self._loop,
-            newest_seq=factlog.newest_seq(writing),
+            newest_seq=newest_seq,
             max_waiting=self._max_waiting,
             batch_writes=self._batch_writes,
             slice_writes=self._slice_writes,
@@ -117,13 +120,11 @@ class SqliteStore:
             full=self._disk_full,
             fatal=self._disk_failed,
         )
-        self._read = self._connect(reader=True).cursor().execute
-        self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="sqlite-read")
         if not self._ballast.take():
             self._writer.read_only = True
             self._disk_full()
 
-    def _open_files(self, kinds: Sequence[Kind]) -> None:
+    def _open_files(self, kinds: Sequence[Kind]) -> int:
         check_version(apsw.sqlite_lib_version())
         folder.prepare(self._directory, self._filesystem_of)
         self._lock = folder.lock(self._directory)
@@ -134,6 +135,8 @@ class SqliteStore:
             self._check(writing)
             migrate(writing, kinds)
             writing.execute("""INSERT OR REPLACE INTO ".meta" VALUES('open', 1)""")
+            self._connect(reader=True)
+            return factlog.newest_seq(writing)
         except BaseException as error:
             self._close_connections(checkpoint=False)
             self._unlock()
@@ -183,14 +186,15 @@ class SqliteStore:
 
     async def close(self) -> None:
         """See `Store.close`."""
-        if self._lock is None:
+        writer, self._writer = self._writer, None
+        if writer is None:
             return
-        await self._writer.close()
-        await asyncio.to_thread(self._close_files)
+        await writer.close()
+        await asyncio.to_thread(self._close_files, not self._failed and not writer.read_only)
 
-    def _close_files(self) -> None:
+    def _close_files(self, writable: bool) -> None:
         self._pool.shutdown()
-        if self.writable:
+        if writable:
             self._connections[0].execute("""DELETE FROM ".meta" WHERE key = 'open'""")
         self._close_connections(checkpoint=not self._failed)
         self._unlock()
@@ -219,7 +223,7 @@ class SqliteStore:
     async def get(self, kind: str, ids: Sequence[str], cold: Sequence[str] = ()) -> list[Entity | None]:
         """See `Store.get`."""
         self._open_writer()
-        table = self._tables[kind]
+        table = self._table(kind)
         if len(ids) <= _SHORT_LIST:
             return self._on_loop(lambda: _get(self._read, table, ids, cold))
         return await self._in_pool(lambda connection: _get(connection.execute, table, ids, cold))
@@ -227,7 +231,7 @@ class SqliteStore:
     async def find(self, kind: str, query: Query) -> list[Entity]:
         """See `Store.find`."""
         self._open_writer()
-        table = self._tables[kind]
+        table = self._table(kind)
         statements = queries.find_sql(table, query)
         if queries.is_short(table.kind, query):
             return self._on_loop(lambda: _find(self._read, table, query, statements))
@@ -236,7 +240,7 @@ class SqliteStore:
     async def count(self, kind: str, where: Sequence[Where], limit: int) -> int:
         """See `Store.count`."""
         self._open_writer()
-        sql, values = queries.count_sql(self._tables[kind], where, limit)
+        sql, values = queries.count_sql(self._table(kind), where, limit)
 
         def read(connection: apsw.Connection) -> int:
             rows: Any = connection.execute(sql, values).fetchall()
@@ -260,8 +264,14 @@ class SqliteStore:
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
+    def _table(self, kind: str) -> Table:
+        table = self._tables.get(kind)
+        if table is None:
+            raise ValueError(f"kind {kind} was not declared when the store was opened")
+        return table
+
     def _open_writer(self) -> GroupCommit:
-        if self._lock is None:
+        if self._writer is None:
             raise StoreUnavailable("the store is not open")
         return self._writer
 
@@ -308,7 +318,7 @@ class SqliteStore:
         self._loop.call_later(_FULL_RETRY, self._look_for_space)
 
     def _look_for_space(self) -> None:
-        if self._lock is None:
+        if self._writer is None:
             return
         if self._ballast.take():
             self._writer.read_only = False
