@@ -156,7 +156,7 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
 
         sessions = Sessions()
         manager = AgentManager(store, clock, ids, sessions)
-        await manager.start()
+        await manager.registry.start()
         ledger = Ledger(store)
 
         async def hand_out(pairs: list[tuple[str, Session]]) -> None:
@@ -174,7 +174,7 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
             store,
             clock,
             ids,
-            lambda tenant: {one.name for _, spec in manager.known(tenant) for one in spec.capabilities},
+            lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
         )
         engine = PipelineEngine(store, clock, ids, settler, catalogue)
         settler.follower = engine
@@ -233,7 +233,7 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
         for name, seconds, once in (
-            ("timekeeper", 0.05, lambda _: timekeeper.once()),
+            ("timekeeper", 0.1, lambda _: timekeeper.once()),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("events-retention", keep.interval_seconds, events.once),
@@ -356,6 +356,7 @@ def _config(settings: Settings, app: ControlApp) -> uvicorn.Config:
         ws_ping_timeout=20.0,
         lifespan="off",
         access_log=False,
+        proxy_headers=False,
         log_config=None,
         server_header=False,
         timeout_keep_alive=30,

@@ -153,7 +153,7 @@ async def world_at(folder: Path, clock: Clock | None = None, store: Store | None
     inner = store or SqliteStore(folder, fatal=fatal)
     world = World(inner, clock or FakeClock())
     await inner.open(KINDS, world.facts.extend)
-    await world.manager.start()
+    await world.manager.registry.start()
     await world.reconciler.rebuild()
     running = asyncio.create_task(world.dispatcher.run())
     try:

@@ -74,7 +74,8 @@ class AgentSessions:
         Raises:
             Forbidden, AgentSuspended: not this agent, or an agent that gets no work.
         """
-        agent, instance = await self._manager.open(actor, hello.agent, hello.instance_id, hello.software, address)
+        agent = await self._manager.session_of(actor, hello.agent)
+        instance = await self._manager.instances.open(actor, agent, hello.instance_id, hello.software, address)
         session = Session(agent, instance, agent.spec.slots, send, allowance)
         held = await self.held_by(instance.id)
         session.held = {task.id for task in held}
@@ -92,7 +93,7 @@ class AgentSessions:
             ]
         )
         self._manager.sessions.add(session)
-        await self._manager.connected(session)
+        await self._manager.instances.connected(session)
         unknown = [task_id for task_id in session.held if task_id not in known]
         if unknown:
             found = await self._ledger.load_with_payload(unknown)
@@ -122,7 +123,7 @@ class AgentSessions:
             LeaseSuperseded: it has ended already; the agent must connect as a new instance.
         """
         self._current(session)
-        await self._manager.beat(session, beat)
+        await self._manager.instances.beat(session, beat)
         gone = [task_id for task_id in beat.running if task_id not in session.held]
         running = [task_id for task_id in beat.running if task_id in session.held]
         cancel = [task.id for task in await self._ledger.load(running) if task is not None and task.cancel is not None]
@@ -156,7 +157,7 @@ class AgentSessions:
                 refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
                 session.held.discard(intent.task_id)
             elif outcome in ("completed", "failed"):
-                self._manager.count(actor, outcome)
+                self._manager.registry.count(actor, outcome)
         return Ack(id=report.id, refused=refused)
 
     async def leave(self, session: Session) -> None:
@@ -168,7 +169,7 @@ class AgentSessions:
         now = self._clock.now()
         while tasks := await self.held_by(instance_id):
             await self._settler.settle([Intent(task.id, releasing(instance_id, now)) for task in tasks])
-        await self._manager.end(instance_id, "left")
+        await self._manager.instances.end(instance_id, "left")
 
     def drain(self, session: Session) -> None:
         """Give a session nothing new."""
@@ -180,7 +181,7 @@ class AgentSessions:
         """Hear that a connection is gone. Its leases live on until they end: the instance may come back."""
         if self._manager.sessions.get(session.instance.id) is session:
             self._manager.sessions.drop(session.instance.id)
-            await self._manager.disconnected(session.agent.id)
+            await self._manager.instances.disconnected(session.agent.id)
 
     async def take_back(self, instance_id: str, now: int) -> int:
         """Queue again everything an instance holds, then end it; returns how many tasks that were.
@@ -192,10 +193,10 @@ class AgentSessions:
         while tasks := await self.held_by(instance_id):
             for task in tasks:
                 if task.lease is not None:
-                    self._manager.count(task.lease.agent_id, "lost")
+                    self._manager.registry.count(task.lease.agent_id, "lost")
             taken += len(tasks)
             await self._settler.settle([Intent(task.id, losing(instance_id, now)) for task in tasks])
-        await self._manager.end(instance_id, "lease-expired", unless_alive_at=now)
+        await self._manager.instances.end(instance_id, "lease-expired", unless_alive_at=now)
         return taken
 
     def _current(self, session: Session) -> None:

@@ -68,7 +68,7 @@ class LeaseKeeper:
         """End overdue leases; returns how many tasks were queued again."""
         now = self._guarded()
         taken = 0
-        for instance in await self._manager.overdue(now):
+        for instance in await self._manager.instances.overdue(now):
             if self._held_from + instance.lease_ms > now:
                 continue
             taken += await self._agents.take_back(instance.id, now)

@@ -166,7 +166,7 @@ class TaskOrchestrator:
             return []
         task = _probe(tenant, spec, lane)
         demand = demand_of(task)
-        if any(misfit(agent_id, agent, demand) is None for agent_id, agent in self._manager.known(tenant)):
+        if any(misfit(agent_id, agent, demand) is None for agent_id, agent in self._manager.registry.known(tenant)):
             return []
         message = f"no registered agent can take a task of type {spec.type} with these needs"
         if spec.on_unroutable == "reject":
@@ -344,7 +344,7 @@ class TaskOrchestrator:
         task = await self.one(actor, task_id)
         agents = [
             Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at)
-            for agent in self._manager.registered(actor.tenant)
+            for agent in self._manager.registry.registered(actor.tenant)
             for shown in (self._manager.view(agent),)
         ]
         ahead = await self._queue.ahead(task.lane, task.id) if task.state is TaskState.QUEUED else None

@@ -1,0 +1,148 @@
+"""Running instances of agents: their sessions' leases, heartbeats, and their end."""
+
+from typing import Final
+
+from msgspec.structs import replace
+
+from mcp_control.agents.model import Agent, Beat, Instance
+from mcp_control.agents.records import read_instance, write_instance
+from mcp_control.agents.registry import TRIES, Registry
+from mcp_control.agents.sessions import Session
+from mcp_control.kernel.changes import Change, Query, Where
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import AgentSuspended, Conflict, Forbidden, LeaseSuperseded
+from mcp_control.kernel.ids import IdSource
+from mcp_control.security.model import Actor
+from mcp_control.storage.ports import Store
+
+STALL_LEASES: Final = 2
+
+
+class Instances:
+    """Opens, renews and ends the sessions of agent instances. A lease is ended by a committed write, never by time passing."""
+
+    def __init__(self, store: Store, clock: Clock, ids: IdSource, registry: Registry, grace_ms: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._ids = ids
+        self._registry = registry
+        self._grace_ms = grace_ms
+
+    async def open(self, actor: Actor, agent: Agent, instance_id: str | None, software: str, address: str) -> Instance:
+        """Begin or resume the session of an instance; its lease is durable on return.
+
+        Raises:
+            Forbidden: the actor is not this agent.
+            AgentSuspended: the agent is retired or quarantined.
+        """
+        if agent.id != actor.id:
+            raise Forbidden("the credential is not that of this agent")
+        if agent.quarantine is not None:
+            raise AgentSuspended("the agent is quarantined")
+        now = self._clock.now()
+        lease_ms = round(agent.spec.lease_seconds * 1000)
+        instance: Instance | None = None
+        if instance_id is not None:
+            instance = await self._instance(instance_id)
+            if instance is not None and (instance.agent_id != agent.id or instance.ended_at is not None):
+                instance = None
+        if instance is None:
+            instance = Instance(
+                id=self._ids.new("inst"),
+                version=0,
+                tenant=agent.tenant,
+                agent_id=agent.id,
+                started_at=now,
+                lease_ms=lease_ms,
+                lease_until=now,
+            )
+        instance = replace(
+            instance,
+            lease_ms=lease_ms,
+            lease_until=now + lease_ms,
+            beat_at=now,
+            tick_at=now,
+            slots=agent.spec.slots,
+            software=software,
+            address=address,
+        )
+        saved, entity = write_instance(instance)
+        await self._registry.commit(Change(writes=[entity]))
+        return saved
+
+    async def connected(self, session: Session) -> None:
+        """Record that an agent has a live session."""
+        await self._registry.restate(session.agent.id, last_beat_at=self._clock.now())
+
+    async def disconnected(self, agent_id: str) -> None:
+        """Record that a session of an agent is gone."""
+        await self._registry.restate(agent_id)
+
+    async def beat(self, session: Session, beat: Beat) -> None:
+        """Renew a session's lease and keep what the heartbeat says.
+
+        Raises:
+            LeaseSuperseded: the session's lease has ended; the instance must connect anew.
+        """
+        now = self._clock.now()
+        before = session.instance
+        moved = beat.tick != before.beat.tick or not beat.running
+        instance = replace(
+            before,
+            lease_until=now + before.lease_ms,
+            beat=beat,
+            beat_at=now,
+            tick_at=now if moved or not before.tick_at else before.tick_at,
+        )
+        saved, entity = write_instance(instance)
+        try:
+            await self._registry.commit(Change(writes=[entity]))
+        except Conflict:
+            stored = await self._instance(before.id)
+            if stored is None or stored.ended_at is not None:
+                raise LeaseSuperseded("the session's lease has ended") from None
+            session.instance = stored
+            return
+        session.instance = saved
+        stalled = now - saved.tick_at > STALL_LEASES * saved.lease_ms
+        if stalled != session.stalled:
+            session.stalled = stalled
+            session.refresh(session.agent)
+        await self._registry.restate(session.agent.id, last_beat_at=now)
+
+    async def end(self, instance_id: str, reason: str, unless_alive_at: int | None = None) -> None:
+        """End an instance: its lease is over for good. Its tasks must have been taken back before.
+
+        Args:
+            unless_alive_at: leave an instance alone whose lease was renewed beyond this moment.
+        """
+        now = self._clock.now()
+        session: Session | None = None
+        for _ in range(TRIES):
+            instance = await self._instance(instance_id)
+            if instance is None or instance.ended_at is not None:
+                break
+            if unless_alive_at is not None and instance.lease_until > unless_alive_at:
+                return
+            _, entity = write_instance(replace(instance, ended_at=now, end_reason=reason))
+            try:
+                await self._registry.commit(Change(writes=[entity]))
+            except Conflict:
+                continue
+            session = self._registry.sessions.drop(instance_id)
+            await self._registry.restate(instance.agent_id)
+            break
+        if session is not None:
+            session.leaving = True
+
+    async def overdue(self, now: int, limit: int = 200) -> list[Instance]:
+        """Return instances whose lease ended more than the grace ago."""
+        found = await self._store.find(
+            "instance",
+            Query(where=[Where("lease_until", "lt", now - self._grace_ms)], order="lease_until", limit=limit),
+        )
+        return [read_instance(entity) for entity in found]
+
+    async def _instance(self, instance_id: str) -> Instance | None:
+        entity = (await self._store.get("instance", [instance_id]))[0]
+        return None if entity is None else read_instance(entity)
