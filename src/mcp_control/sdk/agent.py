@@ -13,6 +13,7 @@ import asyncio
 import importlib.util
 import logging
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -174,9 +175,10 @@ class Agent:
                 processors=[
                     structlog.processors.TimeStamper(fmt="iso"),
                     structlog.processors.add_log_level,
-                    structlog.processors.LogfmtRenderer(),
+                    structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
                 ],
                 wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+                logger_factory=structlog.PrintLoggerFactory(sys.stderr),
             )
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(self._run())

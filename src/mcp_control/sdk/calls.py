@@ -64,7 +64,7 @@ class EventPage(msgspec.Struct, frozen=True, kw_only=True):
 class _BatchItem(msgspec.Struct, frozen=True):
     id: str = ""
     state: str = ""
-    problem: msgspec.Raw | None = None
+    problem: msgspec.Raw = msgspec.Raw(b"")
 
 
 class _Batch(msgspec.Struct, frozen=True):
@@ -132,10 +132,7 @@ def submit_batch(encoded: Sequence[bytes]) -> Request[list[str | ApiProblem]]:
 
 def _read_batch(reply: Reply) -> list[str | ApiProblem]:
     batch: _Batch = reply.json(_Batch)
-    return [
-        item.id if item.problem is None else problem_from(_status(item.problem), bytes(item.problem))
-        for item in batch.items
-    ]
+    return [item.id or problem_from(_status(item.problem), bytes(item.problem)) for item in batch.items]
 
 
 def _status(problem: msgspec.Raw) -> int:

@@ -27,7 +27,7 @@ def result_of(view: TaskView, type: Any = Any) -> Any:
     """Return the result of a task that has ended, as this type. Raises TaskFailed where it did not complete."""
     if view.state is not TaskState.COMPLETED:
         raise TaskFailed(view)
-    return msgspec.json.decode(view.result if view.result is not None else b"null", type=type)
+    return msgspec.json.decode(b"null" if view.result is msgspec.UNSET else view.result, type=type)
 
 
 class TaskHandle:

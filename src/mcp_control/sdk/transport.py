@@ -123,23 +123,34 @@ class Transport:
 
     def send(self, call: Call) -> Reply:
         """Send a request and return its answer. Raises ApiProblem, Unreachable."""
+        try:
+            return self._once(call)
+        except (Unreachable, NotNow) as error:
+            failure: Exception | None = error
         for attempt in stamina.retry_context(
             on=_again, attempts=self._attempts, timeout=PATIENCE_SECONDS, wait_max=5.0
         ):
             with attempt:
-                try:
-                    response = self._http.request(
-                        call.method,
-                        call.url,
-                        params=call.params or None,
-                        headers=_headers(self.token, call),
-                        content=call.body,
-                        timeout=httpx2.Timeout(call.timeout, connect=10.0),
-                    )
-                except httpx2.TransportError as error:
-                    raise _trouble(call, self.url, error) from error
-                return _reply(call, response)
+                if failure is not None:
+                    # The first failure is retold here, so that a request that succeeds at once costs no bookkeeping.
+                    first, failure = failure, None
+                    raise first
+                return self._once(call)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _once(self, call: Call) -> Reply:
+        try:
+            response = self._http.request(
+                call.method,
+                call.url,
+                params=call.params or None,
+                headers=_headers(self.token, call),
+                content=call.body,
+                timeout=httpx2.Timeout(call.timeout, connect=10.0),
+            )
+        except httpx2.TransportError as error:
+            raise _trouble(call, self.url, error) from error
+        return _reply(call, response)
 
     @contextmanager
     def stream(self, call: Call, content: Iterable[bytes] | None = None) -> Iterator[httpx2.Response]:
@@ -178,23 +189,34 @@ class AsyncTransport:
 
     async def send(self, call: Call) -> Reply:
         """Send a request and return its answer. Raises ApiProblem, Unreachable."""
+        try:
+            return await self._once(call)
+        except (Unreachable, NotNow) as error:
+            failure: Exception | None = error
         async for attempt in stamina.retry_context(
             on=_again, attempts=self._attempts, timeout=PATIENCE_SECONDS, wait_max=5.0
         ):
             with attempt:
-                try:
-                    response = await self._http.request(
-                        call.method,
-                        call.url,
-                        params=call.params or None,
-                        headers=_headers(self.token, call),
-                        content=call.body,
-                        timeout=httpx2.Timeout(call.timeout, connect=10.0),
-                    )
-                except httpx2.TransportError as error:
-                    raise _trouble(call, self.url, error) from error
-                return _reply(call, response)
+                if failure is not None:
+                    # The first failure is retold here, so that a request that succeeds at once costs no bookkeeping.
+                    first, failure = failure, None
+                    raise first
+                return await self._once(call)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _once(self, call: Call) -> Reply:
+        try:
+            response = await self._http.request(
+                call.method,
+                call.url,
+                params=call.params or None,
+                headers=_headers(self.token, call),
+                content=call.body,
+                timeout=httpx2.Timeout(call.timeout, connect=10.0),
+            )
+        except httpx2.TransportError as error:
+            raise _trouble(call, self.url, error) from error
+        return _reply(call, response)
 
     @asynccontextmanager
     async def stream(self, call: Call, content: AsyncIterable[bytes] | None = None) -> AsyncIterator[httpx2.Response]:
