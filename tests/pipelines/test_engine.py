@@ -279,8 +279,8 @@ async def test_parameters_are_checked_all_at_once(here: World) -> None:
     p.param("pick", choices=["a", "b"])
     p.stage("s", "work")
     await here.engine.create(ANNA, p.build())
+    given = {"pick": msgspec.Raw(b'"c"'), "more": msgspec.Raw(b"1")}
     with pytest.raises(Invalid) as refused:
-        given = {"pick": msgspec.Raw(b'"c"'), "more": msgspec.Raw(b"1")}
         await here.engine.execute(ANNA, "picky", RunRequest(params=given), ORIGIN)
     found = {error.pointer: error.code for error in refused.value.errors}
     assert found == {

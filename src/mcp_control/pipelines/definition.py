@@ -15,6 +15,7 @@ TEXT_MAX: Final = 1 << 20
 DEPTH_MAX: Final = 48  # a payload may have 32 levels, and `spec.stages[0].with` stands around it
 NODES_MAX: Final = 500_000
 ERRORS_MAX: Final = 50
+_decode: Final = msgspec.json.Decoder(PipelineSpec).decode
 _STEP: Final = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
 
 
@@ -95,7 +96,8 @@ def from_data(data: object) -> PipelineSpec:
 
 def to_json(spec: PipelineSpec) -> bytes:
     """Return the definition as JSON, always the same bytes for the same definition."""
-    return msgspec.json.encode(spec, order="deterministic")
+    # Decoded once, so that 60 and 60.0 seconds read the same, whoever wrote them.
+    return msgspec.json.encode(_decode(msgspec.json.encode(spec)), order="deterministic")
 
 
 def _check_size(text: str | bytes) -> None:
