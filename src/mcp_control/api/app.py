@@ -4,6 +4,8 @@ One table of routes serves REST, its documentation and the hot paths alike (`doc
 here). Handlers raise problems; this is the only place that turns them into answers.
 """
 
+import asyncio
+import contextlib
 import itertools
 import re
 import secrets
@@ -31,6 +33,8 @@ _SECURITY: Final = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"referrer-policy", b"no-referrer"),
 )
+_DISCARD_BYTES: Final = 16 << 20
+_DISCARD_SECONDS: Final = 3.0
 _HSTS: Final = (b"strict-transport-security", b"max-age=31536000")
 
 
@@ -92,7 +96,7 @@ class ControlApp:
             _log.exception("request failed", request_id=request_id, route=route, error=type(error).__name__)
             answer = refusal(Internal("the server made a mistake; its log has more under this request id"), request_id)
         self._metrics.request(route, scope["method"], answer.status, self._services.clock.monotonic() - started)
-        await self._send(scope, send, answer, request_id)
+        await self._send(scope, receive, send, answer, request_id)
 
     async def _admitted(self, endpoint: Endpoint, call: Call) -> Reply:
         gate = self._gate
@@ -116,7 +120,7 @@ class ControlApp:
             return _ANYBODY  # the handler redeems the token, which is good for this alone
         return await authenticator.authenticate(header, now)
 
-    async def _send(self, scope: Scope, send: Send, answer: Reply, request_id: str) -> None:
+    async def _send(self, scope: Scope, receive: Receive, send: Send, answer: Reply, request_id: str) -> None:
         given = {name for name, _ in answer.headers}
         headers = [*answer.headers, (b"x-request-id", request_id.encode())]
         headers += [pair for pair in _SECURITY if pair[0] not in given]
@@ -126,6 +130,12 @@ class ControlApp:
             if answer.status not in (204, 304):
                 headers.append((b"content-length", b"%d" % len(answer.body)))
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+            if answer.status == 413:
+                # Closed with bytes unread, the connection would be reset and the answer lost with it.
+                await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+                await _discard(receive)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             await send({"type": "http.response.body", "body": answer.body, "more_body": False})
             return
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -144,6 +154,18 @@ class ControlApp:
             await handler(scope, receive, send, request_id)
         except Problem as problem:
             await refuse_socket(send, problem, request_id)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what the caller still sends of a body that was refused, within bounds."""
+    left = _DISCARD_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while left > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message["more_body"]:
+                    return
+                left -= len(message["body"])
 
 
 def refusal(problem: Problem, request_id: str) -> Reply:
