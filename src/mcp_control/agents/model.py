@@ -46,7 +46,7 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     output_schema: dict[str, object] | None = None
 
 
-class Resources(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Resources(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """What an agent has, or a task needs: cores, mebibytes of memory, GPUs. Zero means none stated."""
 
     cpu: float = 0.0

@@ -77,6 +77,5 @@ class IdSource:
         return self._pool[self._at - 16 : self._at]
 
     def secret(self) -> str:
-        """Return 256 random bits as 52 characters of base32, for tokens."""
-        number = int.from_bytes(self._random(32)) << 4
-        return "".join([_PAIRS[(number >> shift) & 1023] for shift in range(250, -1, -10)])
+        """Return 256 random bits as 64 hexadecimal digits, for tokens."""
+        return self._random(32).hex()

@@ -75,7 +75,7 @@ class Store(Protocol):
         ...
 
 
-class Queued(msgspec.Struct, frozen=True, array_like=True):
+class Queued(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A queued task as an index entry: its lane, its id, and what orders it (higher priority first, then lower `order`)."""
 
     lane: str
@@ -84,7 +84,7 @@ class Queued(msgspec.Struct, frozen=True, array_like=True):
     order: int
 
 
-class Depth(msgspec.Struct, frozen=True):
+class Depth(msgspec.Struct, frozen=True, gc=False):
     """A lane that is not empty: how many wait in it, the priority of its first entry and the `order` of the one that waits longest."""
 
     lane: str
@@ -160,7 +160,7 @@ class Cache(Protocol):
         ...
 
 
-class BlobInfo(msgspec.Struct, frozen=True):
+class BlobInfo(msgspec.Struct, frozen=True, gc=False):
     """A stored blob: lower-case hexadecimal SHA-256 of its bytes, which is its name, and its size."""
 
     sha256: str

@@ -13,7 +13,7 @@ from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 
 
-class NewTask(msgspec.Struct, frozen=True, kw_only=True):
+class NewTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task to create as part of an advance. Its id is derived, so that deciding twice creates it once."""
 
     id: str
@@ -22,14 +22,14 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     origin: Origin
 
 
-class Finished(msgspec.Struct, frozen=True, kw_only=True):
+class Finished(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task of a run in its final state. `result` is the JSON it returned, only when completed."""
 
     task: Task
     result: bytes | None = None
 
 
-class Advance(msgspec.Struct, frozen=True, kw_only=True):
+class Advance(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What follows: entities and facts to commit, tasks to create, ids of tasks to cancel."""
 
     writes: list[Entity] = []

@@ -20,7 +20,7 @@ from mcp_control.tasks.records import read, write, write_log
 _NOTHING: Final = Change()
 
 
-class Move(msgspec.Struct, frozen=True):
+class Move(msgspec.Struct, frozen=True, gc=False):
     """A task's next value, the facts that go with it, and the cold parts it brings."""
 
     after: Task
@@ -33,7 +33,7 @@ class Move(msgspec.Struct, frozen=True):
 Decide = Callable[[Task], Move | None]
 
 
-class Intent(msgspec.Struct, frozen=True):
+class Intent(msgspec.Struct, frozen=True, gc=False):
     """What somebody wants of a task: `decide` looks at it as it is and returns its move, None for no change, or raises a Problem.
 
     It may be called several times; only the last decision counts.
@@ -43,7 +43,7 @@ class Intent(msgspec.Struct, frozen=True):
     decide: Decide
 
 
-class Group(msgspec.Struct, frozen=True):
+class Group(msgspec.Struct, frozen=True, gc=False):
     """What is committed together: moves of tasks, and whatever else belongs to it."""
 
     moves: Sequence[Move]

@@ -48,7 +48,7 @@ NULL: Final = msgspec.Raw(b"null")
 PRIORITIES: Final = {"critical": 90, "high": 70, "medium": 50, "low": 30}
 
 
-class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """How often and when to try again. The n-th wait is random between 0 and min(first · factor^(n-1), longest) seconds (full jitter)."""
 
     max_attempts: int = 3
@@ -57,7 +57,7 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     longest_seconds: float = 300.0
 
 
-class Needs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """What an agent must have beside the task's type.
 
     Attributes:
@@ -72,7 +72,7 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     agent: str | None = None
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Origin(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """Through which door and request a task came, and for whom."""
 
     protocol: str = "rest"
@@ -81,7 +81,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     on_behalf_of: str | None = None
 
 
-class Links(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Links(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """How a task relates to others. `round` counts retries of a stage in a run; `item` numbers fan-out items, -1 the combine task."""
 
     run_id: str | None = None
@@ -96,7 +96,7 @@ class Links(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     references: list[str] = []
 
 
-class Lease(msgspec.Struct, frozen=True, kw_only=True):
+class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The right to work on a task, held by an agent instance until a committed write ends it."""
 
     agent_id: str
@@ -105,7 +105,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     since: int
 
 
-class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """Why an attempt or a task failed. `error_class` decides on retries, `cause` says where it came from."""
 
     error_class: ErrorClass = "temporary"
@@ -116,7 +116,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     data: dict[str, object] | None = None
 
 
-class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One assignment that ended. `outcome` is completed, failed, cancelled, lost, released or expired."""
 
     number: int
@@ -129,7 +129,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     failure: Failure | None = None
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class Request(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Somebody asked for something (cancel, hold): when, who and why."""
 
     at: int
@@ -137,7 +137,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """The stored task. Times are wall milliseconds, durations milliseconds.
 
     Attributes:
@@ -212,7 +212,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.state in FINAL_STATES
 
 
-class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """A submission. Only `type` is required.
 
     Attributes:
@@ -305,7 +305,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     expected_start: datetime | None = None
 
 
-class LogLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class LogLine(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One line a task logged. `at` is wall milliseconds on the agent."""
 
     at: int

@@ -12,7 +12,7 @@ from mcp_control.agents.model import AgentSpec, Beat
 from mcp_control.tasks.model import NULL, Failure, LogLine
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """A task given to an agent. Its lease token must come back with everything the agent reports on it.
 
     Attributes:
@@ -36,14 +36,14 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     traceparent: str | None = None
 
 
-class Started(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Started(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
     """An attempt has begun."""
 
     task_id: str
     lease_token: str
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Progress(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """How far an attempt is: 0 to 1, with a sentence."""
 
     task_id: str
@@ -52,7 +52,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     message: str = ""
 
 
-class Logged(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Logged(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
     """Lines an attempt logged."""
 
     task_id: str
@@ -60,7 +60,7 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lines: list[LogLine]
 
 
-class Done(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class Done(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """An attempt has ended. `released` hands the task back unfinished (drain); `failure` goes with `failed`."""
 
     task_id: str
@@ -146,7 +146,7 @@ class Tasks(msgspec.Struct, frozen=True, kw_only=True, tag_field="op", tag="task
     tasks: list[Assignment]
 
 
-class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+class Refusal(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Something in a report was not accepted: which task, the problem's code and detail."""
 
     task_id: str
