@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mcp_control.pipelines.model import Body, Combine, FanOut, Gate, Metadata, Param, PipelineSpec, Stage
+from mcp_control.pipelines.model import NO_NEEDS, Body, Combine, FanOut, Gate, Metadata, Param, PipelineSpec, Stage
 from mcp_control.tasks.model import Needs, RetryPolicy
 
 
@@ -94,7 +94,7 @@ class PipelineBuilder:
         gate: Gate | str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
-        requires: Needs | None = None,
+        requires: Needs = NO_NEEDS,
         priority: int | None = None,
         description: str = "",
     ) -> StageHandle:
@@ -114,7 +114,7 @@ class PipelineBuilder:
                 gate=Gate(check=_bare(gate)) if isinstance(gate, str) else gate,
                 retry=retry,
                 timeout=timeout,
-                requires=requires or Needs(),
+                requires=requires,
                 priority=priority,
                 description=description,
             )

@@ -95,7 +95,7 @@ def from_data(data: object) -> PipelineSpec:
 
 
 def to_json(spec: PipelineSpec) -> bytes:
-    """Return the definition as JSON, always the same bytes for the same definition."""
+    """Return the definition as JSON; written the same way, it gives the same bytes, whether in YAML, JSON or Python."""
     # Decoded once, so that 60 and 60.0 seconds read the same, whoever wrote them.
     return msgspec.json.encode(_decode(msgspec.json.encode(spec)), order="deterministic")
 

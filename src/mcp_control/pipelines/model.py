@@ -12,6 +12,7 @@ from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.tasks.model import Needs, Origin, Request, RetryPolicy
 
 API_VERSION: Final = "mcp-control/v1"
+NO_NEEDS: Final = Needs()
 
 
 class Param(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -73,7 +74,7 @@ class Stage(
     gate: Gate | None = None
     retry: RetryPolicy | None = None
     timeout: float | None = None
-    requires: Needs = Needs()
+    requires: Needs = NO_NEEDS
     priority: int | None = None
     description: str = ""
 
