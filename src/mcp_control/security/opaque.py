@@ -14,7 +14,7 @@ import msgspec
 OpaqueKind = Literal["mcpt", "mcpa", "mcpe"]
 # The noun each prefix stands for in ids, so that a token carries no second prefix within.
 _NOUNS: Final[dict[OpaqueKind, str]] = {"mcpt": "token", "mcpa": "cred", "mcpe": "enrol"}
-_FORM: Final = re.compile(r"(mcp[tae])_([0-9a-v]{36})_([0-9a-v]{52})", re.ASCII)
+_FORM: Final = re.compile(r"(mcp[tae])_([0-9a-v]{36})_([0-9a-f]{64})", re.ASCII)
 
 
 class Opaque(msgspec.Struct, frozen=True):
