@@ -16,11 +16,11 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import metadata
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import structlog
 
-from mcp_control import __version__
 from mcp_control.agents.model import AgentSpec, Capability, Resources
 from mcp_control.sdk.errors import SdkError
 from mcp_control.sdk.handlers import Executor, Handler
@@ -245,7 +245,7 @@ class Agent:
         profile = profiles.resolve(self.url)
         enrolment = Enrolment(profiles, profile, self.spec)
         outbox = Outbox()
-        session = Session(self.spec, outbox, f"mcp-control/{__version__}")
+        session = Session(self.spec, outbox, f"mcp-control-panel/{metadata.version('mcp-control-panel')}")
         clients = _Clients(profile.url, enrolment)
         pools: list[ProcessPool] = []
 

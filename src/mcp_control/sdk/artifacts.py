@@ -198,13 +198,16 @@ class Artifacts:
         """
         if (found := local_file(self.location(artifact_id))) is not None:
             return _copy(found, target)
+        return self._fetch(artifact_id, target)
+
+    def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(self.get(artifact_id), target)
         try:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     with self._client.transport.stream(calls.content_call(artifact_id, download.offset)) as response:
                         download.begin(response.status_code)
-                        for chunk in response.iter_raw(CHUNK):
+                        for chunk in response.iter_raw():
                             download.feed(chunk)
                     if download.complete:
                         return download.finish()
@@ -218,7 +221,7 @@ class Artifacts:
 
     def local(self, artifact_id: str, folder: Path) -> Path:
         """Return a file with the bytes, to be read only: the blob itself on the server's machine, else a download into `folder`."""
-        return local_file(self.location(artifact_id)) or self.download(artifact_id, folder / artifact_id)
+        return local_file(self.location(artifact_id)) or self._fetch(artifact_id, folder / artifact_id)
 
     def read(self, artifact_id: str) -> bytes:
         """Return the bytes of a small artifact. Raises DigestMismatch, ApiProblem, Unreachable."""
@@ -269,6 +272,9 @@ class AsyncArtifacts:
         """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
         if (found := local_file(await self.location(artifact_id))) is not None:
             return await asyncio.to_thread(_copy, found, target)
+        return await self._fetch(artifact_id, target)
+
+    async def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(await self.get(artifact_id), target)
         try:
             for attempt in range(1, ATTEMPTS + 1):
@@ -277,7 +283,7 @@ class AsyncArtifacts:
                         calls.content_call(artifact_id, download.offset)
                     ) as response:
                         download.begin(response.status_code)
-                        async for chunk in response.aiter_raw(CHUNK):
+                        async for chunk in response.aiter_raw():
                             await asyncio.to_thread(download.feed, chunk)
                     if download.complete:
                         return download.finish()
@@ -291,7 +297,7 @@ class AsyncArtifacts:
 
     async def local(self, artifact_id: str, folder: Path) -> Path:
         """Return a file with the bytes, to be read only: the blob itself on the server's machine, else a download into `folder`."""
-        return local_file(await self.location(artifact_id)) or await self.download(artifact_id, folder / artifact_id)
+        return local_file(await self.location(artifact_id)) or await self._fetch(artifact_id, folder / artifact_id)
 
     async def read(self, artifact_id: str) -> bytes:
         """Return the bytes of a small artifact. Raises DigestMismatch, ApiProblem, Unreachable."""

@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import stamina
 
-from mcp_control.sdk.errors import ApiProblem, NotNow, Unreachable, problem_from
+from mcp_control.sdk.errors import ApiProblem, NotNow, SdkError, Unreachable, problem_from
 
 API: Final = "/api/v1"
 ATTEMPTS: Final = 6
@@ -55,8 +55,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes
 
     def json(self, type: Any = Any) -> Any:
-        """Return the body as this type."""
-        return msgspec.json.decode(self.body, type=type)
+        """Return the body as this type. Raises SdkError where it is something else, e.g. a proxy's page."""
+        try:
+            return msgspec.json.decode(self.body, type=type)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise SdkError(f"the server's answer was not understood: {error}") from error
 
 
 class _Unsure(Unreachable):
