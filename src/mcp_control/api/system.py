@@ -87,7 +87,7 @@ async def status(call: Call) -> Reply:
     allow(call.actor, "system.status")
     health = await services.health.report()
     agents: dict[str, int] = {}
-    for agent in services.agents.registered(call.actor.tenant):
+    for agent in services.agents.registry.registered(call.actor.tenant):
         state = services.agents.view(agent).state.value
         agents[state] = agents.get(state, 0) + 1
     return reply(
