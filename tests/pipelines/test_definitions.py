@@ -18,6 +18,7 @@ from mcp_control.kernel.errors import (
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.definition import from_json, from_yaml, to_json
 from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Stage
+from mcp_control.pipelines.schema import definition_schema
 from mcp_control.pipelines.validate import validate
 from mcp_control.tasks.model import Needs, RetryPolicy
 
@@ -255,3 +256,11 @@ def test_impossible_capabilities_are_warnings() -> None:
     assert validate(built(), {"dataset.ingest", "dataset.clean", "dataset.join", "gpu"}) == [
         "stage `score`: no registered agent offers `dataset.score`"
     ]
+
+
+def test_the_schema_names_the_fields_as_they_are_written() -> None:
+    """The JSON Schema for editors has the wire names, such as `with` and `apiVersion`."""
+    schema = definition_schema()
+    assert {"$ref", "$defs", "$schema"} <= set(schema)
+    assert "with" in schema["$defs"]["Stage"]["properties"]
+    assert "apiVersion" in schema["$defs"]["PipelineSpec"]["properties"]

@@ -1,11 +1,13 @@
 """The engine on the real store, with the real task component."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from mcp_control.kernel.changes import Change, Key
 from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidPipeline, InvalidTransition, NotFound
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Run, RunRequest, RunState, StageState
@@ -317,8 +319,6 @@ async def test_runs_are_listed_by_state_and_pipeline_in_pages(here: World) -> No
 
 async def test_waiting_ends_with_the_run(here: World) -> None:
     """A caller that waits for a run gets it as soon as it has ended."""
-    import asyncio
-
     run = await here.start(chain(1))
     waiting = asyncio.create_task(here.engine.wait(ANNA, run.id, 30))
     await asyncio.sleep(0)
@@ -357,3 +357,44 @@ async def test_ended_runs_can_be_removed(here: World) -> None:
     with pytest.raises(NotFound):
         await here.engine.run(ANNA, old.id)
     assert (await here.run(live)).stages[0].state is StageState.RUNNING
+
+
+async def test_reports_and_verbs_at_the_same_time_lose_nothing(here: World) -> None:
+    """While twenty items end one by one, the run is paused and resumed again and again: every item counts once and the run completes."""
+    run = await here.start(fan(), parts=list(range(20)))
+    tasks = await here.tasks(run)
+
+    async def disturb() -> None:
+        for _ in range(5):
+            await here.engine.pause(ANNA, run.id)
+            await here.engine.resume(ANNA, run.id)
+
+    await asyncio.gather(disturb(), *(here.finish([task], lambda task: task.links.item) for task in tasks))
+    (combine,) = await here.tasks(run)
+    assert await here.payload(combine) == {"items": list(range(20))}
+    await here.finish([combine])
+    await here.finish(await here.tasks(run))
+    ended = await here.run(run)
+    assert (ended.state, ended.stages[0].done) == (RunState.COMPLETED, 21)
+
+
+async def test_progress_is_told_at_most_four_times_a_second(here: World) -> None:
+    """Many items in one moment are one `stage.progressed`; the view is exact all the time."""
+    run = await here.start(fan(), parts=list(range(12)))
+    for number, task in enumerate((await here.tasks(run))[:10]):
+        await here.finish([task])
+        here.clock.advance(0.05)
+        assert (await here.run(run)).stages[0].done == number + 1
+    assert here.told(run).count("stage.progressed") == 2
+
+
+async def test_a_run_that_cannot_be_decided_on_ends_instead_of_blocking(here: World) -> None:
+    """Where stored outputs are gone, the task's end is still accepted and the run ends failed with `engine-error`."""
+    run = await here.start(fan(), parts=[1, 2])
+    first, second = await here.tasks(run)
+    await here.finish([first], "r")
+    await here.store.commit([Change((), [Key("task", first.id)])])
+    here.restart()
+    await here.finish([second], "r")
+    ended = await here.run(run)
+    assert (ended.state, ended.reason) == (RunState.FAILED, "engine-error")

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.ids import derived_id
 from mcp_control.pipelines.expressions import Raw
-from mcp_control.pipelines.model import StageRun, StageState
-from mcp_control.pipelines.plan import PlannedStage
+from mcp_control.pipelines.model import Run, StageRun, StageState
+from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import TaskState
 
@@ -58,6 +58,15 @@ def outstanding(planned: PlannedStage, stage: StageRun) -> list[int | None]:
         return [] if ended & 1 else [None]
     items = items_in(planned, stage)
     return [-1 if at == items else at for at in range(started) if not ended >> at & 1]
+
+
+def waited_for(run: Run, plan: Plan, limit: int) -> list[str]:
+    """Return the ids of the tasks a run waits for, at most `limit`."""
+    found: list[str] = []
+    for place, stage in enumerate(run.stages):
+        if stage.state is StageState.RUNNING and len(found) < limit:
+            found += [task_id(run.id, stage.id, item, stage.round) for item in outstanding(plan.stages[place], stage)]
+    return found[:limit]
 
 
 def items_in(planned: PlannedStage, stage: StageRun) -> int:

@@ -4,7 +4,7 @@
 ends the run. Running it again on what it returned starts nothing and changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from mcp_control.pipelines.counting import count, items_in, numbers, outstanding, started_in, task_id, told_by
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.expressions import ExpressionError, Raw, Scope, elements, join
-from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Run, RunState, StageState
+from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import TaskState
@@ -83,20 +83,25 @@ class _Draft:
         if self._late() and self._run.ending is None and not self._over():
             self._end(RunState.FAILED, "deadline-exceeded", "the deadline of the run passed")
         if self._run.ending is None:
+            # What may start has become so by what ended just now; only a change from outside calls for a look at everything.
+            everything = not self._progressed or self._plan.spec.spec.max_running is not None
+            moved = range(len(self._stages)) if everything else sorted(self._progressed)
             if self._run.state is not RunState.PAUSED:
-                self._combine_all()
-            self._start_all()
+                self._combine_all(moved)
+            self._start_all(
+                list(moved) if everything else [after for place in moved for after in self._plan.stages[place].after]
+            )
         if self._run.ending is not None:
             self._stop(first=insist or was_ending is None)
         if self._over():
             self._finish()
         return self._decision()
 
-    def _ending(self) -> bool:
-        return self._run.ending is not None
-
     def _over(self) -> bool:
-        return all(stage.state in STAGE_FINAL for stage in self._stages)
+        for stage in self._stages:  # noqa: SIM110  twice as fast as `all`, on the path of every task
+            if stage.state not in STAGE_FINAL:
+                return False
+        return True
 
     def _late(self) -> bool:
         return self._run.deadline_at is not None and self._run.deadline_at <= self._now
@@ -173,11 +178,14 @@ class _Draft:
             if len(msgspec.json.encode(merged)) <= _SUMMARY_MAX:
                 self._summary = merged
         self._outputs[stage.id] = output
-        self._stages[place] = replace(stage, has_output=True, counts=numbers(told.counts) or stage.counts)
+        counts = numbers(told.counts) or stage.counts
         gate = planned.stage.gate
         if gate is None or planned.gate is None:
-            self._close(place, StageState.COMPLETED)
+            self._stages[place] = replace(
+                stage, state=StageState.COMPLETED, finished_at=self._now, has_output=True, counts=counts
+            )
             return
+        self._stages[place] = replace(stage, has_output=True, counts=counts)
         passed = planned.gate.value(self._scope(output=output))
         if not isinstance(passed, bool):
             raise ExpressionError(f"the gate `{planned.gate.source}` must give true or false")
@@ -204,9 +212,10 @@ class _Draft:
 
     # --- starting -------------------------------------------------------------------------------------------------
 
-    def _combine_all(self) -> None:
-        """Start the combine task of every fan-out whose items are all completed."""
-        for place, stage in enumerate(self._stages):
+    def _combine_all(self, places: Iterable[int]) -> None:
+        """Start the combine task of every fan-out among these stages whose items are all completed."""
+        for place in places:
+            stage = self._stages[place]
             if stage.state is StageState.RUNNING and not stage.combining:
                 planned = self._plan.stages[place]
                 if planned.combine is not None and stage.done == stage.total - 1 and self._run.ending is None:
@@ -215,46 +224,50 @@ class _Draft:
                     except ExpressionError as error:
                         self._fail(place, str(error))
 
-    def _start_all(self) -> None:
-        """Start what may start; a fan-out over nothing ends at once, so stages after it may follow in the same breath."""
+    def _start_all(self, places: list[int]) -> None:
+        """Start what may start among these stages; a fan-out over nothing ends at once, so those after it may follow in the same breath."""
         plan, run = self._plan, self._run
         width = plan.spec.spec.max_running
-        open_places = [place for place in plan.order if self._stages[place].state in _OPEN]
-        open_places.sort(key=lambda place: plan.stages[place].rank)
-        again = True
-        while again and not self._ending():
-            again = False
-            for place in open_places:
-                stage = self._stages[place]
-                if stage.state not in _OPEN or not self._needs_met(place):
-                    continue
-                if run.state is RunState.PAUSED or (width is not None and self._running() >= width):
-                    if stage.state is StageState.PENDING:
-                        self._stages[place] = replace(stage, state=StageState.READY)
-                    continue
-                try:
-                    self._start_stage(place)
-                except ExpressionError as error:
-                    self._fail(place, str(error))
-                again = again or self._stages[place].state is StageState.COMPLETED
-                if self._ending():
-                    break
+        if len(places) > 1:
+            places.sort(key=lambda place: plan.stages[place].rank)
+        for place in places:  # grows while it is gone through
+            stage = self._stages[place]
+            if stage.state not in _OPEN or not self._needs_met(place):
+                continue
+            if run.state is RunState.PAUSED or (width is not None and self._running() >= width):
+                if stage.state is StageState.PENDING:
+                    self._stages[place] = replace(stage, state=StageState.READY)
+                continue
+            try:
+                self._start_stage(place)
+            except ExpressionError as error:
+                self._fail(place, str(error))
+            if self._run.ending is not None:
+                return
+            if self._stages[place].state is StageState.COMPLETED:
+                places += plan.stages[place].after
 
     def _needs_met(self, place: int) -> bool:
         stages = self._stages
-        return all(stages[need].state is StageState.COMPLETED for need in self._plan.stages[place].needs)
+        for need in self._plan.stages[place].needs:  # noqa: SIM110  as above
+            if stages[need].state is not StageState.COMPLETED:
+                return False
+        return True
 
     def _running(self) -> int:
         return sum(stage.state is StageState.RUNNING for stage in self._stages)
 
     def _start_stage(self, place: int) -> None:
         planned = self._plan.stages[place]
-        stage = replace(self._stages[place], state=StageState.RUNNING, started_at=self._now)
+        stage = self._stages[place]
         if planned.over is None:
             payload = planned.payload.render(self._scope())
-            self._stages[place] = replace(stage, total=1, since=stage.round)
+            self._stages[place] = replace(
+                stage, state=StageState.RUNNING, started_at=self._now, total=1, since=stage.round
+            )
             self._add(planned, None, stage.round, payload)
             return
+        stage = replace(stage, state=StageState.RUNNING, started_at=self._now)
         items = elements(planned.over.raw(self._scope()))
         if len(items) > ITEMS_MAX:
             raise ExpressionError(f"a fan-out has at most {ITEMS_MAX} items, this one {len(items)}")
@@ -353,24 +366,28 @@ class _Draft:
         )
 
     def _decision(self) -> Decision:
-        before, run = self._before, self._run
-        changed = [
-            place for place, (old, new) in enumerate(zip(before.stages, self._stages, strict=True)) if old is not new
-        ]
+        before, run, stages = self._before, self._run, self._stages
+        moved: list[StageRun] = []
+        progressed: list[StageRun] = []
+        changed = False
+        for place, (old, new) in enumerate(zip(before.stages, stages, strict=True)):
+            if old is not new:
+                changed = True
+                if old.state is not new.state:
+                    moved.append(new)
+                elif place in self._progressed:
+                    progressed.append(new)
         if run is before and not changed:
             return Decision(run=before, cancel=self._cancel)
-        stages = self._stages
-        if self._start and run.started_at is None:
-            run = replace(run, started_at=self._now)
-        if run.state is RunState.PENDING:
-            run = replace(run, state=RunState.RUNNING, state_at=self._now)
-        run = replace(run, stages=stages, summary=run.summary if self._summary is None else self._summary)
-        moved = [stages[place] for place in changed if before.stages[place].state is not stages[place].state]
-        progressed = [
-            stages[place]
-            for place in changed
-            if place in self._progressed and stages[place].state is StageState.RUNNING
-        ]
+        pending = run.state is RunState.PENDING
+        run = replace(
+            run,
+            stages=stages,
+            summary=run.summary if self._summary is None else self._summary,
+            started_at=self._now if self._start and run.started_at is None else run.started_at,
+            state=RunState.RUNNING if pending else run.state,
+            state_at=self._now if pending else run.state_at,
+        )
         return Decision(
             run=run,
             start=self._start,

@@ -161,7 +161,7 @@ def run_view(
     plan: Plan,
     now: int,
     *,
-    params: dict[str, msgspec.Raw] | None = None,
+    params: Mapping[str, bytes] | None = None,
     inside: Mapping[str, float] | None = None,
 ) -> RunView:
     """Return a run as callers see it.
@@ -194,7 +194,7 @@ def run_view(
         stages=stages,
         summary=run.summary,
         labels=run.labels,
-        params=params,
+        params=None if params is None else {name: msgspec.Raw(text) for name, text in params.items()},
         cancel_requested=run.cancel is not None,
         etag=str(run.version),
     )

@@ -1,7 +1,7 @@
 """Runs in hand: an identity cache of active runs, and from a decision to the advance that is committed with the tasks that caused it."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -116,9 +116,10 @@ class Runs:
         self._keep(active)
         return active
 
-    def forget(self, run_id: str) -> None:
-        """Drop a run from memory; the next load reads the store."""
-        self._active.pop(run_id, None)
+    def params_of(self, run_id: str) -> Mapping[str, bytes] | None:
+        """Return the parameters of an active run, None where they are not in memory."""
+        active = self._active.get(run_id)
+        return None if active is None else active.material.params
 
     def _keep(self, active: Active) -> None:
         if active.run.state in RUN_FINAL:
@@ -195,10 +196,10 @@ class Runs:
             facts: what caused it, before its own facts.
             cold: further cold parts of the run to write.
         """
-        run, entity = write_run(
-            decision.run,
-            {**(cold or {}), **{f"output/{stage}": bytes(output) for stage, output in decision.outputs.items()}},
-        )
+        parts = dict(cold) if cold else {}
+        for name, output in decision.outputs.items():
+            parts[f"output/{name}"] = bytes(output)
+        run, entity = write_run(decision.run, parts)
         told = [*facts, *decided(before, run, decision.moved, actor, now)]
         for stage in decision.progressed:
             if now - active.told_at.get(stage.id, 0) >= _PROGRESS_EVERY_MS:
@@ -228,15 +229,14 @@ class Runs:
         return run
 
     def _remember(self, active: Active, decision: Decision) -> None:
-        material = active.material
+        material, plan = active.material, active.plan
         for name, output in decision.outputs.items():
-            if name in active.plan.read and len(memoryview(output)) <= _KEEP_OUTPUT:
+            if name in plan.read and len(memoryview(output)) <= _KEEP_OUTPUT:
                 material.outputs[name] = output
-            active.kept -= sum(len(memoryview(text)) for text in material.results.pop(name, {}).values())
+            if (done := material.results.pop(name, None)) is not None:
+                active.kept -= sum(len(memoryview(text)) for text in done.values())
         for name, results in decision.results.items():
-            place = active.plan.place_of[name]
-            stage = active.run.stages[place]
-            if active.plan.stages[place].over is None or stage.has_output:
+            if name in decision.outputs or plan.stages[plan.place_of[name]].over is None:
                 continue
             size = sum(len(memoryview(text)) for text in results.values())
             if active.kept + size <= _KEEP_RESULTS:

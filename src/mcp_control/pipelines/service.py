@@ -18,7 +18,7 @@ from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import label_errors, range_errors, text_errors
 from mcp_control.pipelines import control
 from mcp_control.pipelines.catalogue import Catalogue
-from mcp_control.pipelines.counting import outstanding, task_id
+from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.model import (
     Pipeline,
@@ -48,6 +48,7 @@ WAIT_MAX_SECONDS: Final = 60.0
 _ACTIVE: Final = [RunState.PENDING.value, RunState.RUNNING.value, RunState.PAUSED.value]
 _HEAL_RUNS: Final = 20
 _HEAL_TASKS: Final = 500
+_INSIDE_MAX: Final = 64
 _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 Ask = Callable[[Plan, Run, int], Run]
@@ -162,13 +163,14 @@ class PipelineEngine:
     async def view(self, actor: Actor, run: Run) -> RunView:
         """Return a run as callers see it, with its parameters, and the progress of running tasks in that of their stages."""
         plan = await self._plans.load(run.pipeline_id)
-        entity = (await self._store.get("run", [run.id], ("params",)))[0]
-        params = {} if entity is None else _params(entity.cold.get("params", b"{}"))
+        params = self._runs.params_of(run.id)
+        if params is None:
+            entity = (await self._store.get("run", [run.id], ("params",)))[0]
+            params = {} if entity is None else _params(entity.cold.get("params", b"{}"))
         inside: dict[str, float] = {}
-        if not run.final:
-            where = [Where("run", "eq", run.id), Where("state", "eq", TaskState.RUNNING.value)]
-            for row in await self._store.find("task", Query(where=where, limit=200)):
-                task = read_task(row)
+        waited = [] if run.final or run.version == 1 else waited_for(run, plan, _INSIDE_MAX)
+        for row in await self._store.get("task", waited) if waited else ():
+            if row is not None and (task := read_task(row)).state is TaskState.RUNNING:
                 stage = task.links.stage or ""
                 inside[stage] = inside.get(stage, 0.0) + task.progress
         return run_view(run, plan, self._clock.now(), params=params, inside=inside)
@@ -355,11 +357,7 @@ class PipelineEngine:
 
     async def _heal(self, stored: Run, now: int) -> bool:
         plan = await self._plans.load(stored.pipeline_id)
-        ids = [
-            task_id(stored.id, stage.id, item, stage.round)
-            for place, stage in enumerate(stored.stages)
-            for item in outstanding(plan.stages[place], stage)
-        ][:_HEAL_TASKS]
+        ids = waited_for(stored, plan, _HEAL_TASKS)
         ended = [
             Finished(task=task, result=entity.cold.get("result"))
             for entity in await self._store.get("task", ids, ("result",))
