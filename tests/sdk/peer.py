@@ -256,6 +256,7 @@ class Peer:
 async def serving(app: Any) -> AsyncIterator[str]:
     """Serve an ASGI application on a free port of the loopback; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(
             app, lifespan="off", log_level="warning", ws="websockets-sansio", timeout_graceful_shutdown=1
         )

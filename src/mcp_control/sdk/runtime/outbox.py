@@ -1,6 +1,5 @@
 """What the agent has to tell the server: gathered, sent in natural batches, kept until acknowledged. No I/O."""
 
-from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -20,7 +19,7 @@ class Outbox:
     rate at which the server takes them; progress is replaced by newer progress, logs are bounded per task.
     """
 
-    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked")
+    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked", "_untold")
 
     def __init__(self) -> None:
         self._started: dict[str, Started] = {}
@@ -30,6 +29,7 @@ class Outbox:
         self._done: list[Done] = []
         self._again: list[Report] = []
         self._unacked: dict[int, Report] = {}
+        self._untold: dict[str, str] = {}
         self._next = 1
 
     def started(self, task_id: str, token: str) -> None:
@@ -53,6 +53,7 @@ class Outbox:
         self._started.pop(item.task_id, None)
         self._progress.pop(item.task_id, None)
         self._done.append(item)
+        self._untold[item.task_id] = item.lease_token
 
     def forget(self, task_id: str) -> None:
         """The task belongs to somebody else: tell nothing more about it."""
@@ -71,23 +72,16 @@ class Outbox:
     @property
     def settled(self) -> bool:
         """Whether every end of an attempt is known to be durable."""
-        return not self._done and not self._again and not any(report.done for report in self._unacked.values())
+        return not self._untold
 
     @property
     def untold(self) -> list[str]:
         """Tasks whose end is not known to be durable."""
-        return [item.task_id for item in self._ends()]
+        return list(self._untold)
 
     def holds(self, task_id: str, token: str) -> bool:
         """Say whether the end of this very attempt is on its way."""
-        return bool(self._done or self._unacked or self._again) and any(
-            item.task_id == task_id and item.lease_token == token for item in self._ends()
-        )
-
-    def _ends(self) -> Iterator[Done]:
-        yield from self._done
-        for report in (*self._again, *self._unacked.values()):
-            yield from report.done
+        return self._untold.get(task_id) == token
 
     def take(self) -> Report:
         """Return the next report, at most about 768 KiB of it; the rest stays for the next one."""
@@ -156,8 +150,17 @@ class Outbox:
     def acked(self, ack: Ack) -> None:
         """A report is durable, or must be sent again."""
         report = self._unacked.pop(ack.id, None)
-        if report is not None and ack.retry:
+        if report is None:
+            return
+        if ack.retry:
             self._put_back(report)
+            return
+        for item in report.done:
+            self._told(item)
+
+    def _told(self, item: Done) -> None:
+        if self._untold.get(item.task_id) == item.lease_token:
+            del self._untold[item.task_id]
 
     def not_understood(self, code: str, detail: str) -> None:
         """The server refused a frame as a whole. It answers in order, so that is the oldest report without an answer.
@@ -169,8 +172,9 @@ class Outbox:
         report = self._unacked.pop(min(self._unacked))
         if len(report.done) == 1 and not report.logs and not report.progress:
             (item,) = report.done
-            if item.outcome == "failed":
-                return  # nothing simpler could be said
+            if item.failure is not None and item.failure.code == "result-refused":
+                self._told(item)  # nothing simpler could be said
+                return
             failure = Failure(error_class="permanent", code="result-refused", message=f"{code}: {detail}"[:2000])
             failed = Done(task_id=item.task_id, lease_token=item.lease_token, outcome="failed", failure=failure)
             self._again.append(Report(id=0, done=[failed]))
