@@ -70,6 +70,7 @@ KINDS: Final = (
     *SECURITY_KINDS,
 )
 _GRACE_SECONDS: Final = 3
+_SEND_BUFFER: Final = 512 << 10
 _DAY_MS: Final = 86_400_000
 
 
@@ -296,7 +297,10 @@ class _Server(uvicorn.Server):
 def listening(settings: Settings) -> socket.socket:
     """Return the bound socket. Raises OSError where the address is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
+    listener = socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
+    # Connections inherit it: what a peer does not read waits in the kernel only up to this.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+    return listener
 
 
 async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None) -> int:

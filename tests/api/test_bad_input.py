@@ -33,7 +33,9 @@ def agent(**fields: object) -> bytes:
 
 
 def pipeline(*stages: dict[str, object]) -> bytes:
-    return json.dumps({"metadata": {"name": "p"}, "spec": {"stages": [{"uses": "echo", **stage} for stage in stages]}}).encode()
+    return json.dumps(
+        {"metadata": {"name": "p"}, "spec": {"stages": [{"uses": "echo", **stage} for stage in stages]}}
+    ).encode()
 
 
 def chain(length: int) -> bytes:
@@ -54,7 +56,13 @@ BODIES = [
     ("7 nested arrays in a payload", TASK, with_payload(DEEP), 400, "too-deep"),
     ("7 payload of 33 levels", TASK, nested(33), 400, "too-deep"),
     ("7 objects and arrays in turn", TASK, with_payload(b'{"a":[' * 17 + b"]}" * 17), 400, "too-deep"),
-    ("8 integer of 64 bits", TASK, b'{"type":"echo","retry":{"max_attempts":9223372036854775808}}', 422, "out-of-range"),
+    (
+        "8 integer of 64 bits",
+        TASK,
+        b'{"type":"echo","retry":{"max_attempts":9223372036854775808}}',
+        422,
+        "out-of-range",
+    ),
     ("9 integer of 5000 digits", TASK, b'{"type":"echo","priority":' + b"9" * 5000 + b"}", 400, "malformed-json"),
     ("10 NUL in a string", TASK, b'{"type":"ec\\u0000ho"}', 422, "invalid-character"),
     ("10 NUL in a key", TASK, b'{"type":"echo","labels":{"a\\u0000":"b"}}', 422, "invalid-character"),
@@ -101,11 +109,19 @@ BODIES = [
     ("45 escape in a name", AGENT, agent(name="a\x1b[31m"), 422, "invalid-character"),
     ("45 markup in a name", AGENT, agent(name="<script>"), 422, "invalid-character"),
     ("45 right-to-left override", AGENT, agent(name="a\u202eb"), 422, "invalid-character"),
-    ("46 10000 capabilities", AGENT, agent(capabilities=[{"name": f"c{n}"} for n in range(10_000)]), 422, "limit-exceeded"),
+    (
+        "46 10000 capabilities",
+        AGENT,
+        agent(capabilities=[{"name": f"c{n}"} for n in range(10_000)]),
+        422,
+        "limit-exceeded",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "status", "code"), [case[1:] for case in BODIES], ids=[case[0] for case in BODIES])
+@pytest.mark.parametrize(
+    ("path", "body", "status", "code"), [case[1:] for case in BODIES], ids=[case[0] for case in BODIES]
+)
 async def test_a_bad_body_is_refused_with_its_code_and_changes_nothing(
     server: RunningServer, client: httpx2.AsyncClient, path: str, body: bytes, status: int, code: str
 ) -> None:
@@ -145,7 +161,12 @@ async def test_all_errors_are_named_at_once(client: httpx2.AsyncClient) -> None:
     """Every wrong place is listed with its pointer, not only the first."""
     answer = await client.post(TASK, json={"type": 5, "colour": 1, "retry": {"factor": "x"}, "state": "queued"})
     found = {(error["pointer"], error["code"]) for error in answer.json()["errors"]}
-    assert found == {("#/type", "wrong-type"), ("#/colour", "unknown-field"), ("#/retry/factor", "wrong-type"), ("#/state", "read-only-field")}
+    assert found == {
+        ("#/type", "wrong-type"),
+        ("#/colour", "unknown-field"),
+        ("#/retry/factor", "wrong-type"),
+        ("#/state", "read-only-field"),
+    }
 
 
 MEDIA = [
@@ -222,8 +243,12 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "status", "code"), [case[1:] for case in PATHS], ids=[case[0] for case in PATHS])
-async def test_a_bad_address_is_refused_with_its_code(client: httpx2.AsyncClient, method: str, path: str, status: int, code: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"), [case[1:] for case in PATHS], ids=[case[0] for case in PATHS]
+)
+async def test_a_bad_address_is_refused_with_its_code(
+    client: httpx2.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
     """Rows 12, 28, 30, 32, 38 and 40: what the address or its parameters get wrong."""
     answer = await client.request(method, path)
     assert (answer.status_code, answer.json()["code"]) == (status, code), answer.text
@@ -240,15 +265,17 @@ CREDENTIALS = [
     ("no scheme", "mcpt_x", "invalid-token"),
     ("basic", "Basic YTpi", "invalid-token"),
     ("garbage", "Bearer garbage", "invalid-token"),
-    ("forged API token", f"Bearer mcpt_{'0' * 36}_{'0' * 52}", "invalid-token"),
-    ("enrolment token elsewhere", f"Bearer mcpe_{'0' * 36}_{'0' * 52}", "invalid-token"),
+    ("forged API token", f"Bearer mcpt_{'0' * 36}_{'0' * 64}", "invalid-token"),
+    ("enrolment token elsewhere", f"Bearer mcpe_{'0' * 36}_{'0' * 64}", "invalid-token"),
     ("unsigned JWT", "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIn0.", "invalid-token"),
     ("9 KiB", "Bearer " + "a" * 9000, "invalid-token"),
 ]
 
 
 @pytest.mark.parametrize(("header", "code"), [case[1:] for case in CREDENTIALS], ids=[case[0] for case in CREDENTIALS])
-async def test_a_bad_credential_is_refused_without_a_reason(server: RunningServer, header: str | None, code: str) -> None:
+async def test_a_bad_credential_is_refused_without_a_reason(
+    server: RunningServer, header: str | None, code: str
+) -> None:
     """Row 31: 401 with WWW-Authenticate; the detail is the same for all that is invalid."""
     async with httpx2.AsyncClient(base_url=server.url) as nobody:
         answer = await nobody.get(TASK, headers={} if header is None else {"authorization": header})
@@ -300,7 +327,9 @@ async def test_a_verb_that_does_not_fit_the_state_says_so(client: httpx2.AsyncCl
 
 async def test_a_batch_refuses_only_what_is_wrong(client: httpx2.AsyncClient) -> None:
     """Each submission of a batch stands alone; a batch that cannot be decoded is refused as a whole."""
-    answer = await client.post(f"{TASK}/batch", json={"tasks": [{"type": "echo"}, {"type": "echo", "priority": 900}, {"type": "b"}]})
+    answer = await client.post(
+        f"{TASK}/batch", json={"tasks": [{"type": "echo"}, {"type": "echo", "priority": 900}, {"type": "b"}]}
+    )
     items = answer.json()["items"]
     assert [item.get("state") for item in items] == ["queued", None, "queued"]
     assert items[1]["problem"]["code"] == "out-of-range"

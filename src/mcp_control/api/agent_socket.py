@@ -1,4 +1,4 @@
-"""`/ws/agent`: an agent's session over a WebSocket. Frames are those of `tasks/wire.py`; what they do is decided in `tasks/agent_sessions.py`.
+"""`/ws/agent`: an agent's session over a WebSocket. The frames are in `tasks/wire.py`, what they do in `tasks/agent_sessions.py`.
 
 A bare ASGI handler. Reports of one socket are handled one after the other: what an agent gathers meanwhile is its next report.
 """
@@ -50,7 +50,7 @@ class AgentSocket:
         await receive()
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
         client = scope["client"]
-        outbox = Outbox(send, close_extension(scope), _BYTES_MAX)
+        outbox = Outbox(send, close_extension(scope), _BYTES_MAX, self._services.body_stall_seconds)
         await _Connection(
             self._services, self._by_instance, header, actor, client[0] if client else "", receive, outbox
         ).run()

@@ -9,7 +9,6 @@ from mcp_control.tasks.wire import Tasks, encode_frame
 
 BYTES_MAX: Final = 1 << 20
 FRAME_BYTES: Final = 256 << 10
-STALL_SECONDS: Final = 10.0
 
 
 class Outbox:
@@ -43,7 +42,7 @@ class Outbox:
     )
 
     def __init__(
-        self, send: Send, close_now: Callable[[int, str], None], limit: int = BYTES_MAX, stall: float = STALL_SECONDS
+        self, send: Send, close_now: Callable[[int, str], None], limit: int = BYTES_MAX, stall: float = 30.0
     ) -> None:
         self._send = send
         self._close_now = close_now

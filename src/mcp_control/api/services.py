@@ -55,5 +55,5 @@ class Services:
 
     @property
     def body_stall_seconds(self) -> float:
-        """Seconds a request body may stand still."""
+        """Seconds a peer may stand still: one that sends a body, or one that is sent to."""
         return self.settings.limits.body_timeout_seconds

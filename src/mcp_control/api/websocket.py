@@ -121,7 +121,9 @@ class EventSocket:
         allow(actor, "events.list")
         await receive()
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
-        await _Connection(services, actor, receive, Outbox(send, close_extension(scope))).run()
+        await _Connection(
+            services, actor, receive, Outbox(send, close_extension(scope), stall=services.body_stall_seconds)
+        ).run()
 
 
 class _Connection:
