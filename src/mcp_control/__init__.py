@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mcp_control.pipelines.builder import PipelineBuilder as Pipeline
     from mcp_control.sdk.agent import Agent
     from mcp_control.sdk.client import AsyncClient, Client
     from mcp_control.sdk.context import Context, SyncContext
@@ -31,6 +32,7 @@ _WHERE: Final = {
     "Client": "mcp_control.sdk.client",
     "Context": "mcp_control.sdk.context",
     "SyncContext": "mcp_control.sdk.context",
+    "Pipeline": "mcp_control.pipelines.builder:PipelineBuilder",
     "Needs": "mcp_control.tasks.model",
     "RetryPolicy": "mcp_control.tasks.model",
     "TaskSpec": "mcp_control.tasks.model",
@@ -61,6 +63,7 @@ __all__ = [
     "Critical",
     "Needs",
     "Permanent",
+    "Pipeline",
     "RetryPolicy",
     "RunFailed",
     "SdkError",
@@ -80,6 +83,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    found = getattr(importlib.import_module(_WHERE[name]), name)
+    module, _, attribute = _WHERE[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute or name)
     globals()[name] = found
     return found

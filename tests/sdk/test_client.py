@@ -9,14 +9,25 @@ from typing import Any
 import msgspec
 import pytest
 
+from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.model import StageState
 from mcp_control.sdk import agents, artifacts, runs, tasks
 from mcp_control.sdk.agent import Agent
 from mcp_control.sdk.client import AsyncClient, Client
 from mcp_control.sdk.context import Context, SyncContext
-from mcp_control.sdk.errors import AccessDenied, ApiProblem, InvalidRequest, Missing, TaskFailed, WaitTimeout
+from mcp_control.sdk.errors import (
+    AccessDenied,
+    ApiProblem,
+    InvalidRequest,
+    Missing,
+    Permanent,
+    RunFailed,
+    TaskFailed,
+    WaitTimeout,
+)
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.submission import SubmitOptions, make_spec
-from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.model import RetryPolicy, TaskState
 from mcp_control.testing.server import RunningServer, running_server
 from tests.sdk.peer import until
 
@@ -48,6 +59,16 @@ def make_agent(folder: Path, profiles: Profiles) -> Agent:
     @agent.task("fail")
     async def fail(payload: Any) -> None:
         raise ValueError("never mind")
+
+    @agent.task("echo")
+    async def echo(payload: Any) -> Any:
+        return payload
+
+    @agent.task("try")
+    async def attempt(payload: Any) -> Any:
+        if payload["said"]["kind"] == "fail":
+            raise Permanent("told to fail")
+        return payload
 
     @agent.task("wait")
     async def wait(payload: Any) -> None:
@@ -204,6 +225,58 @@ async def test_events_resume_after_a_cursor(client: AsyncClient, agent: Agent) -
     all_events = await until_completed("evt_0")
     assert all_events[0].type == "task.queued"
     assert await until_completed(all_events[0].id) == all_events[1:]
+
+
+def adding() -> PipelineBuilder:
+    pipeline = PipelineBuilder("adding")
+    kind = pipeline.param("kind", choices=["echo", "fail"])
+    first = pipeline.stage("first", "echo", with_={"kind": kind})
+    pipeline.stage("second", "try", needs=[first], with_={"said": first.output}, retry=RetryPolicy(max_attempts=1))
+    return pipeline
+
+
+async def test_a_pipeline_runs(client: AsyncClient, agent: Agent) -> None:
+    """A definition from Python is accepted, its run is awaited, and outputs, tasks and a failed run are told."""
+    applied = await client.pipelines.apply(adding())
+    assert (applied.name, applied.version, applied.stages) == ("adding", 1, ["first", "second"])
+    assert (await client.pipelines.apply(adding().build())).version == 1
+    run = await client.pipelines.run("adding", {"kind": "echo"}, key="today")
+    view = await run.result(timeout=30)
+    assert [stage.state for stage in view.stages] == [StageState.COMPLETED] * 2
+    assert await run.output("second") == {"said": {"kind": "echo"}}
+    assert {task.stage async for task in run.tasks()} == {"first", "second"}
+    assert (await client.pipelines.run("adding", {"kind": "echo"}, key="today")).id == run.id
+    failing = await client.pipelines.run("adding", {"kind": "fail"})
+    with pytest.raises(RunFailed) as caught:
+        await failing.result(timeout=30)
+    assert caught.value.run.id == failing.id
+    assert {view.id async for view in client.runs.iter(pipeline="adding")} == {run.id, failing.id}
+
+
+async def test_a_wrong_definition_is_refused(client: AsyncClient, tmp_path: Path) -> None:
+    """Validation names what is wrong and keeps nothing; YAML comes as text or as a file."""
+    text = adding_yaml(needs="[nowhere]")
+    with pytest.raises(InvalidRequest) as caught:
+        await client.pipelines.validate(text)
+    assert caught.value.errors
+    path = tmp_path / "adding.yaml"
+    await asyncio.to_thread(path.write_text, adding_yaml(needs="[]"))
+    assert (await client.pipelines.validate(path))["valid"] is True
+    with pytest.raises(Missing):
+        await client.pipelines.get("adding")
+    with pytest.raises(ValueError, match="not YAML"):
+        await client.pipelines.apply("a: [")
+
+
+def adding_yaml(needs: str) -> str:
+    return f"""
+apiVersion: mcp-control/v1
+kind: Pipeline
+metadata: {{name: adding}}
+spec:
+  stages:
+    - {{id: first, uses: echo, needs: {needs}, with: {{}}}}
+"""
 
 
 async def test_problems_are_exceptions_with_codes(client: AsyncClient, server: RunningServer) -> None:

@@ -2,20 +2,18 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from mcp_control.artifacts.model import ArtifactView
-from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunState, RunView
+from mcp_control.pipelines.model import PipelineView, RunState, RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
-from mcp_control.sdk.submission import RunOptions, read_pipeline
+from mcp_control.sdk.submission import Definition, RunOptions, read_pipeline
 from mcp_control.tasks.model import TaskView
 
 if TYPE_CHECKING:
     from mcp_control.sdk.client import AsyncClient, Client
 
-Definition = PipelineSpec | Mapping[str, Any] | str | Path
 _clock: Final = time.monotonic
 
 
@@ -100,7 +98,7 @@ class Pipelines:
         self._client = client
 
     def apply(self, definition: Definition) -> PipelineView:
-        """Give a definition: a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
+        """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
         found: PipelineView = self._client.do(calls.apply_pipeline(read_pipeline(definition)))
         return found
 
@@ -196,7 +194,7 @@ class AsyncPipelines:
         self._client = client
 
     async def apply(self, definition: Definition) -> PipelineView:
-        """Give a definition: a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
+        """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
         found: PipelineView = await self._client.do(calls.apply_pipeline(read_pipeline(definition)))
         return found
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypedDict
 import msgspec
 import yaml
 
+from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import PipelineSpec
 from mcp_control.tasks.model import Needs, RetryPolicy, TaskSpec
 
@@ -108,13 +109,18 @@ def batch_body(encoded: Sequence[bytes]) -> bytes:
     return b'{"tasks":[' + b",".join(encoded) + b"]}"
 
 
-def read_pipeline(source: PipelineSpec | Mapping[str, Any] | str | Path) -> bytes:
+Definition = PipelineBuilder | PipelineSpec | Mapping[str, Any] | str | Path
+
+
+def read_pipeline(source: Definition) -> bytes:
     """Return a definition as JSON. Strings are YAML (or JSON) text, paths are files of it.
 
     Raises:
         ValueError: the text is not YAML.
         OSError: the file cannot be read.
     """
+    if isinstance(source, PipelineBuilder):
+        source = source.build()
     if isinstance(source, PipelineSpec):
         return encode_json(source)
     if isinstance(source, Path):
