@@ -7,15 +7,18 @@ Readability: Flesch reading ease 206.835 - 1.015 W/S - 84.6 Syl/W and Flesch-Kin
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from bpe_openai import Encoding, get_encoding
 from numpy.typing import NDArray
 
 from mcp_control.techdeck.processing import emotion, language
 from mcp_control.techdeck.processing.repetition import SIZES, repetition
 from mcp_control.techdeck.processing.words import I64, Words
+
+if TYPE_CHECKING:
+    from bpe_openai import Encoding
 
 ENCODING = "o200k_base"
 METRICS: dict[str, pl.DataType] = {
@@ -46,12 +49,14 @@ words or more; null: not assessed."""
 
 
 @cache
-def encoding() -> Encoding:
+def encoding() -> "Encoding":
     """The BPE in use; its vocabulary comes with the package."""
+    from bpe_openai import get_encoding  # takes half a second, which only this stage pays
+
     return get_encoding(ENCODING)
 
 
-def count_tokens(bpe: Encoding, texts: list[str]) -> list[int]:
+def count_tokens(bpe: "Encoding", texts: list[str]) -> list[int]:
     """Tokens of each text; markers such as <|endoftext|> count as the plain text they are."""
     return [len(bpe.encode_ordinary(text)) for text in texts]
 
