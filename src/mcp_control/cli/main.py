@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from mcp_control import __version__
-from mcp_control.cli import agents, system, tasks
+from mcp_control.cli import agents, artifacts, pipelines, runs, system, tasks
 from mcp_control.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, tell, told
 from mcp_control.cli.options import NO_INPUT, YES
 from mcp_control.cli.up import up
@@ -59,6 +59,9 @@ def options(
 app.command("up")(up)
 app.add_typer(agents.app)
 app.add_typer(tasks.app)
+app.add_typer(pipelines.app)
+app.add_typer(runs.app)
+app.add_typer(artifacts.app)
 app.command("status")(system.status)
 
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Final
 
 from mcp_control.cli.errors import USAGE, CliError
@@ -125,6 +125,8 @@ class View:
         on_terminal = sys.stdout.isatty()
         most = (TERMINAL_LIMIT if on_terminal else 0) if limit is None else limit
         rows = self._cut((plain(item) if not isinstance(item, dict) else item for item in items), most)
+        first = list(islice(rows, 1))  # what cannot be listed fails before anything is printed
+        rows = chain(first, rows)
         match self.format:
             case "json":
                 write_json([self._picked(row) for row in rows])

@@ -1,28 +1,13 @@
 """`mcpctl up`: the server in this process, local agents as its children, and a profile so that `mcpctl` works at once."""
 
-import asyncio
-import fcntl
-import os
-import signal
-import socket
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated
 
 import typer
 
 from mcp_control.cli import tether
-from mcp_control.cli.errors import FAILED, USAGE, CliError
+from mcp_control.cli.errors import USAGE, CliError
 from mcp_control.cli.options import Json
-from mcp_control.cli.output import say, write_json
-
-if TYPE_CHECKING:
-    from mcp_control.app import Ready
-    from mcp_control.cli.local_agents import LocalAgents
-    from mcp_control.configuration.settings import Settings
-
-AGENTS_SECONDS: Final = 20.0
-TOKEN_NAME: Final = "mcpctl up"  # noqa: S105 - the name of a token
 
 
 def up(
@@ -40,8 +25,7 @@ def up(
     """
     tether.hold()
     try:
-        import uvloop
-
+        from mcp_control.cli.serving import serve_here
         from mcp_control.configuration.settings import SettingsError, load
     except ImportError as error:
         raise CliError(
@@ -52,187 +36,4 @@ def up(
         settings = load(flags, file=config).settings
     except SettingsError as error:
         raise CliError(f"settings: {error}", USAGE, "`mcpctl settings show` lists them") from None
-    from mcp_control.monitoring.logs import configure
-
-    configure(settings.log.level, settings.log.format)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_Server(settings, as_json).run())
-    raise typer.Exit(code)
-
-
-class _Server:
-    """One run of `up`."""
-
-    def __init__(self, settings: "Settings", as_json: bool) -> None:
-        self._settings = settings
-        self._as_json = as_json
-        self._agents: LocalAgents | None = None
-        self._stopping: asyncio.Task[None] | None = None
-
-    async def run(self) -> int:
-        """Serve to the end and return the exit code. Raises CliError when it cannot start."""
-        from mcp_control.app import serve
-        from mcp_control.kernel.errors import StoreUnavailable
-
-        settings = self._settings
-        try:
-            return await serve(settings, self._ready)
-        except StoreUnavailable as error:
-            raise CliError(error.detail or str(error)) from None
-        except OSError as error:
-            holder = _holder(settings.data)
-            if holder:
-                raise CliError(f"the data folder {settings.data} is in use by another server (process {holder})") from None
-            where = f"{settings.host}:{settings.port}"
-            raise CliError(
-                f"cannot listen on {where}: {error.strerror or error}", FAILED, "choose another --port; 0 takes a free one"
-            ) from None
-        finally:
-            if self._agents is not None:
-                await self._agents.kill()
-
-    async def _ready(self, there: "Ready") -> None:
-        from mcp_control.cli.local_agents import LocalAgent, LocalAgents
-
-        url = _local(there.url)
-        if there.one_time_password and not self._as_json:
-            _line(f"First administrator: admin   one-time password: {there.one_time_password}   (shown this once; `mcpctl login`)")
-        profile = await _profile(there, url)
-        targets = await _plugins(there)
-        count = self._settings.agents
-        wanted = [LocalAgent(f"{name}-{n}", target) for name, target in targets for n in range(1, count + 1)]
-        self._agents = LocalAgents(wanted, there.services, url, self._settings.data / "local-agents")
-        self._on_signals(there)
-        self._agents.start()
-        all_there = await self._agents.connected(AGENTS_SECONDS)
-        if not all_there and self._stopping is None:
-            say(f"not all local agents have connected within {AGENTS_SECONDS:g} s; see the log")
-        if self._as_json:
-            told = {
-                "url": url,
-                "pid": os.getpid(),
-                "data": str(self._settings.data),
-                "agents": [agent.name for agent in wanted],
-                "one_time_password": there.one_time_password,
-            }
-            write_json(told)
-            return
-        _line(f"Data: {self._settings.data}   profile: {profile}")
-        if wanted:
-            _line(f"Agents: {', '.join(agent.name for agent in wanted)}")
-        _line(f"Ready: {url}   (docs: {url}/docs; Ctrl-C stops)")
-
-    def _on_signals(self, there: "Ready") -> None:
-        """From here on the first signal drains the agents, then stops the server; the second one stops at once."""
-        loop = asyncio.get_running_loop()
-
-        async def stop() -> None:
-            assert self._agents is not None
-            await self._agents.drain()
-            there.stop()
-
-        async def stop_now() -> None:
-            assert self._agents is not None
-            await self._agents.kill()
-            there.stop()
-
-        def told() -> None:
-            if self._stopping is None:
-                self._stopping = loop.create_task(stop())
-            else:
-                self._stopping.cancel()
-                self._stopping = loop.create_task(stop_now())
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, told)
-
-
-def _line(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def _local(url: str) -> str:
-    """Return the address by which this machine reaches a server that listens everywhere."""
-    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-
-
-def _holder(data: Path) -> str:
-    """Return the process id of the server that uses the folder; empty when none does."""
-    try:
-        with (data / "lock").open("r+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return lock.read(32).strip() or "unknown"
-    except OSError:
-        pass
-    return ""
-
-
-async def _profile(there: "Ready", url: str) -> str:
-    """Keep a profile with a token that works; returns the file."""
-    from mcp_control.kernel.errors import Invalid, Problem
-    from mcp_control.sdk.profiles import Profile, Profiles, normal_url
-
-    services = there.services
-    profiles = Profiles()
-    file = str(profiles.folder / "profiles.json")
-    known = {profile.url: profile for profile in profiles.all()}
-    old = known.get(normal_url(url))
-    default = not profiles.default or _is_local(profiles.default)
-    if old is not None and old.token:
-        try:
-            await services.authenticator.authenticate(f"Bearer {old.token}", services.clock.now())
-        except Problem:
-            pass
-        else:
-            profiles.save(old, default)
-            return file
-    admin = await services.accounts.administrator()
-    name = f"{TOKEN_NAME} ({socket.gethostname()[:60]})"
-    try:
-        token = (await services.accounts.create_token(admin, name))[1]
-    except Invalid:  # too many: the oldest of ours goes
-        ours = [one for one in await services.accounts.list_tokens(admin) if one.name.startswith(TOKEN_NAME)]
-        if not ours:
-            raise
-        await services.accounts.revoke_token(admin, ours[0].id)
-        token = (await services.accounts.create_token(admin, name))[1]
-    profiles.save(Profile(url=url, token=token, name=old.name if old else ""), default)
-    if not default:
-        say(f"the default profile stays {profiles.default}; `mcpctl profile use {url}` chooses this server")
-    return file
-
-
-def _is_local(url: str) -> bool:
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-
-
-async def _plugins(there: "Ready") -> list[tuple[str, str]]:
-    """Register the pipelines that installed plugins bring; returns the agents that do their tasks, by name.
-
-    A plugin that does not load is left out and named: the server and the other plugins are of use without it.
-    """
-    from importlib.metadata import entry_points
-
-    services = there.services
-    admin = await services.accounts.administrator()
-    chosen = services.settings.plugins
-    agents: list[tuple[str, str]] = []
-    for point in entry_points(group="mcp_control.plugins"):
-        if chosen is not None and point.name not in chosen:
-            continue
-        try:
-            plugin = point.load()
-            for spec in plugin.pipelines():
-                await services.pipelines.create(admin, spec)
-            targets = plugin.agents()
-        except Exception as error:
-            say(f"the plugin {point.name} is left out: {error}")
-            continue
-        named = [point.name, *(f"{point.name}-{target.rpartition(':')[2]}" for target in targets[1:])]
-        agents += zip(named, targets, strict=True)
-    return agents
+    raise typer.Exit(serve_here(settings, as_json=as_json))

@@ -1,0 +1,197 @@
+"""`mcpctl pipelines`: definitions, and starting them."""
+
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mcp_control.cli.connection import connect
+from mcp_control.cli.errors import USAGE, CliError
+from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, Timeout, Wait, json_argument, loose, pairs, seconds
+from mcp_control.cli.output import View, plain, say, write_json
+from mcp_control.cli.report import ended, follow, started
+
+if TYPE_CHECKING:
+    from mcp_control.pipelines.model import Param, PipelineView
+
+app = typer.Typer(name="pipelines", help="Definitions of work in stages: validate, apply, run.", no_args_is_help=True)
+COLUMNS = ("name", "version", "stages", "created_at", "description")
+WIDE = ("id", "labels", "created_by")
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A definition in YAML or JSON; - for standard input.", allow_dash=True)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name or id of the pipeline.")]
+Version = Annotated[int | None, typer.Option("--version", min=1, help="Its version. Default: the newest.", show_default=False)]
+
+
+def _definition(file: Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"{file}: {getattr(error, 'strerror', None) or error}", USAGE) from None
+
+
+def _checked(text: str) -> Any:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CliError(f"not YAML: {error}", USAGE) from None
+    if not isinstance(found, dict):
+        raise CliError("a definition is a mapping with apiVersion, kind, metadata and spec", USAGE)
+    return found
+
+
+@app.command("validate")
+def validate(file: File, as_json: Json = False) -> None:
+    """Check a definition without keeping it: exit code 0 when it would be accepted."""
+    definition = _checked(_definition(file))
+    with connect() as client:
+        found = client.pipelines.validate(definition)
+    if as_json:
+        write_json(found)
+        return
+    for warning in found.get("warnings", ()):
+        say(f"warning: {warning}")
+    sys.stdout.write("valid\n")
+
+
+@app.command("apply")
+def apply(
+    file: File,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check it.")] = False,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Make a definition the newest version of its name; one that is the same already changes nothing."""
+    if dry_run:
+        validate(file, as_json)
+        return
+    view = View.of(out, as_json, fields)
+    definition = _checked(_definition(file))
+    with connect() as client:
+        view.one(client.pipelines.apply(definition), COLUMNS, key="name")
+
+
+@app.command("ls")
+def ls(limit: Limit = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """List pipelines, the newest version of each."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.many(client.pipelines.iter(), COLUMNS, WIDE, key="name", limit=limit)
+
+
+@app.command("get")
+def get(name: Name, version: Version = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Show a pipeline; `-o yaml` with its whole definition."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.one(client.pipelines.get(name, version), COLUMNS, key="name")
+
+
+@app.command("graph")
+def graph(name: Name, version: Version = None) -> None:
+    """Print a pipeline's stages and what each needs, as a Mermaid flow chart."""
+    with connect() as client:
+        spec = client.pipelines.get(name, version).spec
+    assert spec is not None
+    sys.stdout.write("flowchart LR\n")
+    for stage in spec.spec.stages:
+        sys.stdout.write(f'  {stage.id}["{stage.id}: {stage.uses}"]\n')
+        for need in stage.needs:
+            sys.stdout.write(f"  {need} --> {stage.id}\n")
+
+
+@app.command("run")
+def run(
+    name: Name,
+    input: Annotated[
+        str, typer.Option("--input", metavar="FILE", help="Upload this file and give it as the parameter `input`; an artifact's id does as well.", show_default=False)
+    ] = "",
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="A parameter, or a place inside one; repeatable.", show_default=False)
+    ] = None,
+    params: Annotated[str, typer.Option("--params", metavar="JSON", help="All parameters as JSON, @file, or -.", show_default=False)] = "",
+    key: Annotated[str, typer.Option("--key", help="Idempotency key: repeating it returns the first run.", show_default=False)] = "",
+    label: Labels = None,
+    priority: Annotated[int | None, typer.Option("--priority", min=0, max=100, help="0 to 100.", show_default=False)] = None,
+    version: Version = None,
+    wait: Wait = False,
+    timeout: Timeout = "",
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Start a pipeline; with --wait follow it to its end, download what it made, and exit with 8 when it failed."""
+    view = View.of(out, as_json, fields)
+    limit = seconds(timeout)
+    if output is not None and not wait:
+        raise CliError("--output needs --wait", USAGE, "or fetch them later: mcpctl runs artifacts RUN --output DIR")
+    if output is not None and output.exists() and not output.is_dir():
+        raise CliError(f"--output {output} is not a folder", USAGE)
+    given = json_argument(params, "--params") if params else {}
+    if not isinstance(given, dict):
+        raise CliError("--params is not a JSON object", USAGE)
+    source = _source(input) if input else None
+    with connect() as client:
+        pipeline = client.pipelines.get(name, version)
+        values = parameters(pipeline, given, settings or [])
+        if source is not None:
+            if "input" not in _declared(pipeline):
+                raise CliError(f"the pipeline {name} has no parameter `input`", USAGE, f"mcpctl pipelines get {name} -o yaml")
+            values["input"] = source if isinstance(source, str) else client.artifacts.upload(source, role="input").id
+        options: dict[str, Any] = {"key": key or None, "labels": pairs(label) or None, "priority": priority, "version": version}
+        handle = client.pipelines.run(name, values, **{k: v for k, v in options.items() if v is not None})
+        if not wait:
+            started(view, handle.id)
+            return
+        say(f"run {handle.id}")
+        raise typer.Exit(ended(client, follow(client, handle.id, limit), view, output))
+
+
+def _source(text: str) -> Path | str:
+    path = Path(text)
+    if path.is_file():
+        return path
+    if text.startswith("art_") and not path.exists():
+        return text
+    raise CliError(f"--input {text}: {'not a file' if path.exists() else 'there is no such file'}", USAGE)
+
+
+def _declared(pipeline: "PipelineView") -> Mapping[str, "Param"]:
+    assert pipeline.spec is not None
+    return pipeline.spec.spec.params
+
+
+def parameters(pipeline: "PipelineView", given: Mapping[str, Any], settings: Collection[str]) -> dict[str, Any]:
+    """Return a run's parameters: `given`, and on top of them each `a.b=value`.
+
+    `a` is a parameter of the pipeline, or else a part of its parameter `options`. Raises CliError for one that is neither.
+    """
+    declared = _declared(pipeline)
+    values: dict[str, Any] = dict(plain(dict(given)))
+    for text in settings:
+        path, sign, value = text.partition("=")
+        names = path.strip().split(".")
+        if not sign or not all(names):
+            raise CliError(f"--set {text}: write A.B=VALUE", USAGE)
+        if names[0] not in declared:
+            if "options" not in declared:
+                known = ", ".join(declared) or "none"
+                raise CliError(f"--set {path}: the pipeline {pipeline.name} has no parameter {names[0]} (it has: {known})", USAGE)
+            names.insert(0, "options")
+        plain_text = len(names) == 1 and declared[names[0]].type in ("string", "artifact")
+        _put(values, names, value if plain_text else loose(value), text)
+    return values
+
+
+def _put(tree: dict[str, Any], names: list[str], value: object, text: str) -> None:
+    for name in names[:-1]:
+        step = tree.setdefault(name, {})
+        if not isinstance(step, dict):
+            raise CliError(f"--set {text}: {name} has a value already", USAGE)
+        tree = step
+    tree[names[-1]] = value

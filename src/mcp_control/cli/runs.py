@@ -1,0 +1,140 @@
+"""`mcpctl runs`: executions of pipelines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mcp_control.cli.connection import connect, run_id
+from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, seconds
+from mcp_control.cli.output import View, write_json
+from mcp_control.cli.report import download, ended, follow, report, results, show_report
+
+app = typer.Typer(name="runs", help="Executions of pipelines: watch, pause, cancel, retry, fetch results.", no_args_is_help=True)
+COLUMNS = ("id", "pipeline", "pipeline_version", "state", "progress", "created_at", "finished_at", "reason")
+WIDE = ("message", "labels", "summary", "round")
+TASKS = ("id", "type", "stage", "item", "state", "attempt", "progress", "agent_id", "message")
+FILES = ("id", "name", "role", "size", "rows", "sha256")
+Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a run, or the end of one.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Download the results there.", show_default=False)]
+
+
+@app.command("ls")
+def ls(
+    state: Annotated[str, typer.Option("--state", help="Only runs in this state.", show_default=False)] = "",
+    pipeline: Annotated[str, typer.Option("--pipeline", help="Only runs of this pipeline.", show_default=False)] = "",
+    limit: Limit = None,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """List runs, newest first."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.many(client.runs.iter(state=state or None, pipeline=pipeline or None), COLUMNS, WIDE, limit=limit)
+
+
+@app.command("get")
+def get(id: Id, output: Output = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Show a run as it stands: stages, rows, quality, files."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        run = client.runs.get(run_id(client, id))
+        paths = download(client, results(client, run.id), output) if output is not None else None
+        show_report(view, run, report(client, run, paths))
+
+
+@app.command("watch")
+def watch(
+    id: Id, output: Output = None, timeout: Timeout = "", as_json: Json = False, out: Out = None, fields: Fields = ""
+) -> None:
+    """Follow a run to its end and print it; exit code 8 when it failed."""
+    view = View.of(out, as_json, fields)
+    limit = seconds(timeout)
+    with connect() as client:
+        found = run_id(client, id)
+        raise typer.Exit(ended(client, follow(client, found, limit), view, output))
+
+
+@app.command("tasks")
+def tasks(id: Id, limit: Limit = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """List the tasks of a run."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.many(client.runs.handle(run_id(client, id)).tasks(), TASKS, ("reason", "created_at"), limit=limit)
+
+
+@app.command("artifacts")
+def artifacts(
+    id: Id,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Download outputs and reports there.", show_default=False)] = None,
+    limit: Limit = None,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """List what a run stored; with --output, download its outputs and reports and list those."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        found = run_id(client, id)
+        if output is None:
+            view.many(client.runs.handle(found).artifacts(), FILES, ("stage", "task_id", "media_type", "created_at"), limit=limit)
+            return
+        kept = results(client, found)
+        paths = download(client, kept, output)
+        lines = [{"name": one.name, "path": str(paths[one.id]), "sha256": one.sha256, "rows": one.rows} for one in kept]
+        view.many(lines, ("name", "rows", "sha256", "path"), key="path", limit=limit)
+
+
+@app.command("output")
+def output(id: Id, stage: Annotated[str, typer.Argument(help="Name of the stage.")]) -> None:
+    """Print the output of a stage as JSON."""
+    with connect() as client:
+        write_json(client.runs.handle(run_id(client, id)).output(stage))
+
+
+@app.command("pause")
+def pause(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Start nothing further; what runs goes on."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.one(client.runs.handle(run_id(client, id)).pause(reason or None), COLUMNS)
+
+
+@app.command("resume")
+def resume(id: Id, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Go on after a pause."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.one(client.runs.handle(run_id(client, id)).resume(), COLUMNS)
+
+
+@app.command("cancel")
+def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Cancel a run and its tasks."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.one(client.runs.handle(run_id(client, id)).cancel(reason or None), COLUMNS)
+
+
+@app.command("retry")
+def retry(
+    id: Id,
+    from_stage: Annotated[str, typer.Option("--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False)] = "",
+    wait: Wait = False,
+    timeout: Timeout = "",
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False)] = None,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Repeat a failed or cancelled run from where it failed, or from a stage."""
+    view = View.of(out, as_json, fields)
+    limit = seconds(timeout)
+    with connect() as client:
+        found = run_id(client, id)
+        view_of_run = client.runs.handle(found).retry(from_stage or None)
+        if not wait:
+            view.one(view_of_run, COLUMNS)
+            return
+        raise typer.Exit(ended(client, follow(client, found, limit), view, output))
