@@ -12,7 +12,7 @@ import pytest
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import StageState
 from mcp_control.sdk import agents, artifacts, runs, tasks
-from mcp_control.sdk.agent import Agent
+from mcp_control.sdk.agent import Agent, TransportName
 from mcp_control.sdk.client import AsyncClient, Client
 from mcp_control.sdk.context import Context, SyncContext
 from mcp_control.sdk.errors import (
@@ -48,8 +48,8 @@ async def client(server: RunningServer) -> AsyncIterator[AsyncClient]:
         yield client
 
 
-def make_agent(folder: Path, profiles: Profiles) -> Agent:
-    agent = Agent("worker", slots=16, profiles=profiles)
+def make_agent(folder: Path, profiles: Profiles, transport: TransportName = "socket") -> Agent:
+    agent = Agent("worker", slots=16, profiles=profiles, transport=transport, cancel_grace=0.2)
 
     @agent.task("sum")
     async def add(payload: list[int]) -> Total:
@@ -277,6 +277,25 @@ spec:
   stages:
     - {{id: first, uses: echo, needs: {needs}, with: {{}}}}
 """
+
+
+async def test_an_agent_that_polls_does_the_same_work(
+    client: AsyncClient, server: RunningServer, tmp_path: Path
+) -> None:
+    """Over plain REST tasks are claimed, reported, logged and cancelled, and leaving hands back what is unfinished."""
+    environ = {"MCP_CONTROL_ENROLMENT_TOKEN": await server.enrolment_token(), "MCP_CONTROL_URL": server.url}
+    agent = make_agent(tmp_path, Profiles(tmp_path / "agent", environ), "poll")
+    await agent.start()
+    assert await client.tasks.run("sum", [1, 2], wait=20) == {"total": 3}
+    steps = await client.tasks.submit("steps", 2)
+    assert await steps.result(20) == "walked"
+    assert len([line async for line in steps.logs()]) == 2
+    cancelled, handed_back = await client.tasks.submit("wait"), await client.tasks.submit("wait")
+    await until(lambda: {cancelled.id, handed_back.id} <= set(agent.held))
+    await cancelled.cancel()
+    assert (await cancelled.wait(20)).state is TaskState.CANCELLED
+    await agent.stop()
+    assert (await handed_back.get()).state is TaskState.QUEUED
 
 
 async def test_problems_are_exceptions_with_codes(client: AsyncClient, server: RunningServer) -> None:
