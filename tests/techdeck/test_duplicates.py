@@ -4,12 +4,14 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcp_control.techdeck.model import DataError, Options, ProcessOptions
+from mcp_control.techdeck.processing import neardup
 from mcp_control.techdeck.processing.groups import SPLITS, Union, bucket_pairs, split_of
 from tests.techdeck.conversations import Turns, combined, frame, processed
 
@@ -154,3 +156,22 @@ def test_a_bucket_is_compared_in_linear_time_and_stays_connected(size: int) -> N
 def test_no_partitions_at_all_are_an_empty_data_set(tmp_path: Path) -> None:
     """When every row was rejected, no partition is left to combine."""
     assert combined([], tmp_path).rows == 0
+
+
+def test_the_byte_sketch_loses_no_similar_pair_and_drops_strangers() -> None:
+    """Of 200 pairs at .8 or more all stay for the exact check; of 200 that share a third, nearly none."""
+    rng = np.random.default_rng(3)
+    shared, own = (
+        rng.integers(1 << 63, size=(400, 80), dtype=np.uint64),
+        rng.integers(1 << 63, size=(800, 80), dtype=np.uint64),
+    )
+    sets = [
+        np.unique(np.concatenate((shared[place // 2], own[place][: 10 if place < 400 else 80]))) for place in range(800)
+    ]
+    bounds = np.concatenate(([0], np.cumsum([len(found) for found in sets])))
+    _, sketches = neardup.sketch(np.concatenate(sets), bounds)
+    kept = neardup.plausible(sketches, np.arange(0, 800, 2), np.arange(1, 800, 2))
+    assert neardup.jaccard(sets[0], sets[1]) == pytest.approx(0.8)
+    assert neardup.jaccard(sets[400], sets[401]) == pytest.approx(1 / 3)
+    assert kept[:200].all()
+    assert kept[200:].sum() <= 2
