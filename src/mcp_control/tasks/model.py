@@ -290,7 +290,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """Why a task is not running: the first reason in the order the scheduler looks, who holds it and since when.
 
     Attributes:
-        code: stable, e.g. `scheduled`, `no-capable-agent`, `agents-offline`, `agents-full`, `waiting-turn`, `running`, `finished`.
+        code: stable, e.g. `scheduled`, `no-capable-agent`, `agents-unavailable`, `agents-full`, `waiting-turn`, `running`, `finished`.
         held_by: ids of what it waits for.
         ahead: tasks before it in its lane; None where that does not apply.
     """

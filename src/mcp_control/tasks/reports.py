@@ -61,14 +61,15 @@ def _repeated(task: Task, told: Told) -> None:
     lease = task.last_lease
     if lease is None or not compare_digest(lease.token, told.lease_token):
         raise LeaseSuperseded("the lease is not the live one")
-    if told.done is not None and (told.done.outcome != task.state.value or _digest(told.done) != task.result_digest):
+    if told.done is not None and _digest(told.done) != task.result_digest:
         raise AlreadyTerminal(f"the task is already {task.state.value}", state=task.state.value)
 
 
 def _digest(done: Done) -> str:
     """Return a short digest of what an attempt ended with, to tell a repeated report from a different one."""
     ended = bytes(done.result) if done.failure is None else done.failure.code.encode()
-    return blake2b(ended, digest_size=8).hexdigest()
+    # The outcome reported need not be the state it led to: a release of a task that was to be cancelled cancels it.
+    return blake2b(ended, digest_size=8, person=done.outcome.encode()).hexdigest()
 
 
 def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> Decide:
@@ -122,7 +123,7 @@ def _end(task: Task, done: Done, now: int, chance: Callable[[], float]) -> tuple
         after = release(task, now)
         return after, "task.cancelled" if after.final else "task.released", None
     after = fail(task, _bounded(done.failure or Failure()), now, chance(), _attempt_outcome(done.failure))
-    return after, "task.failed" if after.final else "task.retrying", None
+    return after, f"task.{after.state.value}" if after.final else "task.retrying", None
 
 
 def _attempt_outcome(failure: Failure | None) -> str:

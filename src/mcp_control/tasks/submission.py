@@ -21,7 +21,8 @@ _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _NO_NEEDS: Final = Needs()
 _NO_RETRY: Final = RetryPolicy()
 _NO_LINKS: Final = Links()
-_encode: Final = msgspec.msgpack.Encoder().encode
+# Ordered: labels written in another order are the same labels.
+_encode: Final = msgspec.msgpack.Encoder(order="deterministic").encode
 
 
 def check_key(key: str | None) -> None:

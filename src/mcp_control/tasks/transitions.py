@@ -31,9 +31,9 @@ TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = Ma
         "assign": _rows((S.QUEUED,), S.ASSIGNED),
         "start": _rows((S.ASSIGNED,), S.RUNNING),
         "complete": _rows(_HELD, S.COMPLETED),
-        "fail": _rows(_HELD, S.SCHEDULED, S.FAILED),
-        "lose": _rows(_HELD, S.QUEUED, S.FAILED),
-        "release": _rows(_HELD, S.QUEUED),
+        "fail": _rows(_HELD, S.SCHEDULED, S.FAILED, S.CANCELLED),
+        "lose": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
+        "release": _rows(_HELD, S.QUEUED, S.CANCELLED),
         "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
         "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
     }
@@ -129,7 +129,7 @@ def complete(task: Task, now: int) -> Task:
 def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "failed") -> Task:
     """End an attempt with an error: scheduled again after a backoff while the policy allows it, else failed for good.
 
-    A task that someone asked to cancel is not tried again.
+    A task that someone asked to cancel is not tried again: it ends cancelled where another attempt would have followed.
 
     Args:
         chance: random number in [0, 1) for the jitter.
@@ -138,7 +138,24 @@ def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "
     _check(task, "fail")
     attempts = _end_attempt(task, outcome, now, failure)
     failures = task.failures + 1
-    if may_retry(task.retry, failures, failure) and task.cancel is None:
+    again = may_retry(task.retry, failures, failure)
+    if again and task.cancel is not None:
+        return replace(
+            task,
+            state=S.CANCELLED,
+            state_at=now,
+            finished_at=now,
+            attempts=attempts,
+            failures=failures,
+            failure=failure,
+            lease=None,
+            last_lease=task.lease,
+            epoch=task.epoch + 1,
+            lost=0,
+            reason="cancelled",
+            message=task.cancel.reason,
+        )
+    if again:
         wait = backoff_ms(task.retry, failures, chance)
         return replace(
             task,

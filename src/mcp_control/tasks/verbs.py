@@ -12,7 +12,7 @@ from mcp_control.tasks.transitions import allowed_verbs, lose, on_time, release,
 
 
 def cancelling(actor: str, reason: str, now: int) -> Decide:
-    """Cancel a task; one that is already being cancelled, or is cancelled, stays as it is."""
+    """Cancel a task; one that is already being cancelled stays as it is, a final one cannot be cancelled."""
 
     def decide(task: Task) -> Move | None:
         if task.final:
