@@ -15,7 +15,7 @@ from mcp_control.security.model import Actor
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Intent, Ledger
-from mcp_control.tasks.model import Task
+from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.records import assignment
 from mcp_control.tasks.reports import deciding, gather
 from mcp_control.tasks.settling import Settler
@@ -93,17 +93,23 @@ class AgentSessions:
             ]
         )
         self._manager.sessions.add(session)
-        await self._manager.instances.connected(session)
-        unknown = [task_id for task_id in session.held if task_id not in known]
-        if unknown:
-            found = await self._ledger.load_with_payload(unknown)
-            again = [
-                assignment(task, payload)
-                for task, payload in filter(None, found)
-                if task.lease and task.lease.instance_id == instance.id
-            ]
-            if again:
-                send([Tasks(tasks=again)])
+        try:
+            await self._manager.instances.connected(session)
+            unknown = [task.id for task in held if task.id not in known]
+            if unknown:
+                found = await self._ledger.load_with_payload(unknown)
+                again = [
+                    assignment(task, payload)
+                    for task, payload in filter(None, found)
+                    if task.lease and task.lease.instance_id == instance.id
+                ]
+                if again:
+                    send([Tasks(tasks=again)])
+        except BaseException:
+            # The door tells the agent that it is not connected; nothing may be sent into a connection that nobody reads.
+            if self._manager.sessions.get(instance.id) is session:
+                self._manager.sessions.drop(instance.id)
+            raise
         return session
 
     async def held_by(self, instance_id: str) -> list[Task]:
@@ -137,28 +143,51 @@ class AgentSessions:
         actor = session.agent.id
         intents: list[Intent] = []
         ends: list[str] = []
+        freed: list[str] = []
         for task_id, entries in gather(report).items():
             for told in entries:
                 intents.append(Intent(task_id, deciding(told, actor, now, self._chance)))
                 ends.append(told.done.outcome if told.done is not None else "")
-                if told.done is not None:
+                if told.done is not None and self._ledger.leased(task_id, told.lease_token):
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
                     session.held.discard(task_id)
+                    freed.append(task_id)
         self._dispatcher.freed(session)
         try:
             results = await self._settler.settle(intents)
         except Problem as problem:
             if problem.status < 500:
                 raise
+            # Not recorded for all we know: still the agent's, until it has said so again.
+            session.held.update(freed)
             return Ack(id=report.id, retry=True)
         refused: list[Refusal] = []
         for intent, outcome, result in zip(intents, ends, results, strict=True):
             if isinstance(result, Problem):
                 refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
-                session.held.discard(intent.task_id)
-            elif outcome in ("completed", "failed"):
-                self._manager.registry.count(actor, outcome)
+                await self._refused(session, intent.task_id)
+            elif outcome:
+                self._let_go(session, result)
+                if outcome in ("completed", "failed"):
+                    self._manager.registry.count(actor, outcome)
         return Ack(id=report.id, refused=refused)
+
+    async def _refused(self, session: Session, task_id: str) -> None:
+        """Free the slot of a task that is not this instance's any more; it may hold it again under a newer lease."""
+        try:
+            task = (await self._ledger.load([task_id]))[0]
+        except Problem:
+            return
+        if task is None:
+            self._dispatcher.unreserve(session, task_id)
+        else:
+            self._let_go(session, task)
+
+    def _let_go(self, session: Session, task: Task) -> None:
+        # A queued task that is held is on its way to this session right now.
+        held = task.lease is not None and task.lease.instance_id == session.instance.id
+        if not held and task.state is not TaskState.QUEUED:
+            self._dispatcher.unreserve(session, task.id)
 
     async def leave(self, session: Session) -> None:
         """End a session in good order; what it still holds is queued again."""

@@ -79,10 +79,12 @@ class Dispatcher:
     def lane(self, task: Task) -> Lane:
         """Return the lane of a task."""
         lane = self._lanes.get(task.lane)
-        if lane is None:
-            lane = Lane(task.lane, task.tenant, demand_of(task))
-            lane.sessions = {session for session in self._sessions.all() if self._fits(lane, session)}
-            self._lanes[task.lane] = lane
+        return self._opened(task.lane, task.tenant, demand_of(task)) if lane is None else lane
+
+    def _opened(self, key: str, tenant: str, demand: Demand) -> Lane:
+        lane = Lane(key, tenant, demand)
+        lane.sessions = {session for session in self._sessions.all() if self._fits(lane, session)}
+        self._lanes[key] = lane
         return lane
 
     def known(self, key: str) -> Lane | None:
@@ -134,7 +136,11 @@ class Dispatcher:
     def unreserve(self, session: Session, task_id: str) -> None:
         """Give a slot back that was reserved or whose task has ended."""
         session.held.discard(task_id)
-        self.freed(session)
+        # The instance may have reconnected since; its new session has taken over what the old one held.
+        current = self._sessions.get(session.instance.id)
+        if current is not None:
+            current.held.discard(task_id)
+            self.freed(current)
 
     async def enqueue(self, tasks: Sequence[Task]) -> None:
         """Put queued tasks in their lanes."""
@@ -179,18 +185,24 @@ class Dispatcher:
             wanted = min(room, _AT_ONCE)
             entries = await self._queue.take(lane.key, wanted, floor)
             self._taken(lane, entries, wanted, floor)
+            # Nothing above the floor: what waits below it has its turn in the next pass, with the lane's bound corrected.
+            took = took or bool(entries) or lane.waiting > 0
             if not entries:
                 continue
-            took = True
             await self._room.acquire()
             # Slots may have gone while this waited; those entries go back.
             sessions = [session for session in sessions if session.free > 0]
             chosen = least_loaded([Candidate(session.slots, session.free) for session in sessions], len(entries))
-            pairs = [(entry.id, sessions[at]) for entry, at in zip(entries, chosen, strict=False)]
+            # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
+            pairs = [
+                (entry.id, sessions[at])
+                for entry, at in zip(entries, chosen, strict=False)
+                if entry.id not in sessions[at].held
+            ]
             for task_id, session in pairs:
                 self._reserve(session, task_id)
-            if len(pairs) < len(entries):
-                await self._put_back(lane, entries[len(pairs) :])
+            if len(chosen) < len(entries):
+                await self._put_back(lane, entries[len(chosen) :])
             running = asyncio.create_task(self._give(pairs))
             self._running.add(running)
             running.add_done_callback(self._running.discard)
@@ -211,6 +223,8 @@ class Dispatcher:
 
     async def _put_back(self, lane: Lane, entries: Sequence[Queued]) -> None:
         await self._queue.push(entries)
+        # The lane may have been forgotten while it looked empty.
+        lane = self._lanes.get(lane.key) or self._opened(lane.key, lane.tenant, lane.demand)
         lane.waiting += len(entries)
         lane.priority = max(lane.priority, *(entry.priority for entry in entries))
         lane.oldest = min(lane.oldest, entries[0].order)

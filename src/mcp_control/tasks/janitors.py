@@ -21,6 +21,7 @@ from mcp_control.tasks.verbs import losing, timing
 _log = structlog.get_logger(__name__)
 _BATCH: Final = 500
 _JUMP_MS: Final = 1000
+_LOGS: Final = 2000
 
 
 class Timekeeper:
@@ -160,8 +161,11 @@ class Retention:
             "task", Query(where=[Where("finished", "lt", before)], order="finished", limit=_BATCH)
         )
         for task in old:
-            logs = await self._store.find("log", Query(where=[Where("task", "eq", task.id)], order="first", limit=2000))
+            logs = Query(where=[Where("task", "eq", task.id)], order="first", limit=_LOGS)
+            while len(found := await self._store.find("log", logs)) == _LOGS:
+                # More chunks than one change should delete: the task goes with the last of them.
+                await self._store.commit([Change(deletes=[Key("log", log.id) for log in found])])
             await self._store.commit(
-                [Change(deletes=[Key("task", task.id, task.version), *(Key("log", log.id) for log in logs)])]
+                [Change(deletes=[Key("task", task.id, task.version), *(Key("log", log.id) for log in found)])]
             )
         return len(old)

@@ -7,6 +7,7 @@ so a stale copy ends in `Conflict` and a reload, never in a lost update.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from hmac import compare_digest
 from typing import Final
 
 import msgspec
@@ -99,6 +100,11 @@ class Ledger:
                 if entity is not None:
                     found[place] = (self._newer(read(entity)), entity.cold.get("payload", b"null"))
         return found
+
+    def leased(self, task_id: str, token: str) -> bool:
+        """Say whether a task is known in memory to be held under this lease; False also where it is not in memory."""
+        entry = self._kept.get(task_id)
+        return entry is not None and entry.task.lease is not None and compare_digest(entry.task.lease.token, token)
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop tasks from memory; the next load reads the store."""

@@ -242,7 +242,7 @@ class TaskOrchestrator:
                     continue
                 items.append(view(task, now))
                 if len(items) == limit:
-                    more = place + 1 < len(rows)
+                    more = place + 1 < len(rows) or len(rows) == asked
                     return Page(items=items, next_cursor=encode_cursor(scope, [task.id]) if more else None)
             scanned += len(rows)
             if len(rows) < asked:
@@ -296,12 +296,9 @@ class TaskOrchestrator:
         )
         links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
         new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin)
-        created, held, session, move = self._settler.create(new, now, actor.tenant, actor.id)
-        outcome = (await self._ledger.commit([Group([move])]))[0]
-        if outcome is not None:
-            raise outcome
-        await self._settler.begin([(created, held, session)])
-        return Submitted(msgspec.structs.replace(created, version=1), True)
+        started = self._settler.create(new, now, actor.tenant, actor.id)
+        await self._settler.launch([started])
+        return Submitted(msgspec.structs.replace(started[0], version=1), True)
 
     async def assign(self, actor: Actor, task_id: str, agent: str) -> Task:
         """Let only this agent take a waiting task.
@@ -320,7 +317,8 @@ class TaskOrchestrator:
             raise Unroutable(f"agent {chosen.spec.name} cannot take it: it {reason}")
         lane = lane_key(task.tenant, task.type, task.type_version, needs)
         after = await self._one(task_id, pinning(actor.id, chosen.id, lane, self._clock.now()))
-        await self._dispatcher.withdraw(task)
+        if task.lane != lane:
+            await self._dispatcher.withdraw(task)
         return after
 
     async def edit(self, actor: Actor, task_id: str, edit: TaskEdit, version: int | None) -> Task:

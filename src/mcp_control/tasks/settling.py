@@ -15,8 +15,9 @@ import structlog
 from msgspec.structs import replace
 
 from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, NotFound, Problem
+from mcp_control.kernel.errors import Conflict, NotFound, OutcomeUnknown, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import Advance, Finished, Follower, NewTask
@@ -25,7 +26,7 @@ from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.records import assignment, task_fact
 from mcp_control.tasks.submission import new_task
 from mcp_control.tasks.transitions import assign
-from mcp_control.tasks.verbs import cancelling
+from mcp_control.tasks.verbs import cancelling, releasing
 from mcp_control.tasks.wire import Cancel, Tasks
 
 _log = structlog.get_logger(__name__)
@@ -98,7 +99,12 @@ class Settler:
 
     async def _commit(self, moves: Sequence[tuple[int, Move]], results: list[Task | Problem]) -> list[int]:
         """Commit moves that concern no run; returns the places that conflicted."""
-        outcomes = await self._ledger.commit([Group([move]) for _, move in moves])
+        try:
+            outcomes = await self._ledger.commit([Group([move]) for _, move in moves])
+        except BaseException:
+            # It may have happened all the same: a task that is queued now must not be forgotten, nor a slot that is free.
+            self.doubt([move.after.id for _, move in moves])
+            raise
         conflicted: list[int] = []
         requeued: list[Task] = []
         for (place, move), outcome in zip(moves, outcomes, strict=True):
@@ -158,9 +164,10 @@ class Settler:
                         del self._busy[run_id]
                 mine = following
         except BaseException as error:
-            # Nobody may wait for ever: whoever left an intent here hears of the failure too.
+            # Nobody may wait for ever: whoever left an intent here hears of the failure too, but is not cancelled with this caller.
+            told = error if isinstance(error, Exception) else OutcomeUnknown()
             for run_id, entries in mine.items():
-                _fail([*entries, *self._busy.pop(run_id, [])], error)
+                _fail([*entries, *self._busy.pop(run_id, [])], told)
             raise
 
     async def _advance(self, mine: dict[str, list[_Waiting]]) -> set[str]:
@@ -210,7 +217,7 @@ class Settler:
             for run_id, _, advance, _, _ in batch:
                 follower.settled(run_id, advance, False)
             self.doubt(
-                [task.id for task, _, _ in started_all],
+                [task.id for task, _, _ in started_all] + [after.id for _, done, *_ in batch for _, after in done],
                 [(session, task.id) for task, _, session in started_all if session],
             )
             raise
@@ -235,11 +242,14 @@ class Settler:
 
     def _after(self, task: Task) -> Task:
         """Free the slot of a lease that has ended, and return the task with the version it has in the store now."""
+        self._free_slot(task)
+        return replace(task, version=task.version + 1)
+
+    def _free_slot(self, task: Task) -> None:
         if task.lease is None and task.attempts:
             session = self._sessions.get(task.attempts[-1].instance_id)
             if session is not None and task.id in session.held:
                 self._dispatcher.unreserve(session, task.id)
-        return replace(task, version=task.version + 1)
 
     def _group(
         self, moves: Sequence[Move], advance: Advance, now: int
@@ -279,8 +289,13 @@ class Settler:
                 queued.append(task)
         for chosen, tasks in frames.items():
             # The instance may have reconnected while this was committed: its present session gets the frame.
-            session = self._sessions.get(chosen.instance.id) or chosen
-            session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
+            session = self._sessions.get(chosen.instance.id)
+            if session is not None:
+                session.held.update(task.id for task, _ in tasks)
+                session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
+            elif chosen.leaving:
+                # It left while this was committed and will not come back for them.
+                self._later(self._take_back(chosen.instance.id, [task.id for task, _ in tasks]))
         if queued:
             await self._dispatcher.enqueue(queued)
 
@@ -291,14 +306,26 @@ class Settler:
             Conflict: the run was changed meanwhile; the engine decides again.
         """
         now = self._clock.now()
-        started: list[tuple[Task, bytes, Session | None]] = []
-        moves: list[Move] = []
-        for new in advance.submit:
-            task, payload, session, move = self.create(new, now, tenant, actor)
-            started.append((task, payload, session))
-            moves.append(move)
+        await self.launch(
+            [self.create(new, now, tenant, actor) for new in advance.submit], advance.writes, advance.facts
+        )
+        if advance.cancel:
+            self._later(self._cancel(advance.cancel))
+
+    async def launch(
+        self,
+        created: Sequence[tuple[Task, bytes, Session | None, Move]],
+        writes: Sequence[Entity] = (),
+        facts: Sequence[Fact] = (),
+    ) -> None:
+        """Commit new tasks in one change with what belongs to them, and start them.
+
+        Raises:
+            Problem: they were not accepted; after OutcomeUnknown they may have been.
+        """
+        started = [(task, payload, session) for task, payload, session, _ in created]
         try:
-            outcome = (await self._ledger.commit([Group(moves, advance.writes, advance.facts)]))[0]
+            outcome = (await self._ledger.commit([Group([move for *_, move in created], writes, facts)]))[0]
         except BaseException:
             self.doubt(
                 [task.id for task, _, _ in started], [(session, task.id) for task, _, session in started if session]
@@ -310,8 +337,6 @@ class Settler:
                     self._dispatcher.unreserve(session, task.id)
             raise outcome
         await self.begin(started)
-        if advance.cancel:
-            self._later(self._cancel(advance.cancel))
 
     async def hand_out(self, pairs: list[tuple[str, Session]]) -> None:
         """Assign queued tasks to the sessions whose slots were reserved for them, and send them. Does not raise."""
@@ -330,8 +355,8 @@ class Settler:
                 moves.append(Move(task, [task_fact("task.assigned", task, "system", now)]))
                 given.append((task, found[1], session))
             outcomes = await self._ledger.commit([Group([move]) for move in moves]) if moves else []
-        except Problem as problem:
-            _log.warning("tasks.hand_out_failed", code=problem.code, tasks=len(pairs))
+        except Exception as error:
+            _log.warning("tasks.hand_out_failed", error=repr(error), tasks=len(pairs))
             self.doubt([task_id for task_id, _ in pairs], [(session, task_id) for task_id, session in pairs])
             return
         lost: list[tuple[Session, str]] = []
@@ -342,17 +367,19 @@ class Settler:
             elif item[2] is not None:
                 lost.append((item[2], item[0].id))
         await self.begin(sent)
-        if lost:
-            self.doubt([task_id for _, task_id in lost], lost)
-
-    def doubt(self, ids: Sequence[str], reserved: Sequence[tuple[Session, str]]) -> None:
-        """Look tasks up again whose commit failed or may have failed, once the store answers; they must not be forgotten."""
-        for session, task_id in reserved:
+        for session, task_id in lost:
             self._dispatcher.unreserve(session, task_id)
-        if ids:
-            self._later(self._recover(list(ids)))
+        self.doubt([task_id for _, task_id in lost])
 
-    async def _recover(self, ids: list[str]) -> None:
+    def doubt(self, ids: Sequence[str], reserved: Sequence[tuple[Session, str]] = ()) -> None:
+        """Look tasks up again whose commit failed or may have failed, once the store answers; they must not be forgotten.
+
+        Slots reserved for them stay so until then: the agent may hold them after all.
+        """
+        if ids:
+            self._later(self._recover(list(ids), list(reserved)))
+
+    async def _recover(self, ids: list[str], reserved: list[tuple[Session, str]]) -> None:
         while True:
             await asyncio.sleep(_PAUSE_SECONDS)
             self._ledger.forget(ids)
@@ -361,10 +388,13 @@ class Settler:
             except Problem:
                 continue
             break
+        for session, task_id in reserved:
+            self._dispatcher.unreserve(session, task_id)
         queued: list[Task] = []
         for entry in found:
             if entry is None:
                 continue
+            self._free_slot(entry[0])
             if entry[0].state is TaskState.QUEUED:
                 queued.append(entry[0])
             else:
@@ -374,12 +404,16 @@ class Settler:
 
     def _resend(self, task: Task, payload: bytes) -> None:
         """Send an assignment that was committed although nobody was told so."""
-        if task.lease is None or task.state is not TaskState.ASSIGNED:
+        session = None if task.lease is None else self._sessions.get(task.lease.instance_id)
+        if session is None or task.id in session.held:
             return
-        session = self._sessions.get(task.lease.instance_id)
-        if session is not None and task.id not in session.held:
-            session.held.add(task.id)
+        session.held.add(task.id)
+        if task.state is TaskState.ASSIGNED:
             session.send([Tasks(tasks=[assignment(task, payload)])])
+
+    async def _take_back(self, instance_id: str, ids: Sequence[str]) -> None:
+        now = self._clock.now()
+        await self.settle([Intent(task_id, releasing(instance_id, now)) for task_id in ids])
 
     async def _cancel(self, ids: Sequence[str]) -> None:
         """Cancel what a run no longer needs: waiting tasks at once, running ones through their agents."""
