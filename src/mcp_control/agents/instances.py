@@ -39,6 +39,14 @@ class Instances:
             raise Forbidden("the credential is not that of this agent")
         if agent.quarantine is not None:
             raise AgentSuspended("the agent is quarantined")
+        for _ in range(TRIES):
+            try:
+                return await self._open(agent, instance_id, software, address)
+            except Conflict:
+                continue
+        raise Conflict
+
+    async def _open(self, agent: Agent, instance_id: str | None, software: str, address: str) -> Instance:
         now = self._clock.now()
         lease_ms = round(agent.spec.lease_seconds * 1000)
         instance: Instance | None = None
@@ -84,30 +92,34 @@ class Instances:
         Raises:
             LeaseSuperseded: the session's lease has ended; the instance must connect anew.
         """
-        now = self._clock.now()
-        before = session.instance
-        moved = beat.tick != before.beat.tick or not beat.running
-        instance = replace(
-            before,
-            lease_until=now + before.lease_ms,
-            beat=beat,
-            beat_at=now,
-            tick_at=now if moved or not before.tick_at else before.tick_at,
-        )
-        saved, entity = write_instance(instance)
-        try:
-            await self._registry.commit(Change(writes=[entity]))
-        except Conflict:
-            stored = await self._instance(before.id)
-            if stored is None or stored.ended_at is not None:
-                raise LeaseSuperseded("the session's lease has ended") from None
-            session.instance = stored
-            return
-        session.instance = saved
+        for _ in range(TRIES):
+            now = self._clock.now()
+            before = session.instance
+            moved = beat.tick != before.beat.tick or not beat.running
+            instance = replace(
+                before,
+                lease_until=now + before.lease_ms,
+                beat=beat,
+                beat_at=now,
+                tick_at=now if moved or not before.tick_at else before.tick_at,
+            )
+            saved, entity = write_instance(instance)
+            try:
+                await self._registry.commit(Change(writes=[entity]))
+            except Conflict:
+                stored = await self._instance(before.id)
+                if stored is None or stored.ended_at is not None:
+                    raise LeaseSuperseded("the session's lease has ended") from None
+                session.instance = stored
+                continue
+            session.instance = saved
+            break
+        else:
+            raise Conflict
         stalled = now - saved.tick_at > STALL_LEASES * saved.lease_ms
         if stalled != session.stalled:
             session.stalled = stalled
-            session.refresh(session.agent)
+            self._registry.sessions.refresh(session.agent)
         await self._registry.restate(session.agent.id, last_beat_at=now)
 
     async def end(self, instance_id: str, reason: str, unless_alive_at: int | None = None) -> None:

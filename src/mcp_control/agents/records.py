@@ -51,6 +51,7 @@ def view_agent(agent: Agent, state: AgentState, free: int, running: int, instanc
     spec = agent.spec
     note = agent.drain or agent.quarantine
     beats = [instance.beat for instance in instances]
+    last_beat = max([agent.last_beat_at, *(instance.beat_at for instance in instances)])
     return AgentView(
         id=agent.id,
         name=spec.name,
@@ -77,6 +78,6 @@ def view_agent(agent: Agent, state: AgentState, free: int, running: int, instanc
         note=note.note if note else "",
         created_at=to_datetime(agent.created_at),
         updated_at=to_datetime(agent.updated_at or agent.created_at),
-        last_beat_at=to_datetime(agent.last_beat_at) if agent.last_beat_at else None,
+        last_beat_at=to_datetime(last_beat) if last_beat else None,
         etag=str(agent.version),
     )

@@ -14,6 +14,7 @@ from mcp_control.agents.sessions import Sessions
 from mcp_control.kernel.changes import Entity, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import (
+    AgentSuspended,
     Conflict,
     Duplicate,
     Forbidden,
@@ -71,8 +72,13 @@ class AgentManager:
 
         Raises:
             Forbidden: the credential is not that of this agent.
+            AgentSuspended: the agent is retired.
         """
         agent = self.registry.by_id(actor.id)
+        if agent is None:
+            entity = (await self._store.get("agent", [actor.id]))[0]
+            if entity is not None and read_agent(entity).retired_at is not None:
+                raise AgentSuspended("the agent is retired")
         if agent is None or spec.name != agent.spec.name:
             raise Forbidden("the credential is not that of this agent")
         return agent if agent.spec == spec else (await self.register(actor, spec)).agent
@@ -89,7 +95,6 @@ class AgentManager:
         Raises:
             Invalid: the specification is wrong.
             NameTaken: the name belongs to an identity that this actor may not resume.
-            AgentSuspended: the identity is retired.
         """
         check(spec)
         for _ in range(TRIES):
