@@ -1,0 +1,1 @@
+"""Plugins: what others add to the product, through the hooks in `hookspecs.py`."""
