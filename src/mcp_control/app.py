@@ -1,20 +1,14 @@
 """The composition root: settings to adapters to services to the ASGI application, started and stopped in order."""
 
 import asyncio
-import contextlib
 import gc
-import signal
 import socket
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 import structlog
-import uvicorn
-from typing_extensions import override
 
 from mcp_control import __version__
 from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
@@ -23,7 +17,7 @@ from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
 from mcp_control.api.app import ControlApp
 from mcp_control.api.assembly import application, routes
-from mcp_control.api.protocol import ControlHttpProtocol, ControlSocketProtocol
+from mcp_control.api.network import NetworkServer, listening, on_signals
 from mcp_control.api.services import Services
 from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.artifacts.service import Artifacts
@@ -70,8 +64,6 @@ KINDS: Final = (
     *ARTIFACT_KINDS,
     *SECURITY_KINDS,
 )
-_GRACE_SECONDS: Final = 3
-_SEND_BUFFER: Final = 512 << 10
 _DAY_MS: Final = 86_400_000
 
 
@@ -277,33 +269,6 @@ async def _stopped(loops: list[asyncio.Task[None]]) -> None:
     await asyncio.gather(*loops, return_exceptions=True)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that leaves signals to `serve` and ends what would wait for ever before it closes connections."""
-
-    def __init__(self, config: uvicorn.Config, services: Services) -> None:
-        super().__init__(config)
-        self._services = services
-
-    @override
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    @override
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._services.broadcaster.close()
-        await super().shutdown(sockets)
-
-
-def listening(settings: Settings) -> socket.socket:
-    """Return the bound socket. Raises OSError where the address is taken."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
-    # Connections inherit it: what a peer does not read waits in the kernel only up to this.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    return listener
-
-
 async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None) -> int:
     """Run a server until SIGINT, SIGTERM, `Ready.stop` or a fatal error of the store.
 
@@ -321,7 +286,7 @@ async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | 
     try:
         fate = Fate()
         async with composed(settings, fate) as control:
-            server = _Server(_config(settings, control.app), control.services)
+            server = NetworkServer(control.app, settings, control.services.broadcaster.close)
 
             def stop() -> None:
                 server.should_exit = True
@@ -331,10 +296,12 @@ async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | 
 
             fate.stop = stop_now
             _spare_collections()
-            with _signals(stop):
+            with on_signals(stop):
                 running = asyncio.create_task(server.serve([listener]))
                 try:
-                    await _until_started(server, running)
+                    answering = asyncio.create_task(server.answering.wait())
+                    await asyncio.wait((answering, running), return_when=asyncio.FIRST_COMPLETED)
+                    answering.cancel()
                     if ready is not None:
                         scheme = "http" if settings.tls_cert is None else "https"
                         host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -354,48 +321,3 @@ def _spare_collections() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-
-
-def _config(settings: Settings, app: ControlApp) -> uvicorn.Config:
-    limits = settings.limits
-    return uvicorn.Config(
-        app,  # type: ignore[arg-type]  # uvicorn's own names for the same ASGI shapes
-        loop="uvloop",
-        http=partial(ControlHttpProtocol, headers_max=limits.max_header_bytes),  # type: ignore[arg-type]  # called like a class
-        ws=ControlSocketProtocol,
-        ws_max_size=limits.max_frame_bytes,
-        ws_per_message_deflate=False,
-        ws_ping_interval=20.0,
-        ws_ping_timeout=20.0,
-        lifespan="off",
-        access_log=False,
-        proxy_headers=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
-        backlog=2048,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-    )
-
-
-async def _until_started(server: uvicorn.Server, running: asyncio.Task[None]) -> None:
-    while not server.started and not running.done():
-        await asyncio.sleep(0.005)
-
-
-@contextlib.contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    names = (signal.SIGINT, signal.SIGTERM)
-    main = (
-        threading.current_thread() is threading.main_thread()
-    )  # elsewhere, as in tests, signals belong to somebody else
-    for name in names if main else ():
-        loop.add_signal_handler(name, stop)
-    try:
-        yield
-    finally:
-        for name in names if main else ():
-            loop.remove_signal_handler(name)

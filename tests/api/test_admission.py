@@ -22,14 +22,18 @@ LIMITS = Limits(submits=10, waiting=100, lag=0.5)
         (Load(submits=10, waiting=100, lag=2.0), False, False, True),
     ],
 )
-def test_submits_are_shed_first_and_what_moves_accepted_work_never(load: Load, submit: bool, read: bool, keep: bool) -> None:
+def test_submits_are_shed_first_and_what_moves_accepted_work_never(
+    load: Load, submit: bool, read: bool, keep: bool
+) -> None:
     """Submits end where a limit is reached, reads where the loop is four times too late, reports and heartbeats not here."""
     weights: dict[Weight, bool] = {"submit": submit, "read": read, "keep": keep}
     assert {weight: admit(weight, load, LIMITS) is None for weight in weights} == weights
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_an_overloaded_server_refuses_submits_and_answers_the_rest(server: RunningServer, client: httpx2.AsyncClient) -> None:
+async def test_an_overloaded_server_refuses_submits_and_answers_the_rest(
+    server: RunningServer, client: httpx2.AsyncClient
+) -> None:
     """503 overloaded with Retry-After for a submit; health, reads and figures still answer; nothing was changed."""
     gate, before = server.services.gate, server.services.broadcaster.newest
     gate.submits += 100_000

@@ -1,4 +1,4 @@
-"""Bad input gets a clear problem with a stable code and changes nothing. The numbers are the rows of the list of bad input in the design."""
+"""Bad input gets a clear problem with a stable code and changes nothing. Numbers are rows of the list of bad input in the design."""
 
 import json
 

@@ -43,7 +43,12 @@ def test_no_generated_request_is_a_mistake_of_the_server(
     operation = schema[path][method]
 
     @settings(
-        max_examples=8, deadline=None, database=None, derandomize=True, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+        max_examples=8,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(GenerationMode.POSITIVE) | operation.as_strategy(GenerationMode.NEGATIVE))
     def asked(case: schemathesis.Case) -> None:

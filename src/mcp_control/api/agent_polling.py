@@ -115,7 +115,8 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
     hello_example = {"protocol": 1, "agent": {"name": "worker-1", "capabilities": [{"name": "echo"}]}}
     return (
         Endpoint(
-            method="POST", path="/agents/session", handler=open_session, summary="Open a session", tag="agents", weight="keep", body=_HELLO,
+            method="POST", path="/agents/session", handler=open_session, summary="Open a session", tag="agents",
+            weight="keep", body=_HELLO,
             returns=Welcome, example={"op": "hello", **hello_example},
         ),
         Endpoint(
@@ -123,12 +124,14 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
             returns=Claimed,
         ),
         Endpoint(
-            method="POST", path=f"{one}/heartbeat", handler=heartbeat, summary="Send a heartbeat", tag="agents", weight="keep", body=_BEAT,
+            method="POST", path=f"{one}/heartbeat", handler=heartbeat, summary="Send a heartbeat", tag="agents",
+            weight="keep", body=_BEAT,
             returns=BeatAck, example={"beat": {"tick": 1, "free_slots": 4}},
         ),
         Endpoint(
             method="POST", path=f"{one}/report", handler=report, summary="Report on tasks", tag="agents", weight="keep", body=_REPORT,
-            returns=Ack, example={"op": "report", "id": 1, "done": [{"task_id": "task_1", "lease_token": "…", "outcome": "completed", "result": 42}]},
+            returns=Ack, example={"op": "report", "id": 1, "done": [{"task_id": "task_1", "lease_token": "…",
+            "outcome": "completed", "result": 42}]},
         ),
         Endpoint(method="DELETE", path=one, handler=close_session, summary="End the session", tag="agents", weight="keep", status=204),
     )  # fmt: skip

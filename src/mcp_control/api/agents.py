@@ -51,7 +51,7 @@ class AgentsQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     capability: str | None = None
     type: AgentKind | None = None
     state: AgentState | None = None
-    label: list[str] = []
+    label: list[str] = msgspec.field(default_factory=list)
     free: bool = False
     sort: Literal["name", "created", "last_beat"] = "created"
 
@@ -201,7 +201,8 @@ ENDPOINTS: Final = (
     Endpoint(method="GET", path="/agents", handler=list_agents, summary="List agents", tag="agents", query=_LIST, returns=Page[AgentView]),
     Endpoint(method="GET", path="/agents/{agent:name}", handler=get_agent, summary="Get an agent", tag="agents", returns=AgentView),
     Endpoint(
-        method="PATCH", path="/agents/{agent:name}", handler=edit_agent, summary="Edit an agent", tag="agents", body=_EDIT, returns=AgentView,
+        method="PATCH", path="/agents/{agent:name}", handler=edit_agent, summary="Edit an agent", tag="agents",
+        body=_EDIT, returns=AgentView,
         example={"description": "GPU box in rack 4"},
     ),
     Endpoint(

@@ -190,17 +190,20 @@ _ONE: Final = "/artifacts/{artifact_id}"
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST", path="/artifacts", handler=upload_artifact, summary="Upload an artifact", tag="artifacts", weight="keep", query=_UPLOAD,
+        method="POST", path="/artifacts", handler=upload_artifact, summary="Upload an artifact", tag="artifacts",
+        weight="keep", query=_UPLOAD,
         returns=ArtifactView, status=201, body_type="application/octet-stream",
     ),
     Endpoint(
-        method="GET", path="/artifacts", handler=list_artifacts, summary="List artifacts", tag="artifacts", query=_LIST, returns=Page[ArtifactView],
+        method="GET", path="/artifacts", handler=list_artifacts, summary="List artifacts", tag="artifacts",
+        query=_LIST, returns=Page[ArtifactView],
     ),
     Endpoint(method="GET", path=_ONE, handler=get_artifact, summary="Get an artifact", tag="artifacts", returns=ArtifactView),
     Endpoint(
         method="GET", path=f"{_ONE}/content", handler=artifact_content, summary="Download an artifact", tag="artifacts",
         produces=("application/octet-stream",), statuses=(206, 304), any_media=True,
     ),
-    Endpoint(method="GET", path=f"{_ONE}/location", handler=artifact_location, summary="Locate an artifact", tag="artifacts", returns=Location),
+    Endpoint(method="GET", path=f"{_ONE}/location", handler=artifact_location, summary="Locate an artifact", tag="artifacts",
+        returns=Location),
     Endpoint(method="DELETE", path=_ONE, handler=delete_artifact, summary="Delete an artifact", tag="artifacts", status=204),
 )  # fmt: skip

@@ -151,13 +151,15 @@ ENDPOINTS: Final = (
         example={"username": "admin", "password": "correct horse battery staple"},
     ),
     Endpoint(
-        method="POST", path="/auth/password", handler=password, summary="Set a new password", tag="auth", access="open", body=_PASSWORD, status=204,
+        method="POST", path="/auth/password", handler=password, summary="Set a new password", tag="auth",
+        access="open", body=_PASSWORD, status=204,
         example={"username": "admin", "current_password": "the-printed-one", "new_password": "correct horse battery staple"},
     ),
     Endpoint(method="GET", path="/auth/me", handler=me, summary="Who am I", tag="auth", returns=Me),
     Endpoint(method="GET", path="/auth/tokens", handler=list_tokens, summary="List API tokens", tag="auth", returns=TokenList),
     Endpoint(
-        method="POST", path="/auth/tokens", handler=create_token, summary="Create an API token", tag="auth", body=_TOKEN, returns=TokenView, status=201,
+        method="POST", path="/auth/tokens", handler=create_token, summary="Create an API token", tag="auth",
+        body=_TOKEN, returns=TokenView, status=201,
         example={"name": "nightly-import", "expires_in_seconds": 86400},
     ),
     Endpoint(method="DELETE", path="/auth/tokens/{token_id}", handler=revoke_token, summary="Revoke an API token", tag="auth", status=204),

@@ -15,8 +15,10 @@ MAX_ERRORS: Final = 50
 # Members of answers that only the server writes; naming them in a request is a misunderstanding worth its own code.
 READ_ONLY: Final = frozenset(
     {
-        "agent_id", "attempt", "attempts", "created_at", "created_by", "epoch", "etag", "fence", "finished_at", "generation", "id", "lane",
-        "lease", "lease_token", "log_lines", "origin", "progress", "reason", "result", "started_at", "state", "state_since", "tenant", "updated_at",
+        "agent_id", "attempt", "attempts", "created_at", "created_by", "epoch", "etag", "fence", "finished_at",
+        "generation", "id", "lane",
+        "lease", "lease_token", "log_lines", "origin", "progress", "reason", "result", "started_at", "state",
+        "state_since", "tenant", "updated_at",
         "version",
     }
 )  # fmt: skip
@@ -89,7 +91,7 @@ def _translate(message: str, pointer: str) -> FieldError:
         return FieldError(
             pointer=pointer, code="out-of-range" if "of length" in text else "invalid-character", detail=text
         )
-    if text.startswith("Invalid enum value") or text.startswith("Invalid value"):
+    if text.startswith(("Invalid enum value", "Invalid value")):
         # The decoder quotes what was sent; the answer does not.
         return FieldError(pointer=pointer, code="invalid-value", detail="not one of the allowed values")
     return FieldError(pointer=pointer, code="wrong-type", detail=text)

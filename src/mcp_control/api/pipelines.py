@@ -91,11 +91,13 @@ _EXAMPLE: Final = {
 
 ENDPOINTS: Final = (
     Endpoint(
-        method="POST", path="/pipelines", handler=create_pipeline, summary="Define a pipeline", tag="pipelines", body=_SPEC, query=_CREATE,
+        method="POST", path="/pipelines", handler=create_pipeline, summary="Define a pipeline", tag="pipelines",
+        body=_SPEC, query=_CREATE,
         returns=PipelineView, others={200: Validated}, status=201, example=_EXAMPLE,
     ),
     Endpoint(
-        method="GET", path="/pipelines", handler=list_pipelines, summary="List pipelines", tag="pipelines", query=_PAGE, returns=Page[PipelineView],
+        method="GET", path="/pipelines", handler=list_pipelines, summary="List pipelines", tag="pipelines",
+        query=_PAGE, returns=Page[PipelineView],
     ),
     Endpoint(
         method="GET", path="/pipelines/{pipeline:name}", handler=get_pipeline, summary="Get a pipeline", tag="pipelines", query=_VERSION,

@@ -53,9 +53,7 @@ def document(problem: Problem, request_id: str) -> dict[str, object]:
     }
     if problem.errors:
         body["errors"] = problem.errors[:MAX_ERRORS]
-    for name, value in problem.data.items():
-        if name not in _RESERVED:
-            body[name] = value
+    body |= {name: value for name, value in problem.data.items() if name not in _RESERVED}
     return body
 
 

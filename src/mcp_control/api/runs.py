@@ -128,10 +128,12 @@ ENDPOINTS: Final = (
         example={"reason": "wrong data"},
     ),
     Endpoint(
-        method="POST", path=f"{_ONE}/retry", handler=retry_run, summary="Retry a run", tag="runs", weight="submit", body=_RETRY, returns=RunView,
+        method="POST", path=f"{_ONE}/retry", handler=retry_run, summary="Retry a run", tag="runs", weight="submit",
+        body=_RETRY, returns=RunView,
         example={"from_stage": "export"},
     ),
-    Endpoint(method="GET", path=f"{_ONE}/tasks", handler=run_tasks, summary="Tasks of a run", tag="runs", query=_PAGE, returns=Page[TaskView]),
+    Endpoint(method="GET", path=f"{_ONE}/tasks", handler=run_tasks, summary="Tasks of a run", tag="runs", query=_PAGE,
+        returns=Page[TaskView]),
     Endpoint(method="GET", path=f"{_ONE}/stages/{{stage:name}}/output", handler=stage_output, summary="Output of a stage", tag="runs"),
     Endpoint(
         method="GET", path=f"{_ONE}/artifacts", handler=run_artifacts, summary="Artifacts of a run", tag="runs", query=_PAGE,

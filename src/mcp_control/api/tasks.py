@@ -95,7 +95,7 @@ class TasksQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     type: str | None = None
     run: str | None = None
     agent: str | None = None
-    label: list[str] = []
+    label: list[str] = msgspec.field(default_factory=list)
     order: Literal["asc", "desc"] = "desc"
 
 
@@ -321,9 +321,11 @@ ENDPOINTS: Final = (
         returns=TaskView, example={"agent": "worker-1"},
     ),
     Endpoint(
-        method="GET", path="/tasks/{task_id}/explain", handler=explain_task, summary="Why is it not running?", tag="tasks", returns=Explanation,
+        method="GET", path="/tasks/{task_id}/explain", handler=explain_task, summary="Why is it not running?",
+        tag="tasks", returns=Explanation,
     ),
     Endpoint(
-        method="GET", path="/tasks/{task_id}/logs", handler=task_logs, summary="Read or follow the log", tag="tasks", query=_LOGS, returns=LogPage,
+        method="GET", path="/tasks/{task_id}/logs", handler=task_logs, summary="Read or follow the log", tag="tasks",
+        query=_LOGS, returns=LogPage,
     ),
 )  # fmt: skip
