@@ -1,0 +1,118 @@
+"""Agents for these tests, one process each: `python -m tests.integration.agents NAME [option=value ...]`.
+
+Options: slots, lease, drain, transport, and `kind=deck` for the agent that does techdeck's tasks.
+"""
+
+import asyncio
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TypedDict
+
+from mcp_control import Agent, Context, SyncContext
+
+
+class Hold(TypedDict):
+    """Work that lasts until a file is there; who worked on it is written down."""
+
+    until: str
+    journal: str
+
+
+class Part(TypedDict):
+    """One part of a made-up data set."""
+
+    seed: str
+    part: int
+    rows: int
+
+
+def _note(path: str, ctx: Any) -> None:
+    with Path(path).open("a") as file:
+        file.write(f"{ctx.task_id} {ctx.attempt} {os.getpid()}\n")
+
+
+async def echo(payload: Any) -> Any:
+    """Give back what came."""
+    return payload
+
+
+async def hold(payload: Hold, ctx: Context) -> str:
+    """Work until a file is there. Looks for the file and not for cancellation: a handler that does not listen."""
+    _note(payload["journal"], ctx)
+    while not os.path.exists(payload["until"]):
+        await asyncio.sleep(0.02)
+    return f"{ctx.attempt}"
+
+
+def busy(seconds: float) -> float:
+    """Occupy a thread for a while."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        time.sleep(min(0.01, seconds))
+    return seconds
+
+
+def split(payload: dict[str, Any]) -> dict[str, Any]:
+    """Say which parts there are."""
+    return {"parts": [{**payload, "part": number} for number in range(payload["parts"])], "counts": {"rows_out": payload["parts"]}}
+
+
+def make(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
+    """Make the bytes of a part, which its input alone decides."""
+    block = hashlib.sha256(f"{payload['seed']}/{payload['part']}".encode()).digest()
+    chunks = (block * 64 for _ in range(payload["blocks"]))
+    view = ctx.artifacts.upload(chunks, f"part-{payload['part']}.bin", role="intermediate")
+    return {"artifact": view.id, "sha256": view.sha256, "counts": {"rows_out": payload["blocks"]}}
+
+
+def join(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
+    """Put the parts together."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        for item in ctx.track(payload["items"]):
+            digest.update(ctx.artifacts.local(item["artifact"], Path(folder)).read_bytes())
+    view = ctx.artifacts.upload(digest.hexdigest().encode(), "joined.txt", role="output")
+    return {"artifact": view.id, "sha256": view.sha256, "parts": len(payload["items"])}
+
+
+def final(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
+    """Write the last file from the joined one."""
+    view = ctx.artifacts.upload(ctx.artifacts.read(payload["joined"])[::-1], "final.txt", role="output")
+    return {"artifact": view.id, "sha256": view.sha256}
+
+
+def build(name: str, options: dict[str, str]) -> Agent:
+    """Return the agent that the command line asks for."""
+    agent = Agent(
+        name,
+        slots=int(options.get("slots", "4")),
+        lease_seconds=float(options.get("lease", "30")),
+        drain_seconds=float(options.get("drain", "5")),
+        transport=options.get("transport", "auto"),  # type: ignore[arg-type]  # checked by the agent
+        cancel_grace=1.0,
+    )
+    if options.get("kind") == "deck":
+        from mcp_control.techdeck.agent import agent as techdeck
+
+        for handler in techdeck.handlers.values():
+            agent.add(handler)
+        return agent
+    for handler_name, function in (
+        ("it.echo", echo),
+        ("it.hold", hold),
+        ("it.busy", busy),
+        ("it.split", split),
+        ("it.make", make),
+        ("it.join", join),
+        ("it.final", final),
+    ):
+        agent.task(handler_name)(function)
+    return agent
+
+
+if __name__ == "__main__":
+    build(sys.argv[1], dict(pair.split("=", 1) for pair in sys.argv[2:])).run()
