@@ -10,7 +10,8 @@ from typing import Annotated, Final
 import typer
 
 from mcp_control import __version__
-from mcp_control.cli import agents, artifacts, pipelines, runs, system, tasks
+from mcp_control.cli import agents, artifacts, events, pipelines, profiles, runs, system, tasks
+from mcp_control.cli.demo import demo
 from mcp_control.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, tell, told
 from mcp_control.cli.options import NO_INPUT, YES
 from mcp_control.cli.up import up
@@ -57,12 +58,24 @@ def options(
 
 
 app.command("up")(up)
-app.add_typer(agents.app)
-app.add_typer(tasks.app)
-app.add_typer(pipelines.app)
-app.add_typer(runs.app)
-app.add_typer(artifacts.app)
+app.command("demo")(demo)
 app.command("status")(system.status)
+app.command("login")(profiles.login)
+for noun in (
+    profiles.profile_app,
+    profiles.tokens_app,
+    tasks.app,
+    agents.app,
+    pipelines.app,
+    runs.app,
+    artifacts.app,
+    events.app,
+    system.settings_app,
+):
+    app.add_typer(noun)
+app.command("api")(system.api)
+app.command("commands")(system.commands)
+app.command("doctor")(system.doctor)
 
 
 def ordered(arguments: list[str]) -> list[str]:
