@@ -251,6 +251,7 @@ async def test_an_agent_without_any_credential_says_so(peer: Peer, tmp_path: Pat
         (0, 1.0, {}, 0.1),
         (3, 0.5, {}, 0.4),
         (60, 1.0, {}, LONGEST_DELAY),
+        (60, 1.0, {"max_delay": 0.5}, 0.5),
         (0, 1.0, {"close_code": 1013}, 1.0),
         (0, 0.0, {"retry_after": 7.0}, 7.0),
         (0, 1.0, {"retry_after": 7.0}, 10.5),

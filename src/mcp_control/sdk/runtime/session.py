@@ -33,7 +33,14 @@ log = structlog.get_logger("mcp_control.agent")
 Opener = Callable[[Hello], Awaitable[Link]]
 
 
-def reconnect_delay(failures: int, chance: float, *, close_code: int = 0, retry_after: float | None = None) -> float:
+def reconnect_delay(
+    failures: int,
+    chance: float,
+    *,
+    close_code: int = 0,
+    retry_after: float | None = None,
+    max_delay: float = LONGEST_DELAY,
+) -> float:
     """Return the seconds to wait before the next connection: exponential with full jitter, at least what the server asked for. Pure.
 
     Args:
@@ -41,9 +48,10 @@ def reconnect_delay(failures: int, chance: float, *, close_code: int = 0, retry_
         chance: random, 0 to 1.
         close_code: WebSocket close code; after 1013 (overloaded) the first wait is ten times as long.
         retry_after: seconds of a Retry-After header.
+        max_delay: bound of the exponential part.
     """
     first = FIRST_DELAY * 10 if close_code == TRY_LATER else FIRST_DELAY
-    longest: float = min(LONGEST_DELAY, first * 2.0 ** min(failures, 20))
+    longest: float = min(max_delay, first * 2.0 ** min(failures, 20))
     if retry_after is not None:
         return min(retry_after, 300.0) + chance * max(longest, retry_after / 2)
     return chance * longest
@@ -139,7 +147,9 @@ class Session:
                     return
                 self._outbox.resend()
                 chance = random.random()  # noqa: S311 - jitter is no secret
-                delay = reconnect_delay(failures, chance, close_code=close_code, retry_after=wait)
+                # A sixth of the lease: a server that comes back soon finds the work still ours.
+                longest = min(LONGEST_DELAY, max(0.5, self._lease_ms / 6000))
+                delay = reconnect_delay(failures, chance, close_code=close_code, retry_after=wait, max_delay=longest)
                 failures += 1
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), delay)
