@@ -219,6 +219,11 @@ class AgentSessions:
         instance alive, which then hears that its tasks are gone.
         """
         taken = 0
+        session = self._manager.sessions.get(instance_id)
+        if session is not None:
+            # It is silent on an open connection: what is taken from it must not be handed to it again. A heartbeat sets this right.
+            session.stalled = True
+            self._manager.sessions.refresh(session.agent)
         while tasks := await self.held_by(instance_id):
             for task in tasks:
                 if task.lease is not None:
