@@ -7,7 +7,6 @@ so a stale copy ends in `Conflict` and a reload, never in a lost update.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from hmac import compare_digest
 from typing import Final
 
 import msgspec
@@ -104,7 +103,7 @@ class Ledger:
     def leased(self, task_id: str, token: str) -> bool:
         """Say whether a task is known in memory to be held under this lease; False also where it is not in memory."""
         entry = self._kept.get(task_id)
-        return entry is not None and entry.task.lease is not None and compare_digest(entry.task.lease.token, token)
+        return entry is not None and entry.task.lease is not None and entry.task.lease.opens(token)
 
     def forget(self, ids: Sequence[str]) -> None:
         """Drop tasks from memory; the next load reads the store."""

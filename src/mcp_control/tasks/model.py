@@ -5,6 +5,7 @@ Payload and result are JSON bytes that the server does not look into (architectu
 
 from datetime import datetime
 from enum import StrEnum
+from hmac import compare_digest
 from typing import Final, Literal
 
 import msgspec
@@ -103,6 +104,10 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     instance_id: str
     token: str
     since: int
+
+    def opens(self, token: str) -> bool:
+        """Say whether a token presented, which may be any text, is this lease's; takes the same time wherever they differ."""
+        return compare_digest(self.token.encode(), token.encode())
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

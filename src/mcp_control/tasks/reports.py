@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
-from hmac import compare_digest
 from typing import Final
 
 import msgspec
@@ -59,7 +58,7 @@ def gather(report: Report) -> dict[str, list[Told]]:
 def _repeated(task: Task, told: Told) -> None:
     """Accept a report that only repeats what is recorded; refuse anything else on a final task."""
     lease = task.last_lease
-    if lease is None or not compare_digest(lease.token, told.lease_token):
+    if lease is None or not lease.opens(told.lease_token):
         raise LeaseSuperseded("the lease is not the live one")
     if told.done is not None and _digest(told.done) != task.result_digest:
         raise AlreadyTerminal(f"the task is already {task.state.value}", state=task.state.value)
@@ -82,7 +81,7 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> D
         if task.final:
             _repeated(task, told)
             return None
-        if task.lease is None or not compare_digest(task.lease.token, told.lease_token):
+        if task.lease is None or not task.lease.opens(told.lease_token):
             raise LeaseSuperseded("the lease is not the live one")
         facts: list[Fact] = []
         after = task
