@@ -44,6 +44,7 @@ from mcp_control.security.tokens import AccessTokens, signing_seed
 from mcp_control.security.verified import VerifiedCache
 from mcp_control.storage.local.blobs import FolderBlobs
 from mcp_control.storage.local.queue import LocalQueue
+from mcp_control.storage.ports import Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
@@ -65,6 +66,7 @@ KINDS: Final = (
     *SECURITY_KINDS,
 )
 _DAY_MS: Final = 86_400_000
+Around = Callable[[Store], Store]
 
 
 @dataclass
@@ -112,8 +114,11 @@ class Ready:
 
 
 @asynccontextmanager
-async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
+async def composed(settings: Settings, fate: Fate, around: Around | None = None) -> AsyncIterator[Control]:
     """Make and start everything but the network; stop it in the opposite order at the end.
+
+    Args:
+        around: puts something around the store, e.g. faults.
 
     Raises:
         StoreUnavailable: the data folder cannot be used; the message says what to do.
@@ -121,7 +126,8 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
     async with AsyncExitStack() as stack:
         clock = SystemClock()
         ids = IdSource(clock)
-        store = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
+        disk = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
+        store: Store = disk if around is None else around(disk)
         broadcaster = Broadcaster(
             store, backlog=settings.queues.subscriber_events, limit=settings.overload.max_connections
         )
@@ -179,7 +185,7 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
         overload = settings.overload
         metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
         gate = Gate(
-            lambda: store.waiting, metrics.shed, Limits(submits=overload.max_requests, lag=overload.loop_lag_seconds)
+            lambda: disk.waiting, metrics.shed, Limits(submits=overload.max_requests, lag=overload.loop_lag_seconds)
         )
 
         def note_lag(seconds: float) -> None:
@@ -192,10 +198,10 @@ async def composed(settings: Settings, fate: Fate) -> AsyncIterator[Control]:
         health = Health()
 
         async def writable() -> Finding:
-            return OK if store.writable else Finding("failed", "takes no writes")
+            return OK if disk.writable else Finding("failed", "takes no writes")
 
         health.add("store", writable)
-        _watch(metrics, store, broadcaster, sessions, reconciler, lease_keeper)
+        _watch(metrics, disk, broadcaster, sessions, reconciler, lease_keeper)
         services = Services(
             settings=settings,
             version=__version__,
@@ -269,11 +275,14 @@ async def _stopped(loops: list[asyncio.Task[None]]) -> None:
     await asyncio.gather(*loops, return_exceptions=True)
 
 
-async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None) -> int:
+async def serve(
+    settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None, around: Around | None = None
+) -> int:
     """Run a server until SIGINT, SIGTERM, `Ready.stop` or a fatal error of the store.
 
     Args:
         ready: called once it answers; when it raises, the server ends and the exception goes to the caller.
+        around: puts something around the store; see `composed`.
 
     Returns:
         The exit code of the process: 0 after an orderly end, 1 after a fatal error of the store.
@@ -285,7 +294,7 @@ async def serve(settings: Settings, ready: Callable[[Ready], Awaitable[None]] | 
     listener = listening(settings)
     try:
         fate = Fate()
-        async with composed(settings, fate) as control:
+        async with composed(settings, fate, around) as control:
             server = NetworkServer(control.app, settings, control.services.broadcaster.close)
 
             def stop() -> None:
