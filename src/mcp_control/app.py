@@ -34,9 +34,11 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.service import PipelineEngine
+from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
+from mcp_control.security.model import SYSTEM
 from mcp_control.security.passwords import Passwords
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.security.throttle import LoginThrottle
@@ -182,6 +184,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             store, FolderBlobs(settings.data), clock, ids, max_bytes=settings.limits.max_artifact_bytes
         )
 
+        plugins = Plugins(settings.plugins)
         overload = settings.overload
         metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
         gate = Gate(
@@ -200,7 +203,12 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         async def writable() -> Finding:
             return OK if disk.writable else Finding("failed", "takes no writes")
 
+        async def complete() -> Finding:
+            left_out = ", ".join(f"{name} {why}" for name, why in plugins.failed.items())
+            return Finding("degraded", left_out) if left_out else OK
+
         health.add("store", writable)
+        health.add("plugins", complete, critical=False)
         _watch(metrics, disk, broadcaster, sessions, reconciler, lease_keeper)
         services = Services(
             settings=settings,
@@ -213,7 +221,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             health=health,
             store=store,
             started=clock.monotonic(),
-            plugins=list,
+            plugins=plugins,
             broadcaster=broadcaster,
             authenticator=Authenticator(store, tokens, verified),
             accounts=accounts,
@@ -226,6 +234,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             artifacts=artifacts,
         )
         one_time_password = await accounts.ensure_administrator()
+        for spec in plugins.pipelines():
+            await engine.create(SYSTEM, spec)
         await reconciler.rebuild()
 
         keep = settings.retention

@@ -1,6 +1,5 @@
 """What the handlers call: every component, as the composition root made them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mcp_control.agents.service import AgentManager
@@ -13,6 +12,7 @@ from mcp_control.kernel.ids import IdSource
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.pipelines.service import PipelineEngine
+from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
@@ -28,7 +28,6 @@ class Services:
 
     Attributes:
         started: when, on the monotonic clock.
-        plugins: name and version of those that are loaded.
     """
 
     settings: Settings
@@ -41,7 +40,7 @@ class Services:
     health: Health
     store: Store
     started: float
-    plugins: Callable[[], list[tuple[str, str]]]
+    plugins: Plugins
     broadcaster: Broadcaster
     authenticator: Authenticator
     accounts: Accounts

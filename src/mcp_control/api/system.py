@@ -137,7 +137,9 @@ async def lanes(call: Call) -> Reply:
 async def plugins(call: Call) -> Reply:
     """List the plugins that are loaded."""
     allow(call.actor, "system.plugins")
-    return reply(Plugins(items=[PluginView(name=name, version=version) for name, version in call.services.plugins()]))
+    return reply(
+        Plugins(items=[PluginView(name=plugin.name, version=plugin.version) for plugin in call.services.plugins.loaded])
+    )
 
 
 async def metrics(call: Call) -> Reply:

@@ -21,6 +21,7 @@ import uvloop
 from mcp_control.api.services import Services
 from mcp_control.app import Ready, serve
 from mcp_control.configuration.settings import Settings, load
+from mcp_control.monitoring.logs import configure
 
 START_SECONDS = 20.0
 
@@ -53,8 +54,14 @@ class RunningServer:
 
 
 def settings_for(folder: Path, given: Mapping[str, object]) -> Settings:
-    """Return settings for tests: a free port, cheap passwords, quiet logs; `given` are settings by name, dots as `__`."""
-    flags: dict[str, object] = {"port": 0, "data": folder, "security.password_memory_kib": 19_456, "log.level": "error"}
+    """Return settings for tests: a free port, cheap passwords, quiet logs, no plugins; `given` are settings by name, dots as `__`."""
+    flags: dict[str, object] = {
+        "port": 0,
+        "data": folder,
+        "security.password_memory_kib": 19_456,
+        "log.level": "error",
+        "plugins": (),
+    }
     flags |= {name.replace("__", "."): value for name, value in given.items()}
     return load(flags, environ={}, file=_nothing(folder)).settings
 
@@ -184,6 +191,7 @@ def main(folder: str, given: str) -> int:
         sys.stdout.flush()
 
     settings: dict[str, Any] = json.loads(given)
+    configure("warning", "json")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(settings_for(Path(folder), settings), ready))
 
