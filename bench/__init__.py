@@ -1,0 +1,1 @@
+"""Benchmarks of the whole product: `python -m bench` (see README.md)."""

@@ -1,0 +1,36 @@
+"""The agent processes of the benchmarks: `python -m bench.agents noop|techdeck NAME SLOTS`."""
+
+import sys
+from typing import Any
+
+from mcp_control import Agent
+
+noop = Agent("bench")
+
+
+@noop.task("bench.noop")
+async def nothing(payload: Any) -> dict[str, bool]:
+    """Do nothing: what remains is the cost of the control plane."""
+    return {"ok": True}
+
+
+@noop.task("bench.step")
+async def step(payload: dict[str, Any]) -> dict[str, Any]:
+    """One stage of the chain: hand on the payload, counted up."""
+    return {"i": payload["i"] + 1, "text": payload["text"]}
+
+
+def agent(kind: str, name: str, slots: int) -> Agent:
+    """Return an agent with the handlers of this kind."""
+    if kind == "techdeck":
+        from mcp_control.techdeck.agent import agent as source  # its libraries are an extra
+    else:
+        source = noop
+    made = Agent(name, slots=slots)
+    for handler in source.handlers.values():
+        made.add(handler)
+    return made
+
+
+if __name__ == "__main__":
+    agent(sys.argv[1], sys.argv[2], int(sys.argv[3])).run()
