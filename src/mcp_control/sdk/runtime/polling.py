@@ -46,7 +46,6 @@ class PollLink:
         self._free_slots = free_slots
         self._inbox: asyncio.Queue[ServerFrame | SdkError] = asyncio.Queue()
         self._changed = asyncio.Event()
-        self._draining = False
         self._claims = asyncio.create_task(self._claim())
 
     @classmethod
@@ -78,7 +77,9 @@ class PollLink:
                 case Bye(step="leave"):
                     await self._http.send(Call(method="DELETE", path=self._path))
                 case Bye():
-                    self._draining = True
+                    # Hanging up takes the open claim back. What was handed out meanwhile is handed back on leaving.
+                    self._claims.cancel()
+                    await asyncio.gather(self._claims, return_exceptions=True)
                 case Renew() | Hello():
                     raise TypeError("not a frame of this transport")
         except (Missing, Conflicting) as error:
@@ -117,7 +118,7 @@ class PollLink:
     async def _claim(self) -> None:
         try:
             while True:
-                free = 0 if self._draining else self._free_slots()
+                free = self._free_slots()
                 if free <= 0:
                     self._changed.clear()
                     await self._changed.wait()
