@@ -126,8 +126,7 @@ def test_random_histories_keep_every_rule_of_a_task(
         assert (moved is not None) == (due is not None and due <= now)
         try:
             after = _step(task, verb, now, chance, failure)
-        except InvalidTransition as refused:
-            assert refused.data["state"] == task.state.value
+        except InvalidTransition:
             continue
         assert not task.final or after is task
         _holds(task, after, now)

@@ -1,7 +1,7 @@
 """The task component on a real store, and an agent that speaks to it without a socket."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class World:
         self.sessions = Sessions()
         self.manager = AgentManager(store, clock, self.ids, self.sessions)
         self.ledger = Ledger(store)
-        self.dispatcher = Dispatcher(self.queue, self.sessions, lambda pairs: self.settler.hand_out(pairs))
+        self.dispatcher = Dispatcher(self.queue, self.sessions, self._hand_out)
         self.settler = Settler(self.ledger, self.sessions, self.dispatcher, clock, self.ids)
         self.tasks = TaskOrchestrator(
             store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
@@ -54,6 +54,9 @@ class World:
         self.leases = LeaseKeeper(clock, self.manager, self.agents)
         self.reconciler = Reconciler(store, clock, self.ledger, self.settler, self.dispatcher)
         self.retention = Retention(store, clock, keep_ms=30 * 86_400_000)
+
+    async def _hand_out(self, pairs: list[tuple[str, Session]]) -> None:
+        await self.settler.hand_out(pairs)
 
     async def submit(self, task_type: str = "echo", **fields: object) -> Task:
         """Submit one task that must be accepted."""
@@ -66,6 +69,12 @@ class World:
         """Read a task as the store has it."""
         self.ledger.forget([task_id])
         return await self.tasks.one(ADMIN, task_id)
+
+    async def until(self, done: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
+        """Wait until a condition holds that what runs in the background brings about."""
+        async with asyncio.timeout(seconds):
+            while not await done():  # noqa: ASYNC110 - the condition is the store's content, which has no event to wait for
+                await asyncio.sleep(0.001)
 
     async def agent(self, name: str = "worker", *types: str, slots: int = 1, lease_seconds: float = 30.0) -> "Peer":
         """Register an agent and connect an instance of it."""
