@@ -26,7 +26,9 @@ Note = Annotated[str, typer.Option("--note", help="Why, for those who look later
 @app.command("ls")
 def ls(
     state: Annotated[str, typer.Option("--state", help="Only agents in this state.", show_default=False)] = "",
-    capability: Annotated[str, typer.Option("--capability", help="Only agents that do this task type.", show_default=False)] = "",
+    capability: Annotated[
+        str, typer.Option("--capability", help="Only agents that do this task type.", show_default=False)
+    ] = "",
     label: Labels = None,
     free: Annotated[bool, typer.Option("--free", help="Only agents with a free slot.")] = False,
     limit: Limit = None,
@@ -37,7 +39,12 @@ def ls(
     """List agents."""
     view = View.of(out, as_json, fields)
     with connect() as client:
-        wanted = {"state": state or None, "capability": capability or None, "label": pairs(label) or None, "free": free or None}
+        wanted = {
+            "state": state or None,
+            "capability": capability or None,
+            "label": pairs(label) or None,
+            "free": free or None,
+        }
         view.many(client.agents.iter(**wanted), COLUMNS, WIDE, key="name", limit=limit)
 
 
@@ -51,11 +58,23 @@ def get(name: Name, as_json: Json = False, out: Out = None, fields: Fields = "")
 
 @app.command("start")
 def start(
-    target: Annotated[str, typer.Argument(metavar="MODULE:AGENT", help="Where the agent is, e.g. my_agents:cleaner; the current folder is searched first.")],
-    name: Annotated[str, typer.Option("--name", help="Serve under this name instead of the agent's own.", show_default=False)] = "",
-    slots: Annotated[int | None, typer.Option("--slots", min=1, help="Tasks at once, instead of the agent's own number.", show_default=False)] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:AGENT",
+            help="Where the agent is, e.g. my_agents:cleaner; the current folder is searched first.",
+        ),
+    ],
+    name: Annotated[
+        str, typer.Option("--name", help="Serve under this name instead of the agent's own.", show_default=False)
+    ] = "",
+    slots: Annotated[
+        int | None,
+        typer.Option("--slots", min=1, help="Tasks at once, instead of the agent's own number.", show_default=False),
+    ] = None,
     drain_seconds: Annotated[
-        float | None, typer.Option("--drain-seconds", min=0, help="How long SIGTERM lets tasks in hand go on.", show_default=False)
+        float | None,
+        typer.Option("--drain-seconds", min=0, help="How long SIGTERM lets tasks in hand go on.", show_default=False),
     ] = None,
 ) -> None:
     """Run an agent here until Ctrl-C or SIGTERM, which let it finish first."""
@@ -84,12 +103,16 @@ def load(target: str) -> "Agent":
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise CliError(f"there is no module {module_name}", USAGE, "run this where the module can be imported") from None
+            raise CliError(
+                f"there is no module {module_name}", USAGE, "run this where the module can be imported"
+            ) from None
         raise CliError(f"{module_name} cannot be imported: {error}", USAGE) from error
     for part in attribute.split("."):
         found = getattr(found, part, None)
     if not isinstance(found, Agent):
-        raise CliError(f"{target} is no Agent", USAGE, "it must be made with mcp_control.Agent(...) at the top of the module")
+        raise CliError(
+            f"{target} is no Agent", USAGE, "it must be made with mcp_control.Agent(...) at the top of the module"
+        )
     return found
 
 
@@ -121,7 +144,9 @@ def retire(name: Name, as_json: Json = False, out: Out = None, fields: Fields = 
 
 @app.command("enrol")
 def enrol(
-    name: Annotated[str, typer.Option("--name", help="Only an agent of this name may use it.", show_default=False)] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="Only an agent of this name may use it.", show_default=False)
+    ] = "",
     uses: Annotated[int, typer.Option("--uses", min=1, max=1000, help="How many agents it enrols.")] = 1,
     ttl: Annotated[str, typer.Option("--ttl", metavar="TIME", help="How long it holds, 10m at most.")] = "10m",
     as_json: Json = False,

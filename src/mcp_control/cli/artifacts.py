@@ -20,7 +20,9 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Id of an artifact, or the
 def ls(
     run: Annotated[str, typer.Option("--run", help="Only artifacts of this run.", show_default=False)] = "",
     name: Annotated[str, typer.Option("--name", help="Only artifacts of this name.", show_default=False)] = "",
-    role: Annotated[str, typer.Option("--role", help="input, intermediate, output or report.", show_default=False)] = "",
+    role: Annotated[
+        str, typer.Option("--role", help="input, intermediate, output or report.", show_default=False)
+    ] = "",
     limit: Limit = None,
     as_json: Json = False,
     out: Out = None,
@@ -59,7 +61,9 @@ def upload(
 @app.command("download")
 def download(
     id: Id,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write it into, under its name.")] = Path(),
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="The folder to write it into, under its name.")
+    ] = Path(),
     as_json: Json = False,
     out: Out = None,
     fields: Fields = "",
@@ -69,4 +73,7 @@ def download(
     with connect() as client:
         found = client.artifacts.get(artifact_id(client, id))
         path = fetch(client, [found], output)[found.id]
-        view.one({"id": found.id, "name": found.name, "path": str(path), "sha256": found.sha256, "size": found.size}, key="path")
+        view.one(
+            {"id": found.id, "name": found.name, "path": str(path), "sha256": found.sha256, "size": found.size},
+            key="path",
+        )

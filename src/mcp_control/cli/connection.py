@@ -54,7 +54,9 @@ def whole_id(noun: str, given: str, known: Iterable[str]) -> str:
             if one.endswith(given):
                 found.append(one)
             if place >= _SEARCHED:
-                raise CliError(f"there are too many {noun}s to look for one that ends in {given}", USAGE, "give the whole id")
+                raise CliError(
+                    f"there are too many {noun}s to look for one that ends in {given}", USAGE, "give the whole id"
+                )
     if not found:
         raise CliError(f"there is no {noun} {given!r}", NOT_FOUND, f"`mcpctl {noun}s ls` lists them")
     if len(found) > 1:

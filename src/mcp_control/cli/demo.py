@@ -30,13 +30,28 @@ _STOP_SECONDS: Final = 30.0
 def demo(
     input: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", exists=True, dir_okay=False, help="Your data: CSV, JSON, JSON lines or Parquet. Default: generated.", show_default=False),
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Your data: CSV, JSON, JSON lines or Parquet. Default: generated.",
+            show_default=False,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", file_okay=False, help="Where the results go.")] = Path("demo-output"),
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", file_okay=False, help="Where the results go.")
+    ] = Path("demo-output"),
     rows: Annotated[int, typer.Option("--rows", min=60, help="Rows to generate.")] = 5000,
     agents: Annotated[int, typer.Option("--agents", min=1, max=16, help="Agent processes.")] = 3,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Of the pipeline, e.g. quality.gate=warn; repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="A.B=VALUE",
+            help="Of the pipeline, e.g. quality.gate=warn; repeatable.",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -62,7 +77,9 @@ def _generated(path: Path, rows: int) -> "tuple[Path, Truth]":
     try:
         from mcp_control.techdeck.synthetic import generate
     except ImportError as error:
-        raise CliError(f"techdeck is not installed: {error}", hint="pip install 'mcp-control-panel[server,techdeck]'") from None
+        raise CliError(
+            f"techdeck is not installed: {error}", hint="pip install 'mcp-control-panel[server,techdeck]'"
+        ) from None
     say(f"Generating {rows:,} conversations with planted faults")
     return path, generate(path, seed=SEED, n=rows)
 
@@ -129,7 +146,9 @@ def _run(client: "Client", source: Path, truth: "Truth | None", output: Path, se
     say(f"\n{read:,} rows in {took:.1f} s ({read / max(took, 1e-9):,.0f} rows/s). Results: {output.absolute()}")
     if truth is not None:
         found = sum(stage.rejected or 0 for stage in run.stages)
-        say(f"Of {len(truth.rejects):,} planted bad rows {found:,} were set aside, with reason and line: quarantine.jsonl")
+        say(
+            f"Of {len(truth.rejects):,} planted bad rows {found:,} were set aside, with reason and line: quarantine.jsonl"
+        )
     elif code != OK and run.reason == "gate-failed":
         say(f"To export in spite of the gate: mcpctl demo --input {source} --set quality.gate=warn")
     return code

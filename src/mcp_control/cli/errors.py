@@ -55,7 +55,9 @@ def told(error: Exception) -> CliError | None:
         case sdk.ApiProblem():
             return _problem(error)
         case sdk.Unreachable():
-            return CliError(str(error), UNREACHABLE, "is the server running? `mcpctl up` starts one, `mcpctl doctor` looks")
+            return CliError(
+                str(error), UNREACHABLE, "is the server running? `mcpctl up` starts one, `mcpctl doctor` looks"
+            )
         case sdk.WaitTimeout():
             return CliError(str(error), TIMED_OUT, "it goes on; wait again or look at it with `get`")
         case sdk.TaskFailed() | sdk.RunFailed():

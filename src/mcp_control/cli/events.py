@@ -15,11 +15,24 @@ app = typer.Typer(name="events", help="What happens, as it happens.", no_args_is
 
 @app.command("tail")
 def tail(
-    type: Annotated[list[str] | None, typer.Option("--type", help="Only this type, task.* for all of a noun; repeatable.", show_default=False)] = None,
+    type: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="Only this type, task.* for all of a noun; repeatable.", show_default=False),
+    ] = None,
     subject: Annotated[str, typer.Option("--subject", help="Only events about this id.", show_default=False)] = "",
     run: Annotated[str, typer.Option("--run", help="Only events of this run.", show_default=False)] = "",
-    after: Annotated[str, typer.Option("--after", metavar="EVT", help="From after this event on; evt_0 is the oldest kept. Default: from now on.", show_default=False)] = "",
-    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="End after so many.", show_default=False)] = None,
+    after: Annotated[
+        str,
+        typer.Option(
+            "--after",
+            metavar="EVT",
+            help="From after this event on; evt_0 is the oldest kept. Default: from now on.",
+            show_default=False,
+        ),
+    ] = "",
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, help="End after so many.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print events until Ctrl-C; with --json one object per line."""

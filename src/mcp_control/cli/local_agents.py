@@ -3,9 +3,9 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +19,7 @@ from mcp_control.cli.errors import DENIED, USAGE
 from mcp_control.cli.tether import Tether
 from mcp_control.kernel.errors import NotFound, Problem
 from mcp_control.sdk.profiles import ENROLMENT_VARIABLE, FOLDER_VARIABLE, URL_VARIABLE, Profiles
+from mcp_control.security.model import Actor
 
 _log = structlog.get_logger("mcp_control.cli")
 _POLL_SECONDS: Final = 0.05
@@ -49,7 +50,7 @@ class LocalAgents:
         self._folder = folder
         self._tether = Tether()
         self._ending = False
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[str, Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -59,83 +60,82 @@ class LocalAgents:
     async def connected(self, timeout: float) -> bool:
         """Wait until every agent has a live session; false when the time is over before."""
         admin = await self._services.accounts.administrator()
-        ends_at = time.monotonic() + timeout
-        waiting = [agent.name for agent in self._agents]
-        while waiting and time.monotonic() < ends_at and not self._ending:
-            waiting = [name for name in waiting if not await self._live(admin, name)]
-            await asyncio.sleep(_POLL_SECONDS)
-        return not waiting
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                for agent in self._agents:
+                    while not self._ending and not await self._live(admin, agent.name):  # noqa: ASYNC110 - nothing to wait on: sessions tell nobody
+                        await asyncio.sleep(_POLL_SECONDS)
+                return True
+        return False
 
-    async def _live(self, admin: object, name: str) -> bool:
+    async def _live(self, admin: Actor, name: str) -> bool:
         try:
-            agent = await self._services.agents.get(admin, name)  # type: ignore[arg-type]  # an Actor
+            agent = await self._services.agents.get(admin, name)
         except NotFound:
             return False
         return self._services.agents.view(agent).instances > 0
 
     async def drain(self) -> None:
         """Tell all to finish and leave, and wait until they did; what does not is killed."""
-        self._ending = True
-        for process in self._processes.values():
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-        ends_at = time.monotonic() + 2 * DRAIN_SECONDS
-        while any(process.poll() is None for process in self._processes.values()) and time.monotonic() < ends_at:
-            await asyncio.sleep(_POLL_SECONDS)
+        await self._let_go()
+        for process in self._living():
+            process.send_signal(signal.SIGTERM)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * DRAIN_SECONDS):
+                await asyncio.gather(*(process.wait() for process in self._processes.values()))
         await self.kill()
 
     async def kill(self) -> None:
         """End all at once."""
+        await self._let_go()
+        for process in self._living():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        await asyncio.gather(*(process.wait() for process in self._processes.values()))
+        self._tether.cut()
+
+    async def _let_go(self) -> None:
+        """Start none again."""
         self._ending = True
-        for process in self._processes.values():
-            if process.poll() is None:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        for process in self._processes.values():
-            process.wait()
-        self._tether.cut()
+
+    def _living(self) -> list[Process]:
+        return [process for process in self._processes.values() if process.returncode is None]
 
     async def _keep(self, agent: LocalAgent) -> None:
         crashes = 0
-        while not self._ending:
+        while True:
             began = time.monotonic()
+            code: int | None = None
             try:
-                process = await self._spawn(agent)
+                code = await (await self._spawn(agent)).wait()
             except (OSError, Problem) as error:
                 _log.error("a local agent could not be started", agent=agent.name, error=str(error))
-                process = None
-            while process is not None and process.poll() is None:
-                await asyncio.sleep(_POLL_SECONDS)
-            if self._ending:
-                return
-            code = None if process is None else process.returncode
             if code in (DENIED, USAGE):
                 _log.error("a local agent ended and is not started again", agent=agent.name, exit_code=code)
                 return
             crashes = 0 if time.monotonic() - began > _STEADY_SECONDS else crashes + 1
             pause = min(_LONGEST_BACKOFF, _FIRST_BACKOFF * 2.0 ** min(crashes - 1, 10)) if crashes else 0.0
-            _log.warning("a local agent ended and is started again", agent=agent.name, exit_code=code, pause_seconds=pause)
+            _log.warning("a local agent ended and is started again", agent=agent.name, exit_code=code, pause=pause)
             await asyncio.sleep(pause)
 
-    async def _spawn(self, agent: LocalAgent) -> subprocess.Popen[bytes]:
+    async def _spawn(self, agent: LocalAgent) -> Process:
         token = await self._admission(agent.name)
         more = {URL_VARIABLE: self._url, FOLDER_VARIABLE: str(self._folder)}
         if token:
             more[ENROLMENT_VARIABLE] = token
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "mcp_control.cli.main", "agents", "start", agent.target,
-                "--name", agent.name, "--drain-seconds", f"{DRAIN_SECONDS:g}",
-            ],
-            stdin=subprocess.DEVNULL,
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "mcp_control.cli.main", "agents", "start", agent.target),
+            *("--name", agent.name, "--drain-seconds", f"{DRAIN_SECONDS:g}"),
+            stdin=DEVNULL,
             stdout=sys.stderr.fileno(),
             env=self._tether.environ(**more),
             pass_fds=(self._tether.fd,),
             start_new_session=True,  # Ctrl-C is for the server, which then drains its agents
-        )  # fmt: skip
+        )
         self._processes[agent.name] = process
         return process
 

@@ -37,11 +37,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    profile: Annotated[str, typer.Option("--profile", metavar="NAME|URL", help="The server to speak to. At any place of the line.", show_default=False)] = "",
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile",
+            metavar="NAME|URL",
+            help="The server to speak to. At any place of the line.",
+            show_default=False,
+        ),
+    ] = "",
     no_input: Annotated[bool, typer.Option("--no-input", help="Never ask anything. At any place.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Answer questions with yes. At any place.")] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours, as NO_COLOR=1. At any place.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Environment: MCP_CONTROL_URL, MCP_CONTROL_TOKEN, MCP_CONTROL_CONFIG_DIR, NO_COLOR."""
     if profile:
@@ -49,7 +59,9 @@ def options(
 
         known = Profiles().all()
         if not any(profile in (one.name, one.url) for one in known) and not any(mark in profile for mark in ":./"):
-            raise CliError(f"there is no profile {profile!r}", USAGE, "`mcpctl profile ls` lists them; a URL does as well")
+            raise CliError(
+                f"there is no profile {profile!r}", USAGE, "`mcpctl profile ls` lists them; a URL does as well"
+            )
         os.environ[URL_VARIABLE] = profile
         os.environ.pop(TOKEN_VARIABLE, None)  # it belongs to the server of the environment
     for name, wanted in ((NO_INPUT, no_input), (YES, yes), ("NO_COLOR", no_color)):

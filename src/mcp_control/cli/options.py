@@ -16,20 +16,42 @@ Format = Literal["table", "wide", "json", "jsonl", "yaml", "csv", "name"]
 Json = Annotated[bool, typer.Option("--json", help="Print whole objects as JSON.")]
 Out = Annotated[
     Format | None,
-    typer.Option("-o", "--format", help="How to print: a table on a terminal, tab-separated when piped, or this.", show_default=False),
+    typer.Option(
+        "-o",
+        "--format",
+        help="How to print: a table on a terminal, tab-separated when piped, or this.",
+        show_default=False,
+    ),
 ]
 Fields = Annotated[
-    str, typer.Option("--fields", metavar="A,B", help="Print these fields only; dots reach inside (a.b).", show_default=False)
+    str,
+    typer.Option(
+        "--fields", metavar="A,B", help="Print these fields only; dots reach inside (a.b).", show_default=False
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=0, help="Items at most; 0 is all. Default: 100 on a terminal, all when piped.", show_default=False)
+    int | None,
+    typer.Option(
+        "--limit",
+        min=0,
+        help="Items at most; 0 is all. Default: 100 on a terminal, all when piped.",
+        show_default=False,
+    ),
 ]
 Wait = Annotated[bool, typer.Option("--wait", "-w", help="Wait for the end; exit code 8 when it failed.")]
 Timeout = Annotated[
-    str, typer.Option("--timeout", metavar="TIME", help="Stop waiting after this time (90, 2m, 1h): exit code 7, the work goes on.", show_default=False)
+    str,
+    typer.Option(
+        "--timeout",
+        metavar="TIME",
+        help="Stop waiting after this time (90, 2m, 1h): exit code 7, the work goes on.",
+        show_default=False,
+    ),
 ]
 Reason = Annotated[str, typer.Option("--reason", help="Why, for those who look later.", show_default=False)]
-Labels = Annotated[list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; repeatable.", show_default=False)]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; repeatable.", show_default=False)
+]
 
 NO_INPUT: Final = "MCP_CONTROL_NO_INPUT"
 YES: Final = "MCP_CONTROL_YES"
@@ -65,13 +87,21 @@ def json_argument(text: str, what: str) -> Any:
 def json_bytes(text: str, what: str) -> bytes:
     """Return the JSON of an argument as it was written, checked. Raises CliError."""
     try:
-        raw = sys.stdin.buffer.read() if text == "-" else Path(text[1:]).read_bytes() if text.startswith("@") else text.encode()
+        raw = (
+            sys.stdin.buffer.read()
+            if text == "-"
+            else Path(text[1:]).read_bytes()
+            if text.startswith("@")
+            else text.encode()
+        )
     except OSError as error:
         raise CliError(f"{text[1:]}: {error.strerror}", USAGE) from None
     try:
         json.loads(raw)
     except ValueError as error:
-        raise CliError(f"{what} is not JSON: {error}", USAGE, f"quote it for the shell: {what} '{{\"a\": 1}}', or use @file or -") from None
+        raise CliError(
+            f"{what} is not JSON: {error}", USAGE, f"quote it for the shell: {what} '{{\"a\": 1}}', or use @file or -"
+        ) from None
     return raw
 
 

@@ -9,7 +9,19 @@ import typer
 
 from mcp_control.cli.connection import connect
 from mcp_control.cli.errors import USAGE, CliError
-from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, Timeout, Wait, json_argument, loose, pairs, seconds
+from mcp_control.cli.options import (
+    Fields,
+    Json,
+    Labels,
+    Limit,
+    Out,
+    Timeout,
+    Wait,
+    json_argument,
+    loose,
+    pairs,
+    seconds,
+)
 from mcp_control.cli.output import View, plain, say, write_json
 from mcp_control.cli.report import ended, follow, started
 
@@ -19,9 +31,13 @@ if TYPE_CHECKING:
 app = typer.Typer(name="pipelines", help="Definitions of work in stages: validate, apply, run.", no_args_is_help=True)
 COLUMNS = ("name", "version", "stages", "created_at", "description")
 WIDE = ("id", "labels", "created_by")
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A definition in YAML or JSON; - for standard input.", allow_dash=True)]
+File = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A definition in YAML or JSON; - for standard input.", allow_dash=True)
+]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name or id of the pipeline.")]
-Version = Annotated[int | None, typer.Option("--version", min=1, help="Its version. Default: the newest.", show_default=False)]
+Version = Annotated[
+    int | None, typer.Option("--version", min=1, help="Its version. Default: the newest.", show_default=False)
+]
 
 
 def _definition(file: Path) -> str:
@@ -108,16 +124,34 @@ def graph(name: Name, version: Version = None) -> None:
 def run(
     name: Name,
     input: Annotated[
-        str, typer.Option("--input", metavar="FILE", help="Upload this file and give it as the parameter `input`; an artifact's id does as well.", show_default=False)
+        str,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="Upload this file and give it as the parameter `input`; an artifact's id does as well.",
+            show_default=False,
+        ),
     ] = "",
-    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False)] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="A parameter, or a place inside one; repeatable.", show_default=False)
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
     ] = None,
-    params: Annotated[str, typer.Option("--params", metavar="JSON", help="All parameters as JSON, @file, or -.", show_default=False)] = "",
-    key: Annotated[str, typer.Option("--key", help="Idempotency key: repeating it returns the first run.", show_default=False)] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="A parameter, or a place inside one; repeatable.", show_default=False
+        ),
+    ] = None,
+    params: Annotated[
+        str, typer.Option("--params", metavar="JSON", help="All parameters as JSON, @file, or -.", show_default=False)
+    ] = "",
+    key: Annotated[
+        str, typer.Option("--key", help="Idempotency key: repeating it returns the first run.", show_default=False)
+    ] = "",
     label: Labels = None,
-    priority: Annotated[int | None, typer.Option("--priority", min=0, max=100, help="0 to 100.", show_default=False)] = None,
+    priority: Annotated[
+        int | None, typer.Option("--priority", min=0, max=100, help="0 to 100.", show_default=False)
+    ] = None,
     version: Version = None,
     wait: Wait = False,
     timeout: Timeout = "",
@@ -141,9 +175,16 @@ def run(
         values = parameters(pipeline, given, settings or [])
         if source is not None:
             if "input" not in _declared(pipeline):
-                raise CliError(f"the pipeline {name} has no parameter `input`", USAGE, f"mcpctl pipelines get {name} -o yaml")
+                raise CliError(
+                    f"the pipeline {name} has no parameter `input`", USAGE, f"mcpctl pipelines get {name} -o yaml"
+                )
             values["input"] = source if isinstance(source, str) else client.artifacts.upload(source, role="input").id
-        options: dict[str, Any] = {"key": key or None, "labels": pairs(label) or None, "priority": priority, "version": version}
+        options: dict[str, Any] = {
+            "key": key or None,
+            "labels": pairs(label) or None,
+            "priority": priority,
+            "version": version,
+        }
         handle = client.pipelines.run(name, values, **{k: v for k, v in options.items() if v is not None})
         if not wait:
             started(view, handle.id)
@@ -181,7 +222,9 @@ def parameters(pipeline: "PipelineView", given: Mapping[str, Any], settings: Col
         if names[0] not in declared:
             if "options" not in declared:
                 known = ", ".join(declared) or "none"
-                raise CliError(f"--set {path}: the pipeline {pipeline.name} has no parameter {names[0]} (it has: {known})", USAGE)
+                raise CliError(
+                    f"--set {path}: the pipeline {pipeline.name} has no parameter {names[0]} (it has: {known})", USAGE
+                )
             names.insert(0, "options")
         plain_text = len(names) == 1 and declared[names[0]].type in ("string", "artifact")
         _put(values, names, value if plain_text else loose(value), text)

@@ -16,17 +16,28 @@ if TYPE_CHECKING:
     from mcp_control.sdk.profiles import Profile
     from mcp_control.sdk.transport import Transport
 
-profile_app = typer.Typer(name="profile", help="Servers this user knows, and the one used by default.", no_args_is_help=True)
+profile_app = typer.Typer(
+    name="profile", help="Servers this user knows, and the one used by default.", no_args_is_help=True
+)
 tokens_app = typer.Typer(name="tokens", help="API tokens, for programs and other machines.", no_args_is_help=True)
 TOKEN_COLUMNS = ("id", "name", "created_at", "expires_at", "last_used_at")
 
 
 def login(
-    url: Annotated[str, typer.Argument(help="The server. Default: that of --profile, MCP_CONTROL_URL or the default profile.", show_default=False)] = "",
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="The server. Default: that of --profile, MCP_CONTROL_URL or the default profile.", show_default=False
+        ),
+    ] = "",
     username: Annotated[str, typer.Option("--username", "-u", help="Default: admin.")] = "admin",
     name: Annotated[str, typer.Option("--name", help="What to call the profile.", show_default=False)] = "",
     password_stdin: Annotated[
-        bool, typer.Option("--password-stdin", help="Read the password from the first line of standard input; a new one, where it must be changed, from the second.")
+        bool,
+        typer.Option(
+            "--password-stdin",
+            help="Read the password from the first line of standard input; a new one, where it must be changed, from the second.",
+        ),
     ] = False,
     default: Annotated[bool, typer.Option("--default/--no-default", help="Use this server by default.")] = True,
 ) -> None:
@@ -48,14 +59,18 @@ def login(
                 raise
             say("This password was for one use: choose a new one.")
             new = _new_password(password_stdin)
-            _post(transport, "/auth/password", {"username": username, "current_password": password, "new_password": new})
+            _post(
+                transport, "/auth/password", {"username": username, "current_password": password, "new_password": new}
+            )
             session = _post(transport, "/auth/login", {"username": username, "password": new})
         transport.token = session["access_token"]
         made = _post(transport, "/auth/tokens", {"name": f"mcpctl login ({socket.gethostname()[:60]})"})
     finally:
         transport.close()
     profiles.save(Profile(url=known.url, token=made["token"], name=name or known.name), default)
-    say(f"Logged in at {known.url} as {username}; the token {made['id']} is kept in {profiles.folder / 'profiles.json'}")
+    say(
+        f"Logged in at {known.url} as {username}; the token {made['id']} is kept in {profiles.folder / 'profiles.json'}"
+    )
 
 
 def _post(transport: "Transport", path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +108,8 @@ def profile_ls(as_json: Json = False, out: Out = None, fields: Fields = "") -> N
     profiles = Profiles()
     default = profiles.default
     lines = [
-        {"name": one.name, "url": one.url, "default": one.url == default, "token": bool(one.token)} for one in profiles.all()
+        {"name": one.name, "url": one.url, "default": one.url == default, "token": bool(one.token)}
+        for one in profiles.all()
     ]
     View.of(out, as_json, fields).many(lines, ("name", "url", "default", "token"), key="url")
 
@@ -135,13 +151,22 @@ def profile_rm(profile: Annotated[str, typer.Argument(metavar="NAME|URL", help="
 @tokens_app.command("create")
 def tokens_create(
     name: Annotated[str, typer.Argument(help="What it is for.")],
-    expires: Annotated[str, typer.Option("--expires", metavar="TIME", help="How long it holds, e.g. 30d. Default: until revoked.", show_default=False)] = "",
+    expires: Annotated[
+        str,
+        typer.Option(
+            "--expires", metavar="TIME", help="How long it holds, e.g. 30d. Default: until revoked.", show_default=False
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Make an API token and print it, this once."""
     life = seconds(expires)
     with connect() as client:
-        made = _post(client.transport, "/auth/tokens", {"name": name, "expires_in_seconds": None if life is None else round(life)})
+        made = _post(
+            client.transport,
+            "/auth/tokens",
+            {"name": name, "expires_in_seconds": None if life is None else round(life)},
+        )
     if as_json:
         View("json").one(made)
     else:

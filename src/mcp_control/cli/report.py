@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_control.cli.errors import ENDED_BADLY, FAILED, INTERRUPTED, OK, TIMED_OUT, CliError
-from mcp_control.cli.output import View, cell, say, table, tabbed, write_json
+from mcp_control.cli.output import View, cell, say, tabbed, table, write_json
 
 if TYPE_CHECKING:
     from mcp_control.artifacts.model import ArtifactView
@@ -112,7 +112,9 @@ def follow(client: "Client", run_id: str, timeout: float | None) -> "RunView":
             if view.state in RUN_FINAL:
                 return view
             if ends_at is not None and time.monotonic() >= ends_at:
-                raise CliError(f"run {run_id} has not ended after {timeout:g} s", TIMED_OUT, f"mcpctl runs watch {run_id}")
+                raise CliError(
+                    f"run {run_id} has not ended after {timeout:g} s", TIMED_OUT, f"mcpctl runs watch {run_id}"
+                )
     except KeyboardInterrupt:
         hint = f"`mcpctl runs watch {run_id}` follows it, `mcpctl runs cancel {run_id}` ends it"
         raise CliError(f"the run goes on: {run_id}", INTERRUPTED, hint) from None
@@ -146,22 +148,20 @@ def _rows(stage: "StageView") -> str:
 def _bars() -> Show:
     """Progress on a terminal: a bar for each stage with rows, rows per second and the time left."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn
 
+    # 80 columns are enough; a wider terminal gets wider bars.
     bars = Progress(
-        TextColumn("{task.fields[name]:<20}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.fields[name]:<18}"),
+        BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[state]:<10}"),
-        TextColumn("{task.fields[rows]:>12}"),
-        TextColumn("{task.fields[rate]:>14}"),
-        TextColumn("{task.fields[eta]:>9}"),
-        TimeElapsedColumn(),
+        TextColumn("{task.fields[rows]:>13}"),
+        TextColumn("{task.fields[rate]:>13}"),
+        TextColumn("{task.fields[state]:>11}"),
         console=Console(stderr=True),
-        transient=False,
+        expand=True,
     )
     places: dict[str, Any] = {}
-    began: dict[str, float] = {}
     bars.start()
 
     def show(view: "RunView | None") -> None:
@@ -170,27 +170,20 @@ def _bars() -> Show:
             return
         for stage in view.stages:
             if stage.name not in places:
-                places[stage.name] = bars.add_task("", total=1.0, start=False, name=stage.name, state="", rows="", rate="", eta="")
-            place = places[stage.name]
-            if stage.started_at is not None and stage.name not in began:
-                began[stage.name] = time.monotonic()
-                bars.start_task(place)
+                places[stage.name] = bars.add_task("", total=1.0, name=stage.name, state="", rows="", rate="")
             rows = stage.rows_out if stage.rows_out is not None else stage.counts.get("rows_out")
             bars.update(
-                place,
+                places[stage.name],
                 completed=stage.progress,
-                state=stage.state.value,
+                state=_time_left(stage) or stage.state.value,
                 rows="" if rows is None else f"{rows:,} rows",
                 rate="" if not stage.rate else f"{stage.rate:,.0f} rows/s",
-                eta=_eta(stage),
             )
-            if stage.finished_at is not None:
-                bars.stop_task(place)
 
     return show
 
 
-def _eta(stage: "StageView") -> str:
+def _time_left(stage: "StageView") -> str:
     if stage.eta is None or stage.finished_at is not None:
         return ""
     from datetime import UTC, datetime
@@ -204,15 +197,18 @@ def show_report(view: View, run: "RunView", found: dict[str, Any]) -> None:
     if view.format not in ("table", "wide") or view.fields:
         view.one(found, key="run_id")
         return
-    stages = [[cell(stage[name]) for name in ("name", "state", "rows_in", "rows_out", "rejected")] for stage in found["stages"]]
+    stages = [
+        [cell(stage[name]) for name in ("name", "state", "rows_in", "rows_out", "rejected")]
+        for stage in found["stages"]
+    ]
     files = [[file["name"], cell(file["rows"]), file["sha256"], file["path"] or ""] for file in found["artifacts"]]
     score = found["quality"]["score"]
-    facts = [
-        ["run", found["run_id"]],
-        ["state", found["state"]],
-        *([["reason", f"{run.reason}: {run.message}"]] if run.reason and found["state"] != "completed" else []),
-        *([["quality", f"score {score if score is None else round(score, 4)}, gate {found['quality']['gate']}"]] if found["quality"]["gate"] else []),
-    ]  # fmt: skip
+    facts = [["run", found["run_id"]], ["state", found["state"]]]
+    if run.reason and found["state"] != "completed":
+        facts.append(["reason", f"{run.reason}: {run.message}"])
+    if found["quality"]["gate"]:
+        rounded = "none" if score is None else f"{score:.4f}"
+        facts.append(["quality", f"score {rounded}, gate {found['quality']['gate']}"])
     head = ["STAGE", "STATE", "ROWS IN", "ROWS OUT", "REJECTED"], ["FILE", "ROWS", "SHA-256", "PATH"]
     write = table if sys.stdout.isatty() else tabbed
     write(head[0], stages)
@@ -237,7 +233,9 @@ def ended(client: "Client", run: "RunView", view: View, folder: Path | None) -> 
 
 
 def _failed_stage(run: "RunView") -> str:
-    return "".join(f"\n  {stage.name}: {stage.reason}: {stage.message}" for stage in run.stages if stage.state.value == "failed")
+    return "".join(
+        f"\n  {stage.name}: {stage.reason}: {stage.message}" for stage in run.stages if stage.state.value == "failed"
+    )
 
 
 def _advice(run: "RunView") -> str:

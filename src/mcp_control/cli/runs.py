@@ -10,13 +10,17 @@ from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, W
 from mcp_control.cli.output import View, write_json
 from mcp_control.cli.report import download, ended, follow, report, results, show_report
 
-app = typer.Typer(name="runs", help="Executions of pipelines: watch, pause, cancel, retry, fetch results.", no_args_is_help=True)
+app = typer.Typer(
+    name="runs", help="Executions of pipelines: watch, pause, cancel, retry, fetch results.", no_args_is_help=True
+)
 COLUMNS = ("id", "pipeline", "pipeline_version", "state", "progress", "created_at", "finished_at", "reason")
 WIDE = ("message", "labels", "summary", "round")
 TASKS = ("id", "type", "stage", "item", "state", "attempt", "progress", "agent_id", "message")
 FILES = ("id", "name", "role", "size", "rows", "sha256")
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a run, or the end of one.")]
-Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Download the results there.", show_default=False)]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Download the results there.", show_default=False)
+]
 
 
 @app.command("ls")
@@ -67,7 +71,10 @@ def tasks(id: Id, limit: Limit = None, as_json: Json = False, out: Out = None, f
 @app.command("artifacts")
 def artifacts(
     id: Id,
-    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Download outputs and reports there.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Download outputs and reports there.", show_default=False),
+    ] = None,
     limit: Limit = None,
     as_json: Json = False,
     out: Out = None,
@@ -78,7 +85,12 @@ def artifacts(
     with connect() as client:
         found = run_id(client, id)
         if output is None:
-            view.many(client.runs.handle(found).artifacts(), FILES, ("stage", "task_id", "media_type", "created_at"), limit=limit)
+            view.many(
+                client.runs.handle(found).artifacts(),
+                FILES,
+                ("stage", "task_id", "media_type", "created_at"),
+                limit=limit,
+            )
             return
         kept = results(client, found)
         paths = download(client, kept, output)
@@ -120,10 +132,15 @@ def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, 
 @app.command("retry")
 def retry(
     id: Id,
-    from_stage: Annotated[str, typer.Option("--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False)] = "",
+    from_stage: Annotated[
+        str, typer.Option("--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False)
+    ] = "",
     wait: Wait = False,
     timeout: Timeout = "",
-    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
+    ] = None,
     as_json: Json = False,
     out: Out = None,
     fields: Fields = "",

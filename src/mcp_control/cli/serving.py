@@ -52,10 +52,14 @@ class _Server:
         except OSError as error:
             holder = _holder(settings.data)
             if holder:
-                raise CliError(f"the data folder {settings.data} is in use by another server (process {holder})") from None
+                raise CliError(
+                    f"the data folder {settings.data} is in use by another server (process {holder})"
+                ) from None
             where = f"{settings.host}:{settings.port}"
             raise CliError(
-                f"cannot listen on {where}: {error.strerror or error}", FAILED, "choose another --port; 0 takes a free one"
+                f"cannot listen on {where}: {error.strerror or error}",
+                FAILED,
+                "choose another --port; 0 takes a free one",
             ) from None
         finally:
             if self._agents is not None:
@@ -64,7 +68,9 @@ class _Server:
     async def _ready(self, there: Ready) -> None:
         url = _local(there.url)
         if there.one_time_password and not self._as_json:
-            _line(f"First administrator: admin   one-time password: {there.one_time_password}   (shown this once; `mcpctl login`)")
+            _line(
+                f"First administrator: admin   one-time password: {there.one_time_password}   (shown this once; `mcpctl login`)"
+            )
         profile = await _profile(there, url)
         targets = await _plugins(there)
         count = self._settings.agents

@@ -23,9 +23,19 @@ def status(as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
 
 def api(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="GET, POST, PATCH, DELETE …")],
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Below /api/v1, with its query: /tasks?state=failed. //metrics is from the root.")],
-    data: Annotated[str, typer.Option("--data", "-d", metavar="JSON", help="The body: JSON, @file, or -.", show_default=False)] = "",
-    header: Annotated[list[str] | None, typer.Option("--header", "-H", metavar="NAME:VALUE", help="A header; repeatable.", show_default=False)] = None,
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="Below /api/v1, with its query: /tasks?state=failed. //metrics is from the root."
+        ),
+    ],
+    data: Annotated[
+        str, typer.Option("--data", "-d", metavar="JSON", help="The body: JSON, @file, or -.", show_default=False)
+    ] = "",
+    header: Annotated[
+        list[str] | None,
+        typer.Option("--header", "-H", metavar="NAME:VALUE", help="A header; repeatable.", show_default=False),
+    ] = None,
 ) -> None:
     """Send one request to the API and print the answer's body as it is."""
     from urllib.parse import parse_qsl
@@ -86,7 +96,9 @@ def _described(command: Any, path: str) -> dict[str, Any]:
                 "required": bool(one.required),
                 "repeatable": bool(one.multiple),
                 "type": "flag" if getattr(one, "is_flag", False) else _type(one),
-                "choices": [str(choice) for choice in get_args(one.type_descriptor.annotation)] if _type(one) == "choice" else [],
+                "choices": [str(choice) for choice in get_args(one.type_descriptor.annotation)]
+                if _type(one) == "choice"
+                else [],
                 "help": getattr(one, "help", None) or "",
             }
             for one in command.params
@@ -118,7 +130,9 @@ def settings_show(as_json: Json = False, out: Out = None, fields: Fields = "") -
     try:
         from mcp_control.configuration.settings import SettingsError, load
     except ImportError as error:
-        raise CliError(f"the server is not installed: {error}", hint="pip install 'mcp-control-panel[server]'") from None
+        raise CliError(
+            f"the server is not installed: {error}", hint="pip install 'mcp-control-panel[server]'"
+        ) from None
     try:
         sources = load().sources()
     except SettingsError as error:

@@ -27,15 +27,30 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a task, or the end 
 @app.command("submit")
 def submit(
     type: Annotated[str, typer.Argument(metavar="TYPE", help="The task type, a capability of some agent.")],
-    payload: Annotated[str, typer.Option("--payload", "-p", metavar="JSON", help="JSON, @file, or - for standard input.")] = "null",
-    priority: Annotated[str, typer.Option("--priority", help="0 to 100, or critical, high, medium, low.", show_default=False)] = "",
-    key: Annotated[str, typer.Option("--key", help="Idempotency key: repeating it returns the first task.", show_default=False)] = "",
+    payload: Annotated[
+        str, typer.Option("--payload", "-p", metavar="JSON", help="JSON, @file, or - for standard input.")
+    ] = "null",
+    priority: Annotated[
+        str, typer.Option("--priority", help="0 to 100, or critical, high, medium, low.", show_default=False)
+    ] = "",
+    key: Annotated[
+        str, typer.Option("--key", help="Idempotency key: repeating it returns the first task.", show_default=False)
+    ] = "",
     label: Labels = None,
     agent: Annotated[str, typer.Option("--agent", help="Only this agent may take it.", show_default=False)] = "",
-    delay: Annotated[str, typer.Option("--delay", metavar="TIME", help="Not before this time from now.", show_default=False)] = "",
-    deadline: Annotated[str, typer.Option("--deadline", metavar="TIME", help="Ends `expired` after this time from now.", show_default=False)] = "",
-    attempt_timeout: Annotated[str, typer.Option("--attempt-timeout", metavar="TIME", help="What one attempt may take.", show_default=False)] = "",
-    retries: Annotated[int | None, typer.Option("--retries", min=0, help="Attempts after the first one.", show_default=False)] = None,
+    delay: Annotated[
+        str, typer.Option("--delay", metavar="TIME", help="Not before this time from now.", show_default=False)
+    ] = "",
+    deadline: Annotated[
+        str,
+        typer.Option("--deadline", metavar="TIME", help="Ends `expired` after this time from now.", show_default=False),
+    ] = "",
+    attempt_timeout: Annotated[
+        str, typer.Option("--attempt-timeout", metavar="TIME", help="What one attempt may take.", show_default=False)
+    ] = "",
+    retries: Annotated[
+        int | None, typer.Option("--retries", min=0, help="Attempts after the first one.", show_default=False)
+    ] = None,
     wait: Wait = False,
     timeout: Timeout = "",
     as_json: Json = False,
@@ -62,7 +77,9 @@ def submit(
 
         options["needs"] = Needs(agent=agent)
     with connect() as client:
-        handle = client.tasks.submit(type, body, **{name: value for name, value in options.items() if value is not None})
+        handle = client.tasks.submit(
+            type, body, **{name: value for name, value in options.items() if value is not None}
+        )
         if not wait:
             view.one(handle.get(), ("id", "type", "state"))
             return
@@ -71,7 +88,9 @@ def submit(
 
 @app.command("ls")
 def ls(
-    state: Annotated[str, typer.Option("--state", help="Only tasks in this state, e.g. failed.", show_default=False)] = "",
+    state: Annotated[
+        str, typer.Option("--state", help="Only tasks in this state, e.g. failed.", show_default=False)
+    ] = "",
     type: Annotated[str, typer.Option("--type", help="Only tasks of this type.", show_default=False)] = "",
     run: Annotated[str, typer.Option("--run", help="Only tasks of this run.", show_default=False)] = "",
     agent: Annotated[str, typer.Option("--agent", help="Only tasks of this agent.", show_default=False)] = "",
@@ -85,7 +104,12 @@ def ls(
     """List tasks, newest first."""
     view = View.of(out, as_json, fields)
     with connect() as client:
-        wanted: dict[str, Any] = {"state": state or None, "type": type or None, "run": run or None, "label": pairs(label) or None}
+        wanted: dict[str, Any] = {
+            "state": state or None,
+            "type": type or None,
+            "run": run or None,
+            "label": pairs(label) or None,
+        }
         if agent:
             wanted["agent"] = agent_name(client, agent)
         page = min(limit or 500, 500)
@@ -121,7 +145,9 @@ def watch(id: Id, timeout: Timeout = "", as_json: Json = False, out: Out = None,
 
 @app.command("logs")
 def logs(
-    id: Id, follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False, as_json: Json = False
+    id: Id,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the task has ended.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Print a task's log lines."""
     with connect() as client:
@@ -142,7 +168,9 @@ def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, 
 
 
 @app.command("retry")
-def retry(id: Id, wait: Wait = False, timeout: Timeout = "", as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+def retry(
+    id: Id, wait: Wait = False, timeout: Timeout = "", as_json: Json = False, out: Out = None, fields: Fields = ""
+) -> None:
     """Submit a task that has ended once more, as a new one."""
     view = View.of(out, as_json, fields)
     limit = seconds(timeout)
@@ -185,7 +213,9 @@ def _ended(handle: "TaskHandle", timeout: float | None, view: View) -> int:
     except KeyboardInterrupt:
         raise _left(handle.id) from None
     except TimeoutError:
-        raise CliError(f"task {handle.id} has not ended after {timeout:g} s", TIMED_OUT, f"mcpctl tasks watch {handle.id}") from None
+        raise CliError(
+            f"task {handle.id} has not ended after {timeout:g} s", TIMED_OUT, f"mcpctl tasks watch {handle.id}"
+        ) from None
     view.one(found, SHOWN)
     return _verdict(found)
 
@@ -193,13 +223,21 @@ def _ended(handle: "TaskHandle", timeout: float | None, view: View) -> int:
 def _verdict(found: "TaskView") -> int:
     if found.state.value == "completed":
         return OK
-    failure = f": {found.failure.code}: {found.failure.message}" if found.failure else f": {found.reason} {found.message}".rstrip()
+    failure = (
+        f": {found.failure.code}: {found.failure.message}"
+        if found.failure
+        else f": {found.reason} {found.message}".rstrip()
+    )
     say(f"mcpctl: task {found.id} is {found.state.value}{failure}\n  next: mcpctl tasks logs {found.id}")
     return ENDED_BADLY
 
 
 def _left(id: str) -> CliError:
-    return CliError(f"the task goes on: {id}", INTERRUPTED, f"`mcpctl tasks watch {id}` follows it, `mcpctl tasks cancel {id}` ends it")
+    return CliError(
+        f"the task goes on: {id}",
+        INTERRUPTED,
+        f"`mcpctl tasks watch {id}` follows it, `mcpctl tasks cancel {id}` ends it",
+    )
 
 
 def _line(line: "LogLine") -> str:
@@ -207,5 +245,3 @@ def _line(line: "LogLine") -> str:
 
     more = "".join(f" {name}={cell(value)}" for name, value in (line.fields or {}).items())
     return f"{to_datetime(line.at).isoformat(timespec='milliseconds')} {line.level:7} {safe(line.message)}{more}"
-
-

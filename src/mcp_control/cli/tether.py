@@ -27,6 +27,7 @@ class Tether:
 
     def __init__(self) -> None:
         self.fd, self._held = os.pipe()
+        self._cut = False
 
     def environ(self, **more: str) -> dict[str, str]:
         """Return the environment for a child: ours without secrets, and the tether."""
@@ -35,9 +36,10 @@ class Tether:
 
     def cut(self) -> None:
         """Let go: children that still live end."""
-        for end in (self.fd, self._held):
-            with suppress(OSError):
-                os.close(end)
+        if not self._cut:
+            self._cut = True
+            os.close(self.fd)
+            os.close(self._held)
 
 
 def hold(environ: Mapping[str, str] | None = None) -> None:

@@ -11,12 +11,24 @@ from mcp_control.cli.options import Json
 
 
 def up(
-    data: Annotated[Path | None, typer.Option("--data", help="Data folder; one server at a time uses it.", show_default=False)] = None,
-    port: Annotated[int | None, typer.Option("--port", help="Port; 0 takes a free one. Default: 8640.", show_default=False)] = None,
-    agents: Annotated[int | None, typer.Option("--agents", min=0, max=64, help="Local agents to run. Default: 0.", show_default=False)] = None,
-    host: Annotated[str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1.", show_default=False)] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="TOML file with settings.", show_default=False)] = None,
-    log_level: Annotated[str | None, typer.Option("--log-level", help="debug, info, warning or error.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Data folder; one server at a time uses it.", show_default=False)
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", help="Port; 0 takes a free one. Default: 8640.", show_default=False)
+    ] = None,
+    agents: Annotated[
+        int | None, typer.Option("--agents", min=0, max=64, help="Local agents to run. Default: 0.", show_default=False)
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen on. Default: 127.0.0.1.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="TOML file with settings.", show_default=False)
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option("--log-level", help="debug, info, warning or error.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a server here until Ctrl-C, with agents as its child processes.
