@@ -76,15 +76,15 @@ async def _server(folder: Path, weather: Weather) -> AsyncIterator[RunningServer
 
 
 async def _repeated(client: httpx2.AsyncClient, path: str, **more: Any) -> httpx2.Response:
-    """Send a request until it is answered with something else than `not now`; what it does must bear repetition."""
+    """Send a request as long as the answer asks for that; what it does must bear repetition."""
 
     async def answered() -> httpx2.Response | None:
         answer = await client.post(path, **more)
-        if answer.status_code != 503:
+        if answer.status_code < 400:
             return answer
         problem = answer.json()
         assert problem["retryable"] is True, problem
-        assert problem["code"] in ("store-unavailable", "outcome-unknown"), problem
+        assert problem["code"] in ("store-unavailable", "outcome-unknown", "conflict"), problem
         return None
 
     found = await until(answered, 30, path)
