@@ -18,6 +18,7 @@ from mcp_control.pipelines.model import Pipeline, PipelineSpec, PipelineView
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
 from mcp_control.pipelines.validate import validate
 from mcp_control.security.model import Actor
+from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 
 _TRIES: Final = 10
@@ -40,6 +41,7 @@ class Catalogue:
 
     def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
+        allow(actor, "pipelines.create")
         return validate(spec, None if self._offered is None else self._offered(actor.tenant))
 
     async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
@@ -82,6 +84,7 @@ class Catalogue:
 
     async def get(self, actor: Actor, ref: str, version: int | None = None) -> Pipeline:
         """Return a definition by id or name, with `version` that version of its name, else the newest. Raises NotFound."""
+        allow(actor, "pipelines.get", ref)
         found: Pipeline | None = None
         name: str | None = ref
         if ref.startswith("pipe_") and is_id(ref):
@@ -100,6 +103,7 @@ class Catalogue:
 
     async def list(self, actor: Actor, *, cursor: str | None = None, limit: int = 50) -> Page[PipelineView]:
         """Return a page of the newest versions, by name."""
+        allow(actor, "pipelines.list")
         after = None if cursor is None else decode_cursor("pipelines", cursor, 2)
         where = [Where("latest", "ge", scoped(actor.tenant, "")), Where("latest", "lt", actor.tenant + "\x20")]
         rows = await self._store.find("pipeline", Query(where=where, order="latest", after=after, limit=limit + 1))

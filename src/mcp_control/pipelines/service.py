@@ -35,6 +35,7 @@ from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Plans, Runs
 from mcp_control.security.model import SYSTEM, Actor
+from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished
 from mcp_control.tasks.model import Origin, Request, TaskState
@@ -100,6 +101,7 @@ class PipelineEngine:
             Invalid: parameters, labels or priority; everything that is wrong.
             IdempotencyKeyInvalid, IdempotencyMismatch: the key, or another request under the same key.
         """
+        allow(actor, "runs.execute")
         check_key(request.idempotency_key)
         digest = "" if request.idempotency_key is None else _digest(ref, request)
         if request.idempotency_key is not None:
@@ -203,6 +205,7 @@ class PipelineEngine:
         oldest_first: bool = False,
     ) -> Page[RunView]:
         """Return a page of runs for which all conditions given hold (`pipeline` is a name), newest first unless asked otherwise."""
+        allow(actor, "runs.list")
         where: builtins.list[Where] = []
         if pipeline is not None:
             where.append(Where("pipeline", "eq", pipeline))
@@ -237,7 +240,8 @@ class PipelineEngine:
             raise NotFound("no such run")
         return entity.cold.get(f"output/{stage}", b"null")
 
-    async def _load(self, actor: Actor, run_id: str) -> Active:
+    async def _load(self, actor: Actor, run_id: str, action: str = "runs.get") -> Active:
+        allow(actor, action, run_id)
         active = await self._runs.load(run_id)
         if active is None or active.run.tenant != actor.tenant:
             raise NotFound("no such run")
@@ -288,7 +292,7 @@ class PipelineEngine:
             anew: what is known of outputs no longer holds.
         """
         for _ in range(_TRIES):
-            active = await self._load(actor, run_id)
+            active = await self._load(actor, run_id, "runs.change")
             before, now = active.run, self._clock.now()
             run = ask(active.plan, before, now)
             if anew:
