@@ -295,7 +295,7 @@ async def test_parameters_are_checked_all_at_once(here: World) -> None:
 async def test_another_tenant_sees_nothing(here: World) -> None:
     """Runs and definitions of another tenant read as absent."""
     run = await here.start(chain(1))
-    other = Actor(id="user_bob", kind="user", tenant="other")
+    other = Actor(id="user_bob", kind="user", tenant="other", roles=("administrator",))
     for read in (
         here.engine.run(other, run.id),
         here.engine.get(other, "chain"),

@@ -91,8 +91,6 @@ class PipelineEngine:
         """Return a definition as callers see it, with its spec."""
         return pipeline_view(pipeline, with_spec=True)
 
-    # --- runs: start ----------------------------------------------------------------------------------------------
-
     async def execute(self, actor: Actor, ref: str, request: RunRequest, origin: Origin) -> tuple[Run, bool]:
         """Start a run, durable on return, and say whether it is new: the same idempotency key gives the run of then.
 
