@@ -165,6 +165,11 @@ class ServerProcess:
         """Ask it to end, and return its exit code."""
         return self._end(signal.SIGTERM)
 
+    def ended(self, seconds: float = 30.0) -> int:
+        """Wait until it ends by itself, and return its exit code."""
+        assert self._process is not None
+        return self._process.wait(timeout=seconds)
+
     def _end(self, by: signal.Signals) -> int:
         process, self._process = self._process, None
         if process is None:
