@@ -1,5 +1,7 @@
 """`mcpctl` as people run it: real processes against a real `mcpctl up`."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -9,9 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
+
+from mcp_control.cli.main import run
 
 HERE = Path(__file__).parent
 MCPCTL = (sys.executable, "-m", "mcp_control.cli.main")
@@ -35,17 +40,41 @@ class Cli:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MCP_CONTROL_")}
         self.environ = {**kept, "MCP_CONTROL_CONFIG_DIR": str(self.config), "COLUMNS": "80"}
 
-    def __call__(self, *args: str, code: int = 0, stdin: str | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    def __call__(
+        self, *args: str, code: int = 0, stdin: str | None = None, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; its exit code must be `code`."""
         done = subprocess.run(
-            [*MCPCTL, *args], capture_output=True, text=True, input=stdin, timeout=60, cwd=HERE, env={**self.environ, **environ}
+            [*MCPCTL, *args],
+            capture_output=True,
+            text=True,
+            input=stdin,
+            timeout=60,
+            cwd=HERE,
+            env={**self.environ, **environ},
         )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
+    def inside(self, *args: str, code: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+        """Run a command as `__call__` does, piped, but in this process: where the process itself is not what is tested."""
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        with (
+            patch.dict(os.environ, {**self.environ, **environ}, clear=True),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            patch("sys.stdin", io.StringIO()),
+        ):
+            returned = run(list(args))
+        done = subprocess.CompletedProcess(
+            args, returned, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+        )
+        assert returned == code, f"exit {returned}\n{done.stdout}\n{done.stderr}"
+        return done
+
     def json(self, *args: str, code: int = 0) -> Any:
-        """Run a command with --json and return what it printed."""
-        return json.loads(self(*args, "--json", code=code).stdout)
+        """Run a command with --json in this process and return what it printed."""
+        return json.loads(self.inside(*args, "--json", code=code).stdout)
 
     def background(self, *args: str, **environ: str) -> subprocess.Popen[str]:
         """Start a command."""
@@ -64,7 +93,9 @@ class Up:
     """A running `mcpctl up`, ready."""
 
     def __init__(self, cli: Cli, data: Path, *args: str, port: int = 0) -> None:
-        self.process = cli.background("up", "--json", "--log-level", "error", "--data", str(data), "--port", str(port), *args)
+        self.process = cli.background(
+            "up", "--json", "--log-level", "error", "--data", str(data), "--port", str(port), *args
+        )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, self.process.communicate()[1]

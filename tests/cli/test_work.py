@@ -11,32 +11,32 @@ from tests.cli.conftest import MCPCTL, Cli, Up, until
 
 def test_a_task_is_submitted_waited_for_and_printed_whole(cli: Cli, panel: Up) -> None:
     """`tasks submit TYPE --payload JSON --wait --json` prints the task with its result and exits 0."""
-    found = cli.json("tasks", "submit", "tests.echo", "--payload", '{"a": [1, null]}', "--wait")
+    found = json.loads(cli("tasks", "submit", "tests.echo", "--payload", '{"a": [1, null]}', "--wait", "--json").stdout)
     assert found["state"] == "completed"
     assert found["result"] == {"a": [1, None]}
-    assert cli("tasks", "get", found["id"][-12:], "-o", "name").stdout.strip() == found["id"]
-    assert "echoing" in cli("tasks", "logs", found["id"]).stdout
+    assert cli.inside("tasks", "get", found["id"][-12:], "-o", "name").stdout.strip() == found["id"]
+    assert "echoing" in cli.inside("tasks", "logs", found["id"]).stdout
 
 
 def test_a_task_that_failed_is_exit_code_8(cli: Cli, panel: Up) -> None:
     """Who waits for a task that fails learns it from the exit code, and finds it among the failed ones."""
     done = cli("tasks", "submit", "tests.refuse", "--wait", "--json", code=8)
-    id = json.loads(done.stdout)["id"]
+    task_id = json.loads(done.stdout)["id"]
     assert "E_NEVER" in done.stderr
     failed = cli.json("tasks", "ls", "--state", "failed")
-    assert id in [one["id"] for one in failed]
+    assert task_id in [one["id"] for one in failed]
     assert all(one["state"] == "failed" and one["type"] and one["attempts"] for one in failed)
-    assert cli.json("tasks", "watch", id, code=8)["id"] == id
+    assert cli.json("tasks", "watch", task_id, code=8)["id"] == task_id
 
 
 def test_why_a_task_does_not_run_is_explained(cli: Cli, panel: Up) -> None:
     """`tasks explain ID` names the reason; the wait for it ends with exit code 7 and the task goes on."""
     done = cli("tasks", "submit", "tests.nobody", "--wait", "--timeout", "0.2", "--json", code=7)
     assert "mcpctl tasks watch" in done.stderr
-    (id,) = cli("tasks", "ls", "--type", "tests.nobody", "-o", "name").stdout.split()
-    assert cli.json("tasks", "explain", id)["code"] == "no-capable-agent"
-    assert "no-capable-agent" in cli("tasks", "explain", id).stdout
-    assert cli.json("tasks", "cancel", id, "--reason", "test")["state"] == "cancelled"
+    (task_id,) = cli.inside("tasks", "ls", "--type", "tests.nobody", "-o", "name").stdout.split()
+    assert cli.json("tasks", "explain", task_id)["code"] == "no-capable-agent"
+    assert "no-capable-agent" in cli.inside("tasks", "explain", task_id).stdout
+    assert cli.json("tasks", "cancel", task_id, "--reason", "test")["state"] == "cancelled"
 
 
 def test_agents_are_listed_drained_and_resumed(cli: Cli, panel: Up) -> None:
@@ -49,13 +49,13 @@ def test_agents_are_listed_drained_and_resumed(cli: Cli, panel: Up) -> None:
 
 def test_an_empty_list_is_an_empty_list(cli: Cli, panel: Up) -> None:
     """Empty lists print `[]` in JSON and only a head when piped."""
-    assert cli("runs", "ls", "--state", "cancelled", "--json").stdout == "[]\n"
-    assert cli("runs", "ls", "--state", "cancelled").stdout.count("\n") == 1
+    assert cli.inside("runs", "ls", "--pipeline", "unheard-of", "--json").stdout == "[]\n"
+    assert cli.inside("runs", "ls", "--pipeline", "unheard-of").stdout.count("\n") == 1
 
 
 def test_piped_output_is_tab_separated_and_never_cut(cli: Cli, panel: Up) -> None:
     """A list that is piped has one line per thing, tabs between cells, whole ids and no boxes, however narrow the terminal."""
-    cli("tasks", "submit", "tests.echo", "--payload", '"x"', "--wait")
+    cli.inside("tasks", "submit", "tests.echo", "--payload", '"x"', "--wait")
     lines = cli("tasks", "ls", "--limit", "2", COLUMNS="20").stdout.splitlines()
     assert lines[0].split("\t")[:3] == ["ID", "TYPE", "STATE"]
     assert all(len(line.split("\t")) == len(lines[0].split("\t")) for line in lines)
@@ -69,7 +69,7 @@ def test_every_format_holds_the_same_things(cli: Cli, panel: Up, form: str) -> N
     import yaml
 
     wanted = {"tests", "techdeck-1"}
-    printed = cli("agents", "ls", "-o", form, *(() if form == "name" else ("--fields", "name,state"))).stdout
+    printed = cli.inside("agents", "ls", "-o", form, *(() if form == "name" else ("--fields", "name,state"))).stdout
     found = {
         "json": lambda: {one["name"] for one in json.loads(printed)},
         "jsonl": lambda: {json.loads(line)["name"] for line in printed.splitlines()},
@@ -100,22 +100,22 @@ def test_every_format_holds_the_same_things(cli: Cli, panel: Up, form: str) -> N
 )
 def test_what_goes_wrong_has_its_exit_code(cli: Cli, panel: Up, code: int, args: tuple[str, ...]) -> None:
     """2 wrong use, 3 not found, 6 unreachable: with the reason on standard error and nothing on standard output."""
-    done = cli(*args, code=code)
+    done = cli.inside(*args, code=code)
     assert done.stdout == ""
     assert done.stderr
 
 
 def test_who_may_not_is_told_so(cli: Cli, panel: Up) -> None:
-    """A token that is not valid is exit code 4, with the request's id and the next command."""
-    done = cli("status", code=4, MCP_CONTROL_TOKEN="mcpt_nonsense")
+    """A token that is not valid is exit code 4, with the request's task_id and the next command."""
+    done = cli.inside("status", code=4, MCP_CONTROL_TOKEN="mcpt_nonsense")
     assert "mcpctl login" in done.stderr
     assert "request" in done.stderr
 
 
 def test_what_does_not_fit_the_state_is_a_conflict(cli: Cli, panel: Up) -> None:
     """Cancelling what has ended is exit code 5."""
-    id = cli.json("tasks", "submit", "tests.echo", "--wait")["id"]
-    cli("tasks", "assign", id, "tests", code=5)
+    task_id = cli.json("tasks", "submit", "tests.echo", "--wait")["id"]
+    cli.inside("tasks", "assign", task_id, "tests", code=5)
 
 
 def test_a_reader_that_leaves_is_no_error(cli: Cli, panel: Up) -> None:
@@ -128,34 +128,42 @@ def test_a_reader_that_leaves_is_no_error(cli: Cli, panel: Up) -> None:
 
 def test_any_route_can_be_called(cli: Cli, panel: Up) -> None:
     """`mcpctl api` sends a request as it is, and a refused one has the exit code of its kind."""
-    made = json.loads(cli("api", "POST", "/tasks?wait=10", "--data", '{"type": "tests.echo", "payload": 7}').stdout)
+    made = json.loads(
+        cli.inside("api", "POST", "/tasks?wait=10", "--data", '{"type": "tests.echo", "payload": 7}').stdout
+    )
     assert made["result"] == 7
-    cli("api", "GET", "/tasks/unheard-of", code=3)
-    assert "mcp_control" in cli("api", "GET", "//metrics").stdout
+    cli.inside("api", "GET", "/tasks/unheard-of", code=3)
+    assert "mcp_control" in cli.inside("api", "GET", "//metrics").stdout
 
 
 def test_events_are_printed_one_object_per_line(cli: Cli, panel: Up) -> None:
     """`events tail --json` prints what happened after a cursor."""
-    lines = cli("events", "tail", "--after", "evt_0", "-n", "3", "--json").stdout.splitlines()
+    lines = cli.inside("events", "tail", "--after", "evt_0", "-n", "3", "--json").stdout.splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["evt_1", "evt_2", "evt_3"]
 
 
 def test_a_token_is_made_listed_and_revoked(cli: Cli, panel: Up) -> None:
     """A token works until it is revoked, and its secret is printed once."""
-    token = cli("tokens", "create", "for a test", "--expires", "1h").stdout.strip()
-    assert cli("status", MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url).returncode == 0
-    listed = cli("tokens", "ls", "--json").stdout
+    token = cli.inside("tokens", "create", "for a test", "--expires", "1h").stdout.strip()
+    assert cli.inside("status", MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url).returncode == 0
+    listed = cli.inside("tokens", "ls", "--json").stdout
     assert token not in listed
-    (id,) = [one["id"] for one in json.loads(listed) if one["name"] == "for a test"]
-    cli("tokens", "revoke", id)
-    cli("status", code=4, MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url)
+    (task_id,) = [one["id"] for one in json.loads(listed) if one["name"] == "for a test"]
+    cli.inside("tokens", "revoke", task_id)
+    cli.inside("status", code=4, MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url)
 
 
 def test_an_agent_elsewhere_enrols_with_a_one_time_token(cli: Cli, own: Cli, panel: Up) -> None:
     """`agents enrol` makes the token with which an agent registers that has nothing else."""
-    token = cli("agents", "enrol", "--name", "elsewhere").stdout.strip()
+    token = cli.inside("agents", "enrol", "--name", "elsewhere").stdout.strip()
     agent = own.background(
-        "agents", "start", "agent_for_tests:agent", "--name", "elsewhere", MCP_CONTROL_URL=panel.url, MCP_CONTROL_ENROLMENT_TOKEN=token
+        "agents",
+        "start",
+        "agent_for_tests:agent",
+        "--name",
+        "elsewhere",
+        MCP_CONTROL_URL=panel.url,
+        MCP_CONTROL_ENROLMENT_TOKEN=token,
     )
     try:
         until(lambda: any(one["name"] == "elsewhere" for one in cli.json("agents", "ls", "--state", "online")))
@@ -170,7 +178,7 @@ def test_files_go_up_and_come_down_unchanged(cli: Cli, panel: Up, tmp_path: Path
     """An artifact that is downloaded has the bytes of the file that was uploaded."""
     source = tmp_path / "some.bin"
     source.write_bytes(bytes(range(256)) * 1000)
-    id = cli.json("artifacts", "upload", str(source))["id"]
-    found = cli.json("artifacts", "download", id[-10:], "--output", str(tmp_path / "down"))
+    task_id = cli.json("artifacts", "upload", str(source))["id"]
+    found = cli.json("artifacts", "download", task_id[-10:], "--output", str(tmp_path / "down"))
     assert Path(found["path"]).read_bytes() == source.read_bytes()
-    assert id in cli("artifacts", "ls", "--name", "some.bin").stdout
+    assert task_id in cli.inside("artifacts", "ls", "--name", "some.bin").stdout
