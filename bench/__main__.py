@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = [name.strip().upper() for name in given.only.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in BENCHES]:
         parser.error(f"unknown: {', '.join(unknown)}")
-    console = Console(stderr=True, quiet=given.json)
+    console = Console(stderr=True, quiet=given.json, width=None if sys.stderr.isatty() else 150)
 
     here = machine()
     _say({"bench": "machine", **here})
