@@ -17,6 +17,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 ENDPOINTS = routes(__version__)
 OPEN = {
     "/health/live", "/health/ready", "/docs", "/docs/start.js", "/docs/swagger-ui.css", "/docs/swagger-ui-bundle.js", "/openapi.json",
+    "/asyncapi.json",
     "/api/v1/auth/login", "/api/v1/auth/password",
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """All routes and sockets, put together into the application."""
 
-from mcp_control.api import agents, artifacts, auth, docs, events, pipelines, runs, system, tasks
+import functools
+
+from mcp_control.api import agents, artifacts, asyncapi, auth, docs, events, pipelines, runs, system, tasks
 from mcp_control.api.agent_polling import Pollers
 from mcp_control.api.agent_polling import endpoints as polling
 from mcp_control.api.agent_socket import AgentSocket
@@ -31,7 +33,7 @@ def routes(version: str) -> tuple[Endpoint, ...]:
             document.append(build((*nouns, *shown), version))
         return document[0]
 
-    shown = docs.endpoints(openapi)
+    shown = docs.endpoints(openapi, functools.cache(functools.partial(asyncapi.build, version)))
     return (*nouns, *shown)
 
 

@@ -25,7 +25,11 @@ _PAGE: Final = b"""<!doctype html>
 <body><main id="swagger-ui"></main></body>
 </html>
 """
-_START: Final = b"""window.addEventListener("load", () => {
+_START: Final = b"""const dark = matchMedia("(prefers-color-scheme: dark)");
+const shade = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", shade);
+shade();
+window.addEventListener("load", () => {
   SwaggerUIBundle({ url: "/openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null, persistAuthorization: false });
 });
 """
@@ -54,12 +58,16 @@ async def docs_asset(call: Call) -> Reply:
     return Reply(200, file.read_bytes(), ((b"content-type", _FILES[name]), (b"cache-control", b"max-age=3600")))
 
 
-def endpoints(document: Callable[[], bytes]) -> tuple[Endpoint, ...]:
-    """Return the routes of the documentation; `document` gives the OpenAPI document."""
+def endpoints(document: Callable[[], bytes], sockets: Callable[[], bytes]) -> tuple[Endpoint, ...]:
+    """Return the routes of the documentation; `document` gives the OpenAPI document, `sockets` the AsyncAPI one."""
 
     async def openapi_document(_call: Call) -> Reply:
         """The OpenAPI 3.1 document."""
         return Reply(200, document(), ((b"content-type", b"application/json"),))
+
+    async def asyncapi_document(_call: Call) -> Reply:
+        """The AsyncAPI 3.0 document of the WebSockets."""
+        return Reply(200, sockets(), ((b"content-type", b"application/json"),))
 
     def page(path: str, handler: Handler, media: str, summary: str) -> Endpoint:
         return Endpoint(
@@ -76,6 +84,7 @@ def endpoints(document: Callable[[], bytes]) -> tuple[Endpoint, ...]:
 
     return (
         page("/openapi.json", openapi_document, "application/json", "The OpenAPI document"),
+        page("/asyncapi.json", asyncapi_document, "application/json", "The AsyncAPI document of the WebSockets"),
         page("/docs", docs_page, "text/html", "The API documentation"),
         page("/docs/start.js", docs_start, "text/javascript", "Documentation script"),
         page("/docs/swagger-ui.css", docs_asset, "text/css", "Documentation style"),

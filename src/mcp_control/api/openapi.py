@@ -22,7 +22,8 @@ _NAMES: Final = {
 }
 _INTRODUCTION: Final = (
     "Send `Authorization: Bearer` with an access token (`POST /api/v1/auth/login`), an API token or an agent's credential. "
-    "Errors are problem documents (RFC 9457) with a stable `code`; a 4xx changed nothing. Lists are paged by cursor."
+    "Errors are problem documents (RFC 9457) with a stable `code`; a 4xx changed nothing. Lists are paged by cursor. "
+    "The WebSockets `/ws` and `/ws/agent` are described by [/asyncapi.json](/asyncapi.json)."
 )
 
 
