@@ -17,7 +17,7 @@ from mcp_control.tasks import wire
 from mcp_control.tasks.model import Failure, LogLine
 
 _TASK: Final = "task_06h09s2bje1u5ikneltrvpo1bjh7un2n0b20"
-_TOKEN: Final = "0Zr1c3Yh5Xk"
+_PROOF: Final = "0Zr1c3Yh5Xk"
 _EVENT: Final = Event(
     id="evt_13",
     type="task.completed",
@@ -47,15 +47,15 @@ _TO_AGENTS: Final = (
     wire.Heartbeat(beat=Beat(tick=41, cpu_percent=12.5, memory_mb=80.0, free_slots=3, running=[_TASK])),
     wire.Report(
         id=7,
-        started=[wire.Started(task_id=_TASK, lease_token=_TOKEN)],
-        progress=[wire.Progress(task_id=_TASK, lease_token=_TOKEN, fraction=0.5, message="half of the recipients")],
+        started=[wire.Started(task_id=_TASK, lease_token=_PROOF)],
+        progress=[wire.Progress(task_id=_TASK, lease_token=_PROOF, fraction=0.5, message="half of the recipients")],
         logs=[
-            wire.Logged(task_id=_TASK, lease_token=_TOKEN, lines=[LogLine(at=1_767_225_600_000, message="connected")])
+            wire.Logged(task_id=_TASK, lease_token=_PROOF, lines=[LogLine(at=1_767_225_600_000, message="connected")])
         ],
         done=[
             wire.Done(
                 task_id=_TASK,
-                lease_token=_TOKEN,
+                lease_token=_PROOF,
                 outcome="failed",
                 failure=Failure(error_class="temporary", code="mail-server-busy", message="try again later"),
             )
@@ -70,7 +70,7 @@ _FROM_AGENTS: Final = (
         tasks=[
             wire.Assignment(
                 task_id=_TASK,
-                lease_token=_TOKEN,
+                lease_token=_PROOF,
                 type="mail.send",
                 attempt=1,
                 fence="1.1",
