@@ -133,8 +133,8 @@ def test_definitions_are_checked_and_applied(cli: Cli, panel: Up, tmp_path: Path
     file = tmp_path / "two.yaml"
     file.write_text(
         "apiVersion: mcp-control/v1\nkind: Pipeline\nmetadata: {name: two}\nspec:\n  params: {text: {type: string}}\n  stages:\n"
-        "    - {run_id: one, uses: tests.echo, with: {text: '${{ params.text }}'}}\n"
-        "    - {run_id: two, uses: tests.echo, needs: [one], with: {all: '${{ stages.one.output }}'}}\n"
+        "    - {id: one, uses: tests.echo, with: {text: '${{ params.text }}'}}\n"
+        "    - {id: two, uses: tests.echo, needs: [one], with: {all: '${{ stages.one.output }}'}}\n"
     )
     assert cli.json("pipelines", "apply", str(file), "--dry-run")["valid"] is True
     cli.inside("pipelines", "get", "two", code=3)

@@ -106,7 +106,7 @@ def test_what_goes_wrong_has_its_exit_code(cli: Cli, panel: Up, code: int, args:
 
 
 def test_who_may_not_is_told_so(cli: Cli, panel: Up) -> None:
-    """A token that is not valid is exit code 4, with the request's task_id and the next command."""
+    """A token that is not valid is exit code 4, with the request's id and the next command."""
     done = cli.inside("status", code=4, MCP_CONTROL_TOKEN="mcpt_nonsense")
     assert "mcpctl login" in done.stderr
     assert "request" in done.stderr
@@ -148,8 +148,8 @@ def test_a_token_is_made_listed_and_revoked(cli: Cli, panel: Up) -> None:
     assert cli.inside("status", MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url).returncode == 0
     listed = cli.inside("tokens", "ls", "--json").stdout
     assert token not in listed
-    (task_id,) = [one["id"] for one in json.loads(listed) if one["name"] == "for a test"]
-    cli.inside("tokens", "revoke", task_id)
+    (token_id,) = [one["id"] for one in json.loads(listed) if one["name"] == "for a test"]
+    cli.inside("tokens", "revoke", token_id)
     cli.inside("status", code=4, MCP_CONTROL_TOKEN=token, MCP_CONTROL_URL=panel.url)
 
 
@@ -178,7 +178,7 @@ def test_files_go_up_and_come_down_unchanged(cli: Cli, panel: Up, tmp_path: Path
     """An artifact that is downloaded has the bytes of the file that was uploaded."""
     source = tmp_path / "some.bin"
     source.write_bytes(bytes(range(256)) * 1000)
-    task_id = cli.json("artifacts", "upload", str(source))["id"]
-    found = cli.json("artifacts", "download", task_id[-10:], "--output", str(tmp_path / "down"))
+    artifact = cli.json("artifacts", "upload", str(source))["id"]
+    found = cli.json("artifacts", "download", artifact[-10:], "--output", str(tmp_path / "down"))
     assert Path(found["path"]).read_bytes() == source.read_bytes()
-    assert task_id in cli.inside("artifacts", "ls", "--name", "some.bin").stdout
+    assert artifact in cli.inside("artifacts", "ls", "--name", "some.bin").stdout
