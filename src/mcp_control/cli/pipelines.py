@@ -164,8 +164,11 @@ def run(
     limit = seconds(timeout)
     if output is not None and not wait:
         raise CliError("--output needs --wait", USAGE, "or fetch them later: mcpctl runs artifacts RUN --output DIR")
-    if output is not None and output.exists() and not output.is_dir():
-        raise CliError(f"--output {output} is not a folder", USAGE)
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CliError(f"--output {output}: {error.strerror}", USAGE) from None
     given = json_argument(params, "--params") if params else {}
     if not isinstance(given, dict):
         raise CliError("--params is not a JSON object", USAGE)

@@ -221,14 +221,17 @@ def show_report(view: View, run: "RunView", found: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def ended(client: "Client", run: "RunView", view: View, folder: Path | None) -> int:
-    """Print a run that has ended, its files downloaded first where a folder is given; returns the exit code."""
+def ended(client: "Client", run: "RunView", view: View, folder: Path | None, after: str = "") -> int:
+    """Print a run that has ended, its files downloaded first where a folder is given; returns the exit code.
+
+    `after` is what to do next when it failed; by default what a server that goes on permits.
+    """
     paths = download(client, results(client, run.id), folder) if folder is not None else None
     show_report(view, run, report(client, run, paths))
     if run.state.value == "completed":
         return OK
     say(f"mcpctl: run {run.id} is {run.state.value}: {run.reason}: {run.message}{_failed_stage(run)}")
-    say(f"  next: {_advice(run)}")
+    say(f"  next: {after or _advice(run)}")
     return ENDED_BADLY
 
 

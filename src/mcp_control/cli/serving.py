@@ -1,6 +1,7 @@
 """What `mcpctl up` does: the server, a profile for it, plugins' pipelines, local agents, and an end in good order."""
 
 import asyncio
+import errno
 import fcntl
 import os
 import signal
@@ -23,6 +24,7 @@ from mcp_control.monitoring.logs import configure
 from mcp_control.sdk.profiles import Profile, Profiles, normal_url
 
 AGENTS_SECONDS: Final = 20.0
+_NO_ADDRESS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 TOKEN_NAME: Final = "mcpctl up"  # noqa: S105 - the name of a token
 
 
@@ -50,20 +52,21 @@ class _Server:
         except StoreUnavailable as error:
             raise CliError(error.detail or str(error)) from None
         except OSError as error:
-            holder = _holder(settings.data)
-            if holder:
-                raise CliError(
-                    f"the data folder {settings.data} is in use by another server (process {holder})"
-                ) from None
-            where = f"{settings.host}:{settings.port}"
-            raise CliError(
-                f"cannot listen on {where}: {error.strerror or error}",
-                FAILED,
-                "choose another --port; 0 takes a free one",
-            ) from None
+            raise self._not_started(error) from None
         finally:
             if self._agents is not None:
                 await self._agents.kill()
+
+    def _not_started(self, error: OSError) -> CliError:
+        settings = self._settings
+        holder = _holder(settings.data)
+        if holder:
+            return CliError(f"the data folder {settings.data} is in use by another server (process {holder})")
+        why = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        if error.errno in _NO_ADDRESS or isinstance(error, socket.gaierror):
+            hint = "choose another --port; 0 takes a free one"
+            return CliError(f"cannot listen on {settings.host}:{settings.port}: {why}", FAILED, hint)
+        return CliError(f"the server did not start: {why}{f': {error.filename}' if error.filename else ''}")
 
     async def _ready(self, there: Ready) -> None:
         url = _local(there.url)
@@ -71,7 +74,11 @@ class _Server:
             _line(
                 f"First administrator: admin   one-time password: {there.one_time_password}   (shown this once; `mcpctl login`)"
             )
-        profile = await _profile(there, url)
+        try:
+            profile = await _profile(there, url)
+        except OSError as error:  # the server is of use without it: MCP_CONTROL_TOKEN, or a login elsewhere
+            say(f"the profile was not written: {error}")
+            profile = "none"
         targets = await _plugins(there)
         count = self._settings.agents
         wanted = [LocalAgent(f"{name}-{n}", target) for name, target in targets for n in range(1, count + 1)]
@@ -79,7 +86,9 @@ class _Server:
         self._on_signals(there)
         self._agents.start()
         all_there = await self._agents.connected(AGENTS_SECONDS)
-        if not all_there and self._stopping is None:
+        if self._stopping is not None:
+            return
+        if not all_there:
             say(f"not all local agents have connected within {AGENTS_SECONDS:g} s; see the log")
         if self._as_json:
             told = {
