@@ -1,0 +1,149 @@
+"""The documentation names everything there is, and nothing else."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
+
+from mcp_control.agents.model import AgentState
+from mcp_control.agents.registration import TRANSITIONS as AGENT_TRANSITIONS
+from mcp_control.pipelines.model import RunState, StageState
+from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS, VERBS
+from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
+from mcp_control.techdeck.quality.scoring import WEIGHTS
+from tests.docs.pages import ROOT, generator, text_of
+
+PACKAGE = ROOT / "src/mcp_control"
+GENERATOR = generator()
+HOW = "python docs/generate.py writes it anew"
+
+
+def _sources(folder: str = "") -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((PACKAGE / folder).rglob("*.py")))
+
+
+def _missing(page: str, names: Iterable[str]) -> list[str]:
+    text = text_of(page)
+    return [name for name in sorted(set(names)) if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("name", GENERATOR.PARTS)
+def test_what_the_code_decides_is_written_as_the_code_has_it(name: str) -> None:
+    """Settings, commands, routes, problems, metrics, options and state diagrams are those of the code."""
+    page, write = GENERATOR.PARTS[name]
+    found = GENERATOR.part(name).findall(text_of(page))
+    assert found == [f"\n{write()}\n\n"], HOW
+
+
+def _drawn(page: str, place: int) -> set[tuple[str, str, str]]:
+    diagram = re.findall(r"```mermaid\nstateDiagram-v2\n(.*?)```", text_of(page), re.DOTALL)[place]
+    edges: set[tuple[str, str, str]] = set()
+    for line in diagram.splitlines():
+        source, target, labels = re.fullmatch(r" +(\S+) --> (\w+)(?:: (.+))?", line).groups()  # type: ignore[union-attr]  # no match fails the test
+        if source != "[*]":
+            edges |= {(source, target, label) for label in (labels or "").split(", ")}
+    return edges
+
+
+@pytest.mark.parametrize(
+    ("page", "place", "table"),
+    [("agents.md", 0, AGENT_TRANSITIONS), ("tasks.md", 0, TASK_TRANSITIONS)],
+    ids=["agents", "tasks"],
+)
+def test_diagrams_by_verb_have_the_edges_of_the_transition_tables(
+    page: str, place: int, table: Mapping[Any, Any]
+) -> None:
+    """Edge by edge: verb, from, to."""
+    wanted = {
+        (s.value, t.value, verb) for verb, moves in table.items() for s, targets in moves.items() for t in targets
+    }
+    assert _drawn(page, place) == wanted
+
+
+@pytest.mark.parametrize(("place", "table"), [(0, RUN_TRANSITIONS), (1, STAGE_TRANSITIONS)], ids=["runs", "stages"])
+def test_diagrams_of_runs_have_the_edges_of_the_transition_tables(place: int, table: Mapping[Any, Any]) -> None:
+    """Edge by edge: from, to."""
+    assert _drawn("runs.md", place) == {(s.value, t.value, "") for s, targets in table.items() for t in targets}
+
+
+def test_every_state_is_explained() -> None:
+    """Each state of agents, tasks, runs and stages stands on its page."""
+    assert _missing("agents.md", AgentState) == []
+    assert _missing("tasks.md", TaskState) == []
+    assert _missing("runs.md", [*RunState, *StageState]) == []
+
+
+def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
+    """The table of verbs names the states each starts from."""
+    section = text_of("runs.md").partition("## Verbs")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \|", section, re.MULTILINE))
+    assert {verb: set(states.split(", ")) for verb, states in rows.items()} == {
+        verb: {state.value for state in states} for verb, states in VERBS.items()
+    }
+
+
+def test_every_event_type_is_listed() -> None:
+    """Those written out in the code, and those made of a state."""
+    nouns = "agent|task|run|stage|pipeline|artifact|user|token|credential|enrolment"
+    written = {
+        name
+        for folder in ("agents", "tasks", "pipelines", "artifacts", "security")
+        for name in re.findall(rf'"((?:{nouns})\.[a-z_]+)"', _sources(folder))
+    }
+    finals = ("completed", "failed", "cancelled")
+    made = {f"{noun}.{state}" for noun in ("task", "run", "stage") for state in finals}
+    made |= {"task.expired", "stage.skipped", *(f"agent.{state.value}" for state in AgentState)}
+    listed = set(re.findall(rf"`((?:{nouns})\.[a-z_]+)`", text_of("events.md")))
+    assert listed == (written | made) - {"pipeline.yaml"}
+
+
+def test_every_code_of_techdeck_is_listed() -> None:
+    """Each E_, W_, V_ and R_ code of the sources is in the table, and no other."""
+    pattern = r"\b[EWVR]_[A-Z][A-Z_]+\b"
+    in_code = set(re.findall(rf'"({pattern})"', _sources("techdeck")))
+    assert len(in_code) > 50
+    assert set(re.findall(pattern, text_of("techdeck.md"))) - {"R_"} == in_code
+
+
+def test_the_weights_of_the_score_are_those_of_the_code() -> None:
+    """Parts and percentages."""
+    rows = dict(re.findall(r"^\| (\w+) \| (\d+) % \|", text_of("techdeck.md"), re.MULTILINE))
+    assert {name: int(share) for name, share in rows.items()} == {
+        name: int(share * 100) for name, share in WEIGHTS.items()
+    }
+
+
+def test_every_code_of_invalid_input_is_listed() -> None:
+    """The codes that answers and definitions name place by place."""
+    at_doors = "".join(_sources(folder) for folder in ("api", "kernel", "security", "pipelines", "agents"))
+    at_doors += (PACKAGE / "tasks/submission.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'FieldError\((?:[^()]|\([^()]*\))*?code="([a-z]+(?:-[a-z]+)+)"', at_doors))
+    codes |= set(re.findall(r'(?:field_error|_error)\([^,()]+, "([a-z]+(?:-[a-z]+)+)"', at_doors))
+    codes |= set(re.findall(r'invalid\("[^"]*", "([a-z-]+)"', at_doors))
+    assert len(codes) > 10
+    assert _missing("api.md", codes) == []
+
+
+def test_every_code_of_an_explanation_is_listed() -> None:
+    """`explain` gives no code that the page does not have."""
+    source = (PACKAGE / "tasks/explain.py").read_text(encoding="utf-8")
+    codes = set(re.findall(r'_because\(\s*task,\s*"([a-z-]+)"', source)) | set(
+        re.findall(r'code = "([a-z-]+)"', source)
+    )
+    assert len(codes) > 6
+    assert _missing("tasks.md", codes) == []
+
+
+def test_every_frame_and_close_code_is_listed() -> None:
+    """Both sockets: every op, every code a socket is closed with."""
+    sockets = "".join((PACKAGE / name).read_text(encoding="utf-8") for name in ("api/websocket.py", "tasks/wire.py"))
+    ops = set(re.findall(r'tag="(\w+)"', sockets))
+    text = text_of("api.md")
+    assert len(ops) > 15
+    assert [op for op in sorted(ops) if f"`{op}`" not in text and f'"op": "{op}"' not in text] == []
+    codes = set(re.findall(r"(?:Gone|close|_shut|finish)\((\d{4}), |code, reason = (\d{4})", _sources("api")))
+    numbers = {number for pair in codes for number in pair if number}
+    assert len(numbers) > 5
+    assert [number for number in sorted(numbers) if number not in text] == []
