@@ -97,7 +97,7 @@ def _server(folder: Path, agents: int) -> "Iterator[Client]":
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "mcp_control.cli.main", "up", "--json", "--data", str(folder / "data"), "--port", "0",
-                "--host", "127.0.0.1", "--agents", str(agents), "--log-level", "warning",
+                "--host", "127.0.0.1", "--agents", str(agents), "--log-level", "warning", "--config", os.devnull,
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -24,9 +24,10 @@ _CHUNK: Final = 1 << 20
 def results(client: "Client", run_id: str) -> list["ArtifactView"]:
     """Return the files that a run made for people: of each name the newest, by name."""
     newest: dict[str, ArtifactView] = {}
-    for view in client.runs.handle(run_id).artifacts():
-        if view.role in _KEPT_ROLES and (view.name not in newest or newest[view.name].id < view.id):
-            newest[view.name] = view
+    for role in _KEPT_ROLES:
+        for view in client.artifacts.iter(run=run_id, role=role, limit=500):
+            if view.name not in newest or newest[view.name].id < view.id:
+                newest[view.name] = view
     return [newest[name] for name in sorted(newest)]
 
 
