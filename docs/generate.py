@@ -27,6 +27,9 @@ from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.model import Options
 from mcp_control.testing.server import running_server
 
+sys.path.insert(0, str(Path(__file__).parent))
+from states import picture
+
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent / "src/mcp_control"
 Edge = tuple[str, str, str]
@@ -261,8 +264,20 @@ def part(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<=<!-- begin: {name} -->\n)(.*?)(?=<!-- end: {name} -->)", re.DOTALL)
 
 
+def pictures() -> dict[str, str]:
+    """Return the state diagrams as pictures, by file name."""
+    return {
+        f"{name}.svg": picture(name, ((source, target) for source, target, _ in found if source != "[*]"))
+        for name, found in edges().items()
+    }
+
+
 def main() -> int:
-    """Write all parts and name the pages that changed."""
+    """Write all parts and pictures, and name what changed."""
+    for name, text in pictures().items():
+        if not (HERE / name).exists() or (HERE / name).read_text(encoding="utf-8") != text:
+            (HERE / name).write_text(text, encoding="utf-8")
+            sys.stdout.write(f"{name}\n")
     for name, (page, write) in PARTS.items():
         path = HERE / page
         before = path.read_text(encoding="utf-8")

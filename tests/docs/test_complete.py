@@ -68,6 +68,16 @@ def test_diagrams_of_runs_have_the_edges_of_the_transition_tables(place: int, ta
     assert _drawn("runs.md", place) == {(s.value, t.value, "") for s, targets in table.items() for t in targets}
 
 
+@pytest.mark.parametrize("name", GENERATOR.edges())
+def test_pictures_have_the_arrows_of_the_transition_tables(name: str) -> None:
+    """Every state and every arrow of a picture, as it lies in the folder."""
+    file = text_of(f"{name}.svg")
+    assert file == GENERATOR.pictures()[f"{name}.svg"], HOW
+    edges = {(source, target) for source, target, _ in GENERATOR.edges()[name] if source != "[*]"}
+    assert set(re.findall(r'data-from="(\w+)" data-to="(\w+)"', file)) == edges
+    assert {state for edge in edges for state in edge} <= set(re.findall(r">(\w+)</text>", file))
+
+
 def test_every_state_is_explained() -> None:
     """Each state of agents, tasks, runs and stages stands on its page."""
     assert _missing("agents.md", AgentState) == []
