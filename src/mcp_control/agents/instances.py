@@ -122,28 +122,32 @@ class Instances:
             self._registry.sessions.refresh(session.agent)
         await self._registry.restate(session.agent.id, last_beat_at=now)
 
-    async def end(self, instance_id: str, reason: str, unless_alive_at: int | None = None) -> None:
-        """End an instance: its lease is over for good. Its tasks must have been taken back before.
+    async def end(self, instance_id: str, reason: str, unless_alive_at: int | None = None) -> bool:
+        """End an instance: its lease is over for good. Its tasks must have been taken back before. Says whether it has ended.
 
         Args:
             unless_alive_at: leave an instance alone whose lease was renewed beyond this moment.
         """
         now = self._clock.now()
-        session: Session | None = None
         for _ in range(TRIES):
             instance = await self._instance(instance_id)
             if instance is None or instance.ended_at is not None:
-                break
+                self._gone(instance_id)
+                return True
             if unless_alive_at is not None and instance.lease_until > unless_alive_at:
-                return
+                return False
             _, entity = write_instance(replace(instance, ended_at=now, end_reason=reason))
             try:
                 await self._registry.commit(Change(writes=[entity]))
             except Conflict:
                 continue
-            session = self._registry.sessions.drop(instance_id)
+            self._gone(instance_id)
             await self._registry.restate(instance.agent_id)
-            break
+            return True
+        raise Conflict
+
+    def _gone(self, instance_id: str) -> None:
+        session = self._registry.sessions.drop(instance_id)
         if session is not None:
             session.leaving = True
 

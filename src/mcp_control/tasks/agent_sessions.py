@@ -196,9 +196,14 @@ class AgentSessions:
         session.refresh(session.agent)
         instance_id = session.instance.id
         now = self._clock.now()
+        await self._release(instance_id, now)
+        await self._manager.instances.end(instance_id, "left")
+        # What was on its way to it meanwhile.
+        await self._release(instance_id, now)
+
+    async def _release(self, instance_id: str, now: int) -> None:
         while tasks := await self.held_by(instance_id):
             await self._settler.settle([Intent(task.id, releasing(instance_id, now)) for task in tasks])
-        await self._manager.instances.end(instance_id, "left")
 
     def drain(self, session: Session) -> None:
         """Give a session nothing new."""
@@ -218,19 +223,25 @@ class AgentSessions:
         Tasks first: after a crash in between, the instance is still overdue and this is done again. A heartbeat in between keeps the
         instance alive, which then hears that its tasks are gone.
         """
-        taken = 0
         session = self._manager.sessions.get(instance_id)
         if session is not None:
             # It is silent on an open connection: what is taken from it must not be handed to it again. A heartbeat sets this right.
             session.stalled = True
             self._manager.sessions.refresh(session.agent)
+        taken = await self._lose(instance_id, now)
+        if await self._manager.instances.end(instance_id, "lease-expired", unless_alive_at=now):
+            # What was on its way to it meanwhile.
+            taken += await self._lose(instance_id, now)
+        return taken
+
+    async def _lose(self, instance_id: str, now: int) -> int:
+        taken = 0
         while tasks := await self.held_by(instance_id):
             for task in tasks:
                 if task.lease is not None:
                     self._manager.registry.count(task.lease.agent_id, "lost")
             taken += len(tasks)
             await self._settler.settle([Intent(task.id, losing(instance_id, now)) for task in tasks])
-        await self._manager.instances.end(instance_id, "lease-expired", unless_alive_at=now)
         return taken
 
     def _current(self, session: Session) -> None:
