@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from typing_extensions import override
 
 from mcp_control.techdeck.model import Options, Plan, QualityOptions
-from mcp_control.techdeck.quality.plots import number
+from mcp_control.techdeck.quality.labels import coded, label
+from mcp_control.techdeck.quality.page import render
+from mcp_control.techdeck.quality.plots import number, written
 from mcp_control.techdeck.quality.report import Quality, StageCount, assess_quality
 from mcp_control.techdeck.validation.combine import CategoryBias, Finding, GroupShare, ValidationSummary
 from mcp_control.techdeck.validation.combine import combine as combine_validation
@@ -262,6 +265,51 @@ def test_an_empty_data_set_is_reported_as_not_assessed(tmp_path: Path) -> None:
 def test_numbers_are_short_and_stable() -> None:
     """Thousands are grouped, fractions have three places, larger ones one."""
     assert [number(value) for value in (1234, 0.5, 12.345, 0.0, -3)] == ["1,234", "0.500", "12.3", "0", "-3"]
+
+
+def test_scores_are_never_rounded_to_perfect_or_to_nothing() -> None:
+    """What is not quite 1 or 0 does not read like it; counts stay whole."""
+    assert [written(value) for value in (1.0, 0.9999, 0.0, 0.0004, 0.7)] == [
+        "1.000",
+        "0.999",
+        "0.000",
+        "under 0.001",
+        "0.700",
+    ]
+    assert [written(value) for value in (1, 0, 4825, -0.25)] == ["1", "0", "4,825", "-0.250"]
+
+
+def test_score_and_verdict_come_first_with_the_reason_in_words(tmp_path: Path) -> None:
+    """Before any section: the score, a sign and a word for the verdict, and each condition that is not met."""
+    _, report = _assess(validated(frame(_rows(20))), tmp_path, checks=msgspec.structs.replace(CHECKS, residual_rows=3))
+    page = render(report)
+    head = page[: page.index("<section")]
+    assert 'class="verdict bad"' in head
+    assert "✗ Gate failed: nothing is exported" in head
+    assert "Not met: Rows with personal data left must be exactly 0, but it is 3." in head
+    assert head.index('class="verdict') < head.index('class="cards"') < head.index("SHA-256")
+    assert "✗\u00a0failed" in page
+    assert "✓\u00a0passed" in page
+
+
+def test_codes_and_metric_names_are_told_in_plain_words(tmp_path: Path) -> None:
+    """A reject code has its meaning beside it, a gate its everyday name; an unknown name stays itself."""
+    result, _ = _assess(validated(frame(_rows(20))), tmp_path, rejected=2)
+    text = result.page.read_text()
+    assert "not valid JSON (E_JSON)" in text
+    assert "Groups of copies across splits" in text
+    assert "split_leak" not in text
+    assert (coded("E_UNHEARD_OF"), label("klingon")) == ("E_UNHEARD_OF", "klingon")
+
+
+def test_every_plot_has_a_title_a_unit_and_a_description(tmp_path: Path) -> None:
+    """Screen readers hear what the bars show, and everybody reads what they measure."""
+    result, _ = _assess(validated(frame(_rows(20))), tmp_path)
+    plots = re.findall(r"<svg.*?</svg>", result.page.read_text(), re.DOTALL)
+    assert len(plots) >= 8
+    for plot in plots:
+        assert re.search(r'role="img" .*?aria-label="[^":]+: [^"]+"><title>[^<]+</title>', plot)
+        assert re.search(r'class="tick" [^>]*text-anchor="middle">[^<]*[a-z]{5}', plot)
 
 
 def test_no_partitions_at_all_give_a_report(tmp_path: Path) -> None:

@@ -8,37 +8,15 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from mcp_control.techdeck.quality.plots import bars, columns, intervals, number
+from mcp_control.techdeck.quality.labels import RELATIONS, SEVERITIES, coded, label
+from mcp_control.techdeck.quality.plots import bars, columns, intervals, number, written
+from mcp_control.techdeck.quality.style import STYLE
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1c2430;--soft:#566273;--page:#fbfbfa;--card:#fff;--line:#dde1e6;--bar:#3b6fb6;
---good:#1d7a46;--bad:#b3261e;--warn:#8a5a00}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#a3adba;--page:#14181e;--card:#1c222a;--line:#323a45;
---bar:#7aa7e6;--good:#6fcf97;--bad:#ff8a80;--warn:#f0c36d}}
-*{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:2rem 1.25rem 4rem}h1{font-size:1.7rem;margin:0 0 .25rem}
-h2{font-size:1.2rem;margin:2.5rem 0 .75rem;border-bottom:1px solid var(--line);padding-bottom:.3rem}
-p{max-width:45rem}.soft{color:var(--soft)}.score{font-size:2.6rem;font-weight:650;line-height:1.1}
-.good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.75rem;margin:1.25rem 0}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}
-.card b{display:block;font-size:1.35rem}.wide{overflow-x:auto}
-table{border-collapse:collapse;width:100%;margin:.75rem 0;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
-th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:anywhere}
-td.n,th.n{text-align:right;white-space:nowrap}code{font-size:.88em;overflow-wrap:anywhere}
-figure{margin:1rem 0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}
-figcaption{font-weight:600;margin-bottom:.5rem}svg{width:100%;height:auto;max-width:46rem}
-svg text{fill:var(--ink);font:12px system-ui,sans-serif}svg .tick{fill:var(--soft)}.bar{fill:var(--bar)}
-.axis{stroke:var(--line)}.mark{stroke:var(--bad);stroke-width:2;stroke-dasharray:4 3}
-.range{stroke:var(--bar);stroke-width:3}.dot{fill:var(--bar)}
-@media print{body{background:#fff}figure,.card{break-inside:avoid}}
-"""
 _VERDICTS = {
-    "passed": ("good", "The gate passed."),
-    "failed": ("bad", "The gate failed: nothing is exported."),
-    "warned": ("warn", "The gate failed, but the run was told to go on."),
-    "off": ("warn", "The gate is off."),
+    "passed": ("good", "✓ Gate passed"),
+    "failed": ("bad", "✗ Gate failed: nothing is exported"),
+    "warned": ("warn", "! Gate failed, exported all the same: the run was told to warn only"),
+    "off": ("warn", "! Gate off: nothing was judged"),
 }
 
 
@@ -51,7 +29,7 @@ def render(report: dict[str, Any]) -> str:
         _section("Recommendations", _recommendations(report["quality"]["recommendations"])),
         _section("Rows through the stages", _stages(report)),
         _section("Size", _size(report["size"])),
-        _section("Languages", _ranked("Language of the user's text", report["languages"], "No rows.")),
+        _section("Languages", _ranked("Language of the user's text", report["languages"], "conversations", "No rows.")),
         _section("Sentiment and emotion", _feeling(report)),
         _section("Validation and readability", _validation(report)),
         _section("Privacy", _privacy(report["privacy"])),
@@ -62,7 +40,7 @@ def render(report: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Quality report: {escape(report['dataset']['file'])}</title><style>{_STYLE}</style></head>"
+        f"<title>Quality report: {escape(report['dataset']['file'])}</title><style>{STYLE}</style></head>"
         f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -72,7 +50,7 @@ def _section(title: str, body: str) -> str:
 
 
 def _value(value: float | None) -> str:
-    return "not assessed" if value is None else number(value)
+    return "not assessed" if value is None else written(value)
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
@@ -102,17 +80,20 @@ def _cards(cards: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _ranked(title: str, rows: Sequence[dict[str, Any]], empty: str) -> str:
+def _plots(*figures: str) -> str:
+    return f'<div class="plots">{"".join(figures)}</div>'
+
+
+def _ranked(title: str, rows: Sequence[dict[str, Any]], unit: str, empty: str) -> str:
     if not rows:
         return f'<p class="soft">{escape(empty)}</p>'
     shown = [(row["name"], row["rows"]) for row in rows[:15]]
     rest = sum(row["rows"] for row in rows[15:])
-    return bars(title, [*shown, ("others", rest)] if rest else shown)
+    return _plots(bars(title, [*shown, ("others", rest)] if rest else shown, unit))
 
 
 def _summary(report: dict[str, Any]) -> str:
-    data, quality, size = report["dataset"], report["quality"], report["size"]
-    tone, verdict = _VERDICTS[quality["gate"]]
+    data, size = report["dataset"], report["size"]
     shape = data["format"] + (f" ({data['subformat']})" if data["subformat"] else "")
     cards = [
         ("conversations", number(size["rows"])),
@@ -120,48 +101,81 @@ def _summary(report: dict[str, Any]) -> str:
         (f"tokens ({size['tokenizer']})", number(size["tokens"])),
         ("rows set aside", number(report["rejected"]["rows"])),
     ]
-    warnings = f"<p>Warnings of the file: {escape(', '.join(data['warnings']))}</p>" if data["warnings"] else ""
+    warnings = ", ".join(coded(code) for code in data["warnings"])
     return (
-        f"<header><h1>Quality report: {escape(data['file'])}</h1>"
-        f'<p class="soft">{escape(shape)}, {escape(data["container"])}, {escape(data["encoding"])}, compression '
-        f"{escape(data['compression'])}; SHA-256 <code>{escape(data['sha256'])}</code></p>"
-        f'<p class="score {tone}">{_value(quality["score"])}</p><p class="{tone}">{escape(verdict)} '
-        f"Threshold {number(quality['threshold'])}.</p>{warnings}{_cards(cards)}</header>"
+        f"<header><h1>Quality report: {escape(data['file'])}</h1>{_verdict(report['quality'])}{_cards(cards)}"
+        + (f"<p>Warnings of the file: {escape(warnings)}</p>" if warnings else "")
+        + f'<p class="soft file">{escape(shape)}, {escape(data["container"])}, {escape(data["encoding"])}, compression '
+        f"{escape(data['compression'])}; SHA-256 <code>{escape(data['sha256'])}</code></p></header>"
     )
+
+
+def _verdict(quality: dict[str, Any]) -> str:
+    """Score, verdict and why, at one glance."""
+    tone, verdict = _VERDICTS[quality["gate"]]
+    failed = [gate for gate in quality["gates"] if gate["passed"] is False]
+    assessed = [part for part in quality["parts"] if part["score"] is not None]
+    lines = [f"Not met: {_condition(gate)}, but it is {_value(gate['value'])}." for gate in failed]
+    if not failed:
+        lines.append(
+            f"All {len(quality['gates'])} conditions are met; the score had to be {_limit(quality['gates'][0])}."
+        )
+    if assessed:
+        weakest = min(assessed, key=lambda part: float(part["score"]))
+        lines.append(f"Weakest part: {label(weakest['name'])}, {_value(weakest['score'])}.")
+    score = _value(quality["score"])
+    of = " <small>of 1</small>" if quality["score"] is not None else ""
+    return (
+        f'<div class="verdict {tone}"><span class="score">{score}{of}</span><div><strong>{escape(verdict)}</strong>'
+        + "".join(f"<p>{escape(line)}</p>" for line in lines)
+        + "</div></div>"
+    )
+
+
+def _limit(gate: dict[str, Any]) -> str:
+    return f"{RELATIONS[gate['relation']]} {written(gate['limit'])}"
+
+
+def _condition(gate: dict[str, Any]) -> str:
+    return f"{label(gate['name'])} must be {_limit(gate)}"
 
 
 def _scores(quality: dict[str, Any]) -> str:
-    parts = [("overall", quality["score"]), *((part["name"], part["score"]) for part in quality["parts"])]
+    parts = [(label("overall"), quality["score"]), *((label(part["name"]), part["score"]) for part in quality["parts"])]
     rows = [
-        [part["name"], part["score"], part["weight"], part["rows"],
-         ", ".join(f"{name} {_value(value)}" for name, value in part["of"].items())]
+        [label(part["name"]), part["score"], f"{part['weight']:.0%}",
+         ", ".join(f"{label(name).lower()} {_value(value)}" for name, value in part["of"].items())]
         for part in quality["parts"]
     ]  # fmt: skip
-    return bars("Scores, 0 to 1, higher is better", parts, most=1.0, mark=quality["threshold"]) + _table(
-        "Parts of the overall score", ["Part", "Score", "Weight", "Rows", "Mean of"], rows
-    )
+    return _plots(
+        bars("Scores", parts, "score from 0 to 1, higher is better", most=1.0, mark=quality["threshold"])
+    ) + _table("Parts of the overall score", ["Part", "Score", "Weight", "Mean of"], rows)
 
 
 def _gates(gates: Sequence[dict[str, Any]]) -> str:
-    words = {True: "passed", False: "failed", None: "not assessed"}
-    rows = [
-        [gate["name"], gate["value"], f"{gate['relation']} {number(gate['limit'])}", words[gate["passed"]]]
-        for gate in gates
-    ]
-    return _table("Every gate must pass", ["Gate", "Value", "Condition", "Result"], rows)
+    words = {True: "✓\u00a0passed", False: "✗\u00a0failed", None: "not assessed"}
+    rows = [[label(gate["name"]), _limit(gate), gate["value"], words[gate["passed"]]] for gate in gates]
+    return _table("Every condition must be met", ["Gate", "Must be", "Is", "Result"], rows)
 
 
 def _recommendations(items: Sequence[dict[str, Any]]) -> str:
     if not items:
         return '<p class="soft">Nothing to recommend.</p>'
-    rows = [[item["text"], item["metric"], item["value"], item["rows"], item["command"]] for item in items]
-    return _table("What to do next", ["Advice", "Metric", "Value", "Rows", "Command"], rows)
+    lines = [
+        f"<li><p><b>{escape(item['text'])}</b></p><p class=soft>{escape(label(item['metric']))}: {_value(item['value'])}; "
+        f"{number(item['rows'])} rows</p><code>{escape(item['command'])}</code></li>"
+        for item in items
+    ]
+    return f'<ol class="advice">{"".join(lines)}</ol>'
 
 
 def _stages(report: dict[str, Any]) -> str:
     rows = [[stage["name"], stage["rows_in"], stage["rows_out"], stage["rejected"]] for stage in report["stages"]]
-    return _table("Rows", ["Stage", "In", "Out", "Rejected"], rows) + _ranked(
-        "Rejected rows by code", report["rejected"]["by_code"], "No row was rejected."
+    codes = [[coded(row["name"]), row["rows"]] for row in report["rejected"]["by_code"]]
+    return _table("Rows", ["Stage", "In", "Out", "Set aside"], rows) + (
+        _table("Why rows were set aside; the quarantine file has each of them", ["Reason", "Rows"], codes)
+        if codes
+        else '<p class="soft">No row was set aside.</p>'
     )
 
 
@@ -177,9 +191,13 @@ def _size(size: dict[str, Any]) -> str:
         "tokens": "Tokens per conversation",
         "chars": "Characters per conversation",
     }
-    return "".join(
-        columns(f"{titles[name]} (bins from)", _bins(found["from"]), found["rows"])
-        for name, found in sorted(size["histograms"].items(), key=lambda item: list(titles).index(item[0]))
+    return _plots(
+        *(
+            columns(titles[name], _bins(found["from"]), found["rows"], f"{unit} from this number up to the next")
+            for name, unit, found in (
+                (name, titles[name].partition(" ")[0].lower(), size["histograms"][name]) for name in titles
+            )
+        )
     )
 
 
@@ -190,85 +208,97 @@ def _feeling(report: dict[str, Any]) -> str:
         [role, found["mean"], found["conversations"], found["vader_mean"], found["vader_sample"]]
         for role, found in sorted(sentiment["roles"].items(), reverse=True)
     ]
-    plots = "".join(
-        columns(f"Sentiment of the {role} (bins from)", labels, found["rows"])
+    plots = [
+        columns(f"Sentiment of the {role}", labels, found["rows"], "from -1, negative, to +1, positive; steps of 0.2")
         for role, found in sorted(sentiment["roles"].items(), reverse=True)
-    )
+    ]
+    felt = bars("Emotion words", list(emotion["hits_per_100_words"].items()), "per 100 words")
     coverage = _value(emotion["coverage"])
     return (
-        plots
+        _plots(*plots, felt)
         + _table(
             "Mean over conversations, -1 to 1: lexicon on every turn, full VADER on a fixed sample of first turns",
             ["Role", "Lexicon", "Conversations", "VADER", "Sample"],
             rows,
         )
-        + bars("Emotion words per 100 words", list(emotion["hits_per_100_words"].items()))
         + f'<p class="soft">The emotion lexicon knows a share of {escape(coverage)} of all words.</p>'
     )
 
 
 def _validation(report: dict[str, Any]) -> str:
     found, reading = report["validation"], report["readability"]
-    shares = [(name, found[name]) for name in ("structure_valid", "alternation", "content_ok")]
+    shares = [(label(name), found[name]) for name in ("structure_valid", "alternation", "content_ok")]
     rows = [
-        ["rows with warnings", found["rows_with_warnings"]],
-        ["repetitive rows", report["repetition"]["rows"]],
+        ["Rows with warnings", found["rows_with_warnings"]],
+        ["Repetitive rows", report["repetition"]["rows"]],
         ["Flesch reading ease (English)", reading["flesch"]],
         ["Flesch-Kincaid grade (English)", reading["grade"]],
-        ["rows below 30 in reading ease", reading["hard_to_read"]],
+        ["Rows below 30 in reading ease", reading["hard_to_read"]],
     ]
-    findings = [[item["severity"], item["text"], item["value"], item["rows"]] for item in found["findings"]]
+    findings = [[SEVERITIES[item["severity"]], item["text"], item["value"], item["rows"]] for item in found["findings"]]
+    flags = [[coded(row["name"]), row["rows"]] for row in report["flags"]]
     return (
-        bars("Shares of rows or pairs, 0 to 1", shares, most=1.0)
+        _plots(bars("Checks passed", shares, "share from 0 to 1, higher is better", most=1.0))
         + (_table("Findings", ["Severity", "Finding", "Value", "Rows"], findings) if findings else "")
         + _table("Text", ["Metric", "Value"], rows)
-        + _ranked("Flags", report["flags"], "No row carries a flag.")
+        + (_table("Flags", ["Flag", "Rows"], flags) if flags else '<p class="soft">No row carries a flag.</p>')
     )
 
 
 def _privacy(privacy: dict[str, Any]) -> str:
     rows = [
-        ["rows with personal data", privacy["rows_with_personal_data"]],
-        ["places found", privacy["spans"]],
-        ["share of rows", privacy["rate"]],
-        ["rows with personal data left", privacy["residual_rows"]],
-        ["privacy score", privacy["score"]],
+        ["Rows with personal data", privacy["rows_with_personal_data"]],
+        ["Places found", privacy["spans"]],
+        ["Share of rows", privacy["rate"]],
+        ["Rows with personal data left", privacy["residual_rows"]],
+        ["Privacy score", privacy["score"]],
     ]
     done = "Found places were replaced by placeholders." if privacy["redacted"] else "Redaction was off."
     return (
         f"<p>{done}</p>"
         + _table("Personal data", ["Metric", "Value"], rows)
-        + _ranked("Places by class", privacy["by_class"], "No personal data was found.")
+        + _ranked("Places by class", privacy["by_class"], "places", "No personal data was found.")
     )
 
 
 def _bias(bias: dict[str, Any]) -> str:
     found = bias["categories"]
+    least = min((row["low"] for row in found if row["low"] is not None), default=0.0)
     scores = [
-        [row["category"], row["score"], row["low"], row["high"], row["weighted"], row["hits"], row["excused"]]
+        [label(row["category"]), row["score"], row["low"], row["high"], row["weighted"], row["hits"], row["excused"]]
         for row in found
     ]
     shares = [
-        [row["category"], group["group"], group["conversations"], group["share"], group["low"], group["high"]]
+        [label(row["category"]), group["group"], group["conversations"], group["share"], group["low"], group["high"]]
         for row in found
         for group in row["groups"]
         if group["conversations"]
     ]
     pairs = [
-        [row["category"], f"{pair['a']} / {pair['b']}", pair["difference"], pair["low"], pair["high"],
-         "look here" if pair["flagged"] else "no flag"]
+        [label(row["category"]), f"{pair['a']} / {pair['b']}", pair["difference"], pair["low"], pair["high"],
+         "! look here" if pair["flagged"] else "no flag"]
         for row in found
         for pair in row["pairs"]
     ]  # fmt: skip
     words = [
-        [row["category"], f"{link['group']} and {link['attribute']}", link["log_odds"], link["z"], link["together"]]
+        [
+            label(row["category"]),
+            f"{link['group']} and {link['attribute']}",
+            link["log_odds"],
+            link["z"],
+            link["together"],
+        ]
         for row in found
         for link in row["associations"]
     ]
     tables = [
-        intervals(
-            "Derogation score by category with 95 % interval",
-            [(row["category"], row["low"], row["score"], row["high"]) for row in found],
+        _plots(
+            intervals(
+                "Freedom from derogation",
+                [(label(row["category"]), row["low"], row["score"], row["high"]) for row in found],
+                "score and 95 % interval, higher is better",
+                max((floor for floor in (0.0, 0.5, 0.9) if floor <= least), default=0.0),
+            )
         ),
         _table(
             f"Derogation in {number(bias['sentences'])} sentences",
