@@ -170,8 +170,8 @@ def route_table() -> str:
 
 
 def problem_types(base: type[Problem] = Problem) -> Iterator[type[Problem]]:
-    """Yield every kind of problem of the kernel."""
-    if base.__module__ == Problem.__module__:
+    """Yield every kind of problem that answers have."""
+    if base.__module__.startswith(("mcp_control.kernel.", "mcp_control.api.")):
         yield base
     for each in base.__subclasses__():
         yield from problem_types(each)
@@ -179,14 +179,10 @@ def problem_types(base: type[Problem] = Problem) -> Iterator[type[Problem]]:
 
 def problems() -> str:
     """Return the table of problem codes."""
+    by_code = {each.code: each for each in reversed([each for each in problem_types() if each is not Problem])}
     rows = [
-        (
-            f"`{each.code}`",
-            str(each.status),
-            "yes" if each.retryable else "",
-            (each.__doc__ or "").strip() if each is not Problem else "A fault of the server; its log has more.",
-        )
-        for each in sorted(set(problem_types()), key=lambda each: (each.status, each.code))
+        (f"`{each.code}`", str(each.status), "yes" if each.retryable else "", (each.__doc__ or "").strip())
+        for each in sorted(by_code.values(), key=lambda each: (each.status, each.code))
     ]
     return table(("code", "status", "worth repeating", "meaning"), rows)
 
