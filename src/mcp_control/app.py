@@ -3,7 +3,8 @@
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -11,7 +12,7 @@ from typing import Final
 import structlog
 
 from mcp_control import __version__
-from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND, AgentState
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
@@ -24,6 +25,7 @@ from mcp_control.artifacts.service import Artifacts
 from mcp_control.configuration.settings import Settings
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.events.retention import EventRetention
+from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.clock import SystemClock
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
@@ -38,7 +40,7 @@ from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
-from mcp_control.security.model import SYSTEM
+from mcp_control.security.model import DEFAULT_TENANT, SYSTEM
 from mcp_control.security.passwords import Passwords
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.security.throttle import LoginThrottle
@@ -50,6 +52,7 @@ from mcp_control.storage.ports import Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND
@@ -130,10 +133,20 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         ids = IdSource(clock)
         disk = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
         store: Store = disk if around is None else around(disk)
+        metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
         broadcaster = Broadcaster(
-            store, backlog=settings.queues.subscriber_events, limit=settings.overload.max_connections
+            store,
+            backlog=settings.queues.subscriber_events,
+            limit=settings.overload.max_connections,
+            broken=metrics.violation,
         )
-        await store.open(KINDS, broadcaster.committed)
+        figures = TaskFigures(metrics, clock)
+
+        def committed(facts: Sequence[StoredFact]) -> None:
+            broadcaster.committed(facts)
+            figures.heard(facts)
+
+        await store.open(KINDS, committed)
         stack.push_async_callback(store.close)
         await broadcaster.start()
         stack.callback(broadcaster.close)
@@ -186,10 +199,17 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
 
         plugins = Plugins(settings.plugins)
         overload = settings.overload
-        metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
-        gate = Gate(
-            lambda: disk.waiting, metrics.shed, Limits(submits=overload.max_requests, lag=overload.loop_lag_seconds)
+        limits = Limits(
+            submits=overload.max_requests,
+            lag=overload.loop_lag_seconds,
+            queued=overload.max_queued_tasks,
+            after=overload.retry_after_seconds,
         )
+        gate = Gate(lambda: disk.waiting, metrics.shed, limits)
+
+        async def look_at_lanes(_: int) -> None:
+            figures.look(await queue.depths(), dispatcher)
+            gate.queued = figures.waiting
 
         def note_lag(seconds: float) -> None:
             gate.lag = seconds
@@ -209,7 +229,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
 
         health.add("store", writable)
         health.add("plugins", complete, critical=False)
-        _watch(metrics, disk, broadcaster, sessions, reconciler, lease_keeper)
+        _watch(metrics, disk, broadcaster, manager, reconciler, lease_keeper)
+        metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,
             version=__version__,
@@ -244,6 +265,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         timekeeper = Timekeeper(store, clock, settler)
         for name, seconds, once in (
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
+            ("lanes", 0.25, look_at_lanes),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("events-retention", keep.interval_seconds, events.once),
@@ -266,13 +288,18 @@ def _watch(
     metrics: Metrics,
     store: SqliteStore,
     broadcaster: Broadcaster,
-    sessions: Sessions,
+    manager: AgentManager,
     reconciler: Reconciler,
     lease_keeper: LeaseKeeper,
 ) -> None:
     """Show what is read when the figures are."""
+
+    def agents() -> dict[str, float]:
+        return dict(Counter(agent.state.value for agent in manager.registry.registered(DEFAULT_TENANT)))
+
+    metrics.watch_states("agents", "agents, by state", [state.value for state in AgentState], agents)
     metrics.watch("store_waiting", "changes that wait for a commit", lambda: store.waiting)
-    metrics.watch("sessions", "connected agent instances", lambda: len(sessions))
+    metrics.watch("sessions", "connected agent instances", lambda: len(manager.sessions))
     metrics.watch("subscriptions", "open event subscriptions", lambda: broadcaster.subscribers)
     metrics.watch_total("facts", "facts recorded", lambda: broadcaster.newest)
     metrics.watch_total("orphans", "tasks whose holder had ended without them", lambda: reconciler.orphans)

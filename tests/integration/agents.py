@@ -43,9 +43,14 @@ async def echo(payload: Any) -> Any:
 async def hold(payload: Hold, ctx: Context) -> str:
     """Work until a file is there. Looks for the file and not for cancellation: a handler that does not listen."""
     _note(payload["journal"], ctx)
-    while not os.path.exists(payload["until"]):
-        await asyncio.sleep(0.02)
+    await asyncio.to_thread(_there, payload["until"], 120.0)
     return f"{ctx.attempt}"
+
+
+def _there(path: str, seconds: float) -> None:
+    ends = time.monotonic() + seconds
+    while not os.path.exists(path) and time.monotonic() < ends:
+        time.sleep(0.02)
 
 
 def busy(seconds: float) -> float:
@@ -58,7 +63,10 @@ def busy(seconds: float) -> float:
 
 def split(payload: dict[str, Any]) -> dict[str, Any]:
     """Say which parts there are."""
-    return {"parts": [{**payload, "part": number} for number in range(payload["parts"])], "counts": {"rows_out": payload["parts"]}}
+    return {
+        "parts": [{**payload, "part": number} for number in range(payload["parts"])],
+        "counts": {"rows_out": payload["parts"]},
+    }
 
 
 def make(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:

@@ -19,7 +19,12 @@ def main(url: str, credential: str, name: str, lease: str) -> None:
         sys.stdout.write(task["task_id"] + "\n")
         sys.stdout.flush()
         sys.stdin.readline()
-        done = {"task_id": task["task_id"], "lease_token": task["lease_token"], "outcome": "completed", "result": "late"}
+        done = {
+            "task_id": task["task_id"],
+            "lease_token": task["lease_token"],
+            "outcome": "completed",
+            "result": "late",
+        }
         answer = http.post(f"{session}/report", json={"op": "report", "id": 1, "done": [done]})
         sys.stdout.write(f"{answer.status_code} {answer.json().get('code', '')}\n")
         sys.stdout.flush()

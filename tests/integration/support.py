@@ -216,7 +216,9 @@ async def all_final(client: httpx2.AsyncClient, seconds: float) -> dict[str, int
 async def violations(client: httpx2.AsyncClient) -> dict[str, float]:
     """Return the counters of broken promises that are not 0."""
     text = (await client.get("/metrics")).text
-    lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("mcp_control_invariant_violations_total")]
+    lines = [
+        line.rpartition(" ") for line in text.splitlines() if line.startswith("mcp_control_invariant_violations_total")
+    ]
     assert len(lines) >= 8, text[:2000]
     return {name: float(value) for name, _, value in lines if float(value)}
 
@@ -283,6 +285,11 @@ def check_history(found: Found, acknowledged: Mapping[str, str], results: Mappin
         for before, after in zip(one.attempts, one.attempts[1:], strict=False):
             assert before.ended_at <= after.assigned_at, one.attempts
     assert set(ended) <= set(found.tasks)
+
+
+def say(text: str) -> None:
+    """Tell a figure; `pytest -s` and `-rA` show it."""
+    sys.stdout.write(text + "\n")
 
 
 def journal(path: Path) -> list[str]:

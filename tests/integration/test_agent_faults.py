@@ -25,6 +25,7 @@ from tests.integration.support import (
     in_state,
     journal,
     read_store,
+    say,
     submit,
     task,
     until,
@@ -90,7 +91,7 @@ async def test_the_work_of_a_killed_agent_moves_on_within_its_lease(transport: s
         first.kill()
         killed = time.monotonic()
         await until(lambda: len(journal(w.journal)) == 2, LEASE + GRACE, "the second agent works on it")
-        print(f"{transport}: moved on after {time.monotonic() - killed:.2f} s")
+        say(f"{transport}: moved on after {time.monotonic() - killed:.2f} s")
         w.go.touch()
         found = await in_state(w.client, task_id, "completed")
         assert _outcomes(found) == ["lost", "completed"]
@@ -117,9 +118,17 @@ async def test_an_agent_frozen_for_twice_its_lease_changes_nothing_when_it_wakes
         again = await submit(w.client, "it.echo", 1, needs={"agent": "first"})
         await in_state(w.client, again, "completed")
         after = await task(w.client, task_id)
-        assert (after["result"], after["attempts"], after["etag"]) == (found["result"], found["attempts"], found["etag"])
+        assert (after["result"], after["attempts"], after["etag"]) == (
+            found["result"],
+            found["attempts"],
+            found["etag"],
+        )
         assert _outcomes(after) == ["lost", "completed"]
     check_history(await read_store(tmp_path / "server" / "data"), {})
+
+
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 async def test_a_late_result_is_refused_with_lease_superseded(tmp_path: Path) -> None:
@@ -128,9 +137,7 @@ async def test_a_late_result_is_refused_with_lease_superseded(tmp_path: Path) ->
         spec = {"name": "stubborn", "capabilities": [{"name": "it.stubborn"}], "lease_seconds": LEASE}
         made = await w.client.post(f"{API}/agents/register", json=spec, headers={"Authorization": f"Bearer {w.token}"})
         command = ["-m", "tests.integration.stubborn", w.server.url, made.json()["credential"], "stubborn", str(LEASE)]
-        process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        process = _started(command)
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -255,9 +262,7 @@ async def test_five_cuts_in_three_seconds_cost_no_work(transport: str, tmp_path:
         began = time.monotonic()
         cuts = 0
         for start in range(0, len(keys), 500):
-            batch = [
-                {"type": "it.echo", "payload": key, "idempotency_key": key} for key in keys[start : start + 500]
-            ]
+            batch = [{"type": "it.echo", "payload": key, "idempotency_key": key} for key in keys[start : start + 500]]
             answer = await w.client.post(f"{API}/tasks/batch", json={"tasks": batch})
             acknowledged |= {
                 spec["idempotency_key"]: item["id"] for spec, item in zip(batch, answer.json()["items"], strict=True)
@@ -269,7 +274,7 @@ async def test_five_cuts_in_three_seconds_cost_no_work(transport: str, tmp_path:
                 assert wire.cut() > 0
                 cuts += 1
                 await until(lambda seen=seen: wire.connections > seen, 10, "the agent is back")  # type: ignore[misc]
-        print(f"{transport}: {cuts} cuts in {time.monotonic() - began:.1f} s, {wire.connections} connections")
+        say(f"{transport}: {cuts} cuts in {time.monotonic() - began:.1f} s, {wire.connections} connections")
         w.go.touch()
         assert await all_final(w.client, 40) == {"completed": len(keys) + 1}
         found = await task(w.client, held)

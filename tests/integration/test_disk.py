@@ -21,6 +21,7 @@ from tests.integration.support import (
     enrolment,
     in_state,
     read_store,
+    say,
     submit,
     until,
     violations,
@@ -33,7 +34,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 72 MiB."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", str(mount)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=72m", "tmpfs", str(mount)], capture_output=True, text=True
+    )
     if done.returncode != 0:
         pytest.skip(f"mounting a small disk is not permitted here: {done.stderr.strip()}")
     yield mount
@@ -41,7 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_refuses_writes_keeps_reads_and_heals_itself(small_disk: Path, tmp_path: Path) -> None:
-    """503 `storage-full` with Retry-After, reads 200, not ready; seconds after space is freed all is well and nothing acknowledged is lost."""
+    """503 `storage-full` with Retry-After, reads 200, not ready; with space again all is well and nothing is lost."""
     server = ServerProcess(small_disk / "server").start()
     agent: AgentProcess | None = None
     acknowledged: dict[str, str] = {}
@@ -89,7 +92,9 @@ async def test_a_full_disk_refuses_writes_keeps_reads_and_heals_itself(small_dis
                 return (await client.get("/health/ready")).status_code == 200
 
             await until(ready, 5, "the server takes writes again")
-            print(f"{len(acknowledged)} acknowledged before the disk was full; healed after {time.monotonic() - freed:.2f} s")
+            say(
+                f"{len(acknowledged)} acknowledged before the disk was full; healed after {time.monotonic() - freed:.2f} s"
+            )
             acknowledged["after"] = await submit(client, "it.echo", 1, idempotency_key="after")
             await all_final(client, 40)
             assert await violations(client) == {}
@@ -104,7 +109,19 @@ async def test_a_full_disk_refuses_writes_keeps_reads_and_heals_itself(small_dis
 def _failing_fdatasync(pid: int) -> Iterator[None]:
     """Let every fdatasync of a process fail from now on."""
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO", "-p", str(pid)],
+        [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            "/dev/null",
+            "-e",
+            "trace=fdatasync",
+            "-e",
+            "inject=fdatasync:error=EIO",
+            "-p",
+            str(pid),
+        ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -122,18 +139,20 @@ def _failing_fdatasync(pid: int) -> Iterator[None]:
 
 
 async def test_a_disk_that_confirms_nothing_ends_the_server_with_an_error(tmp_path: Path) -> None:
-    """fsync fails: the caller hears that the outcome is unknown, the process ends non-zero, and a clean start has all that was acknowledged."""
+    """fsync fails: the outcome is told as unknown, the process ends non-zero, a clean start has all that was acknowledged."""
     server = ServerProcess(tmp_path / "server").start()
     acknowledged: dict[str, str] = {}
     async with admin(server) as client:
         for number in range(50):
             acknowledged[f"k{number}"] = await submit(client, "it.echo", number, idempotency_key=f"k{number}")
         with _failing_fdatasync(server.pid):
-            answer = await client.post(f"{API}/tasks", json={"type": "it.echo", "payload": 1, "idempotency_key": "doubt"})
+            answer = await client.post(
+                f"{API}/tasks", json={"type": "it.echo", "payload": 1, "idempotency_key": "doubt"}
+            )
             failed = time.monotonic()
             assert (answer.status_code, answer.json()["code"]) == (503, "outcome-unknown"), answer.text
             code = await asyncio.to_thread(server.ended, 10)
-            print(f"ended with {code} after {time.monotonic() - failed:.2f} s")
+            say(f"ended with {code} after {time.monotonic() - failed:.2f} s")
             assert code > 0
     assert server.stop() == code
     server.start()
@@ -141,7 +160,9 @@ async def test_a_disk_that_confirms_nothing_ends_the_server_with_an_error(tmp_pa
     try:
         async with admin(server) as client:
             assert (await client.get("/health/ready")).status_code == 200
-            again = await client.post(f"{API}/tasks", json={"type": "it.echo", "payload": 1, "idempotency_key": "doubt"})
+            again = await client.post(
+                f"{API}/tasks", json={"type": "it.echo", "payload": 1, "idempotency_key": "doubt"}
+            )
             assert again.status_code in (200, 201), again.text
             acknowledged["doubt"] = again.json()["id"]
             agent = AgentProcess(tmp_path, "worker", server.url, await enrolment(client)).start()

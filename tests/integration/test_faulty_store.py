@@ -25,6 +25,7 @@ from tests.integration.support import (
     check_history,
     enrolment,
     read_store,
+    say,
     started_agents,
     until,
     violations,
@@ -165,7 +166,7 @@ async def test_everything_completes_exactly_once_over_a_faulty_store(rate: float
             await until(settled, 60, "the tasks end while the store is faulty")
             store = weather.store
             assert store is not None
-            print(f"at {rate:.0%}: {dict(store.injected)}")
+            say(f"at {rate:.0%}: {dict(store.injected)}")
             assert sum(store.injected.values()) > (5 if rate < 0.05 else 50)
             weather.good()
             for run_id in runs:

@@ -20,6 +20,7 @@ from tests.integration.support import (
     agents_online,
     enrolment,
     read_store,
+    say,
     started_agents,
     until,
     violations,
@@ -58,7 +59,7 @@ async def _undisturbed_and_killed(
             same = ("name", "state", "total", "done", "failed", "counts", "rows_in", "rows_out", "rejected")
             for stage, quiet_stage in zip(view["stages"], before["stages"], strict=True):
                 assert {name: stage.get(name) for name in same} == {name: quiet_stage.get(name) for name in same}
-            print(f"{pipeline}: killed at {at:.0%}, the same {len(expected)} files")
+            say(f"{pipeline}: killed at {at:.0%}, the same {len(expected)} files")
         assert await violations(client) == {}
 
 

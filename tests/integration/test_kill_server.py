@@ -19,6 +19,7 @@ from tests.integration.support import (
     check_history,
     enrolment,
     read_store,
+    say,
     started_agents,
     until,
     violations,
@@ -107,7 +108,7 @@ async def test_every_acknowledged_submit_survives_kill_9_under_load(loops: int, 
                 await asyncio.to_thread(server.start)
                 answer = await client.get("/health/ready")
                 assert answer.status_code == 200
-                print(
+                say(
                     f"loop {loop}: {len(load.acknowledged)} acknowledged ({rate:.0f}/s), {sum(map(len, load.unsure))} unsure,"
                     f" serving again after {time.monotonic() - killed:.2f} s"
                 )

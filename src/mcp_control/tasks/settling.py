@@ -30,6 +30,7 @@ from mcp_control.tasks.verbs import cancelling, releasing
 from mcp_control.tasks.wire import Cancel, Tasks
 
 _log = structlog.get_logger(__name__)
+ORDER_SHIFT: Final = 20  # a place in line is wall milliseconds, shifted, so that places of one millisecond differ
 _TRIES: Final = 20
 _PAUSE_SECONDS: Final = 0.2
 
@@ -55,7 +56,7 @@ class Settler:
 
     def order(self, now: int) -> int:
         """Return the next place in line: grows with time and from call to call."""
-        self._order = max(self._order + 1, now << 20)
+        self._order = max(self._order + 1, now << ORDER_SHIFT)
         return self._order
 
     async def settle(self, intents: Sequence[Intent]) -> list[Task | Problem]:

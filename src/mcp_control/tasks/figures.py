@@ -1,0 +1,130 @@
+"""What the facts of tasks say about the work: outcomes, waiting and running times, and promises that were broken.
+
+It hears every fact once, in order, and remembers the last of what is under way; what it has forgotten it says nothing about.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from mcp_control.kernel.changes import StoredFact
+from mcp_control.kernel.clock import Clock
+from mcp_control.monitoring.metrics import Metrics
+from mcp_control.storage.ports import Depth
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.settling import ORDER_SHIFT
+
+_FINAL: Final = {f"task.{word}": word for word in ("completed", "failed", "cancelled", "expired", "rejected")}
+_OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "task.released": ""}
+_HEARD: Final = frozenset({"task.queued", "task.assigned", *_OUTCOMES})
+_REMEMBERED: Final = 50_000
+
+
+class _Data(msgspec.Struct, gc=False):
+    type: str = ""
+    attempt: int = 0
+
+
+_decode: Final = msgspec.json.Decoder(_Data).decode
+
+
+class _Seen:
+    __slots__ = ("at", "attempt", "held")
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.attempt = 0
+        self.held = False
+
+
+class TaskFigures:
+    """Turns facts into figures.
+
+    Attributes:
+        waiting: queued tasks when the lanes were last looked at.
+    """
+
+    def __init__(self, metrics: Metrics, clock: Clock, remembered: int = _REMEMBERED) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._remembered = remembered
+        self._live: dict[str, _Seen] = {}
+        self._ended: dict[str, None] = {}
+        self._lanes: list[tuple[str, int, float]] = []
+        self.waiting = 0
+
+    def heard(self, facts: Sequence[StoredFact]) -> None:
+        """Take in the facts of a commit."""
+        for stored in facts:
+            fact = stored.fact
+            kind = fact.type
+            if kind not in _HEARD:
+                continue
+            seen = self._live.get(fact.subject)
+            if kind == "task.queued":
+                self._queued(fact.subject, seen, fact.at)
+                continue
+            data = _decode(fact.data)
+            if kind == "task.assigned":
+                self._assigned(fact.subject, seen, data, fact.at)
+            else:
+                self._ended_attempt(fact.subject, kind, seen, data, fact.at)
+
+    def _queued(self, task_id: str, seen: _Seen | None, at: int) -> None:
+        if seen is None:
+            self._remember(task_id, _Seen(at))
+        else:
+            seen.at, seen.held = at, False
+
+    def _assigned(self, task_id: str, seen: _Seen | None, data: _Data, at: int) -> None:
+        if seen is None:
+            seen = _Seen(at)
+            self._remember(task_id, seen)
+        else:
+            self._metrics.task_waited(data.type, (at - seen.at) / 1000)
+            if data.attempt <= seen.attempt:
+                self._metrics.violation("fence_not_growing")
+        seen.attempt, seen.at, seen.held = data.attempt, at, True
+
+    def _ended_attempt(self, task_id: str, kind: str, seen: _Seen | None, data: _Data, at: int) -> None:
+        if outcome := _OUTCOMES[kind]:
+            self._metrics.task_ended(data.type, outcome)
+        if seen is not None:
+            if seen.held:
+                self._metrics.task_ran(data.type, (at - seen.at) / 1000)
+            if kind == "task.completed" and seen.attempt and not (seen.held and data.attempt == seen.attempt):
+                self._metrics.violation("stale_write_accepted")
+            seen.at, seen.held = at, False
+        if kind in _FINAL:
+            self._live.pop(task_id, None)
+            if task_id in self._ended:
+                self._metrics.violation("double_final")
+            self._ended[task_id] = None
+            if len(self._ended) > self._remembered:
+                del self._ended[next(iter(self._ended))]
+
+    def _remember(self, task_id: str, seen: _Seen) -> None:
+        self._live[task_id] = seen
+        if len(self._live) > self._remembered:
+            del self._live[next(iter(self._live))]
+
+    def look(self, depths: Iterable[Depth], dispatcher: Dispatcher) -> None:
+        """Look at what waits."""
+        now = self._clock.now()
+        lanes: list[tuple[str, int, float]] = []
+        for depth in depths:
+            lane = dispatcher.known(depth.lane)
+            lanes.append(
+                (
+                    lane.demand.type if lane else "",
+                    depth.waiting,
+                    max(0.0, (now - (depth.oldest >> ORDER_SHIFT)) / 1000),
+                )
+            )
+        self._lanes = lanes
+        self.waiting = sum(waiting for _, waiting, _ in lanes)
+
+    def lanes(self) -> list[tuple[str, int, float]]:
+        """Return type, waiting tasks and age of the oldest in seconds of every lane that was not empty."""
+        return self._lanes
