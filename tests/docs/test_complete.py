@@ -8,12 +8,13 @@ import pytest
 
 from mcp_control.agents.model import AgentState
 from mcp_control.agents.registration import TRANSITIONS as AGENT_TRANSITIONS
+from mcp_control.configuration.settings import load
 from mcp_control.pipelines.model import RunState, StageState
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS, VERBS
 from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.quality.scoring import WEIGHTS
-from tests.docs.pages import ROOT, generator, text_of
+from tests.docs.pages import PAGES, ROOT, generator, text_of
 
 PACKAGE = ROOT / "src/mcp_control"
 GENERATOR = generator()
@@ -157,3 +158,18 @@ def test_every_frame_and_close_code_is_listed() -> None:
     numbers = {number for pair in codes for number in pair if number}
     assert len(numbers) > 5
     assert [number for number in sorted(numbers) if number not in text] == []
+
+
+def test_settings_that_pages_name_exist() -> None:
+    """No page tells of a setting or an option of techdeck that is not there."""
+    settings = {source.name for source in load(environ={}).sources()}
+    groups = sorted({name.partition(".")[0] for name in settings if "." in name})
+    options = set(re.findall(r"^\| `([a-z_.]+)` \|", GENERATOR.options(), re.MULTILINE))
+    stages = sorted({name.partition(".")[0] for name in options})
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(rf"`((?:{'|'.join([*groups, *stages])})\.[a-z_]+)", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 40
+    assert {name for name in named - settings - options if not name.startswith("ingest.mapping")} == set()
