@@ -80,12 +80,7 @@ def bars(
     top = 22 if mark is not None else 0
     base = top + _ROW * max(len(rows), 1)
     body = [f'<line class="axis" x1="{_LABEL}" y1="{top}" x2="{_LABEL}" y2="{base}"/>']
-    if mark is not None:
-        x = _LABEL + space * mark / full
-        body.append(
-            f'<line class="mark" x1="{x:.1f}" y1="{top - 4}" x2="{x:.1f}" y2="{top + _ROW}"/>'
-            f'<text class="tick" x="{x:.1f}" y="{top - 8}" text-anchor="middle">needed: {written(mark)}</text>'
-        )
+    values: list[str] = []  # above the threshold's line, so that they stay readable
     told: list[str] = []
     for place, (label, value) in enumerate(rows):
         y = top + place * _ROW + 4
@@ -96,9 +91,15 @@ def bars(
             f'<text class="label" x="{_LABEL - 8}" y="{y + 15}" text-anchor="end">{escape(_short(label))}</text>'
             f'<rect class="bar" x="{_LABEL}" y="{y}" width="{size:.1f}" height="20">'
             f"<title>{escape(told[-1])}</title></rect>"
-            f'<text class="value" x="{_LABEL + size + 6:.1f}" y="{y + 15}">{text}</text>'
         )
-    body.append(_under(unit, base + 18))
+        values.append(f'<text class="value" x="{_LABEL + size + 6:.1f}" y="{y + 15}">{text}</text>')
+    if mark is not None:
+        x = _LABEL + space * mark / full
+        body.append(
+            f'<line class="mark" x1="{x:.1f}" y1="{top - 4}" x2="{x:.1f}" y2="{top + _ROW}"/>'
+            f'<text class="tick" x="{x:.1f}" y="{top - 8}" text-anchor="middle">needed: {written(mark)}</text>'
+        )
+    body += [*values, _under(unit, base + 18)]
     return _figure(title, base + 26, "".join(body), ", ".join(told))
 
 

@@ -29,7 +29,7 @@ caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
 th,td{text-align:left;padding:.35rem .6rem;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:break-word}
 th{vertical-align:bottom}td{max-width:28rem}td.n{text-align:right;white-space:nowrap}th.n{text-align:right}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,25rem),1fr));gap:1rem;margin:1rem 0;align-items:start}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}
+figure{margin:0;max-width:34rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.75rem 1rem}
 figcaption{font-weight:600;margin-bottom:.5rem}svg{display:block;width:100%;height:auto}
 svg text{fill:var(--ink);font:13px system-ui,sans-serif}svg .tick{fill:var(--soft);font-size:12px}.bar{fill:var(--bar)}
 svg .value{paint-order:stroke;stroke:var(--card);stroke-width:3px}
@@ -41,7 +41,7 @@ background:var(--card);border:1px solid var(--line);border-radius:.35rem;padding
 """
 _PAPER: Final = """body{background:#fff;font-size:10.5pt}main{max-width:none;padding:0}
 .wide{overflow:visible}figure,.card,.verdict,tr,li{break-inside:avoid}h2,caption,figcaption{break-after:avoid}
-thead{display:table-header-group}.bar,.dot{print-color-adjust:exact}"""
+thead{display:table-header-group}.plots{grid-template-columns:1fr 1fr}.bar,.dot{print-color-adjust:exact}"""
 STYLE: Final = (
     f":root{{color-scheme:light dark;{_LIGHT}}}@media(prefers-color-scheme:dark){{:root{{{_DARK}}}}}\n"
     f"{_SCREEN}@media print{{:root{{{_LIGHT}}}{_PAPER}}}"
