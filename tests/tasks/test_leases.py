@@ -152,6 +152,19 @@ async def test_three_silent_agents_quarantine_a_task(tmp_path: Path) -> None:
         assert (found.state, found.reason, found.lost, found.failures) == (S.FAILED, "quarantined", 3, 0)
 
 
+async def test_agents_that_fall_silent_together_cost_a_task_one_lease(tmp_path: Path) -> None:
+    """What is taken from one silent agent is not handed to another one: a healthy task is not quarantined by an outage."""
+    clock = FakeClock()
+    async with world_at(tmp_path, clock) as world:
+        for number in range(5):
+            await world.agent(f"w{number}")
+        task = await world.submit()
+        clock.advance(SILENCE)
+        assert await world.leases.once() == 1
+        found = await world.task(task.id)
+        assert (found.state, found.lost) == (S.QUEUED, 1)
+
+
 async def test_a_silent_agent_with_a_cancelled_task_ends_it_cancelled(tmp_path: Path) -> None:
     """Nobody does again what was to be cancelled."""
     clock = FakeClock()

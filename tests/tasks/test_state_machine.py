@@ -23,7 +23,17 @@ from mcp_control.kernel.errors import (
     Unroutable,
 )
 from mcp_control.security.model import Actor
-from mcp_control.tasks.model import FINAL_STATES, HELD_STATES, Failure, Needs, Origin, RetryPolicy, TaskSpec, TaskState
+from mcp_control.tasks.model import (
+    FINAL_STATES,
+    HELD_STATES,
+    Failure,
+    Lease,
+    Needs,
+    Origin,
+    RetryPolicy,
+    TaskSpec,
+    TaskState,
+)
 from mcp_control.tasks.records import CANCEL_GRACE_MS, read
 from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.transitions import TRANSITIONS
@@ -435,6 +445,8 @@ class Tasks(RuleBasedStateMachine):
                 task = read(entity)
                 if task.lease is not None:
                     holders.setdefault(task.lease.instance_id, set()).add(task.id)
+                    if not self._told(task.id, task.lease):
+                        return False
                 elif task.state is S.QUEUED:
                     queued.append(task.id)
             sessions = list(self.world.sessions.all())
@@ -444,7 +456,15 @@ class Tasks(RuleBasedStateMachine):
                 for task_id in queued
             )
 
-        await self.world.until(quiet)
+        await self.world.until(quiet, 3)
+
+    def _told(self, task_id: str, lease: Lease) -> bool:
+        """Whether the holder has heard of its lease, or cannot hear now."""
+        return self.world.sessions.get(lease.instance_id) is None or any(
+            given.lease_token == lease.token
+            for instance in self.instances.values()
+            if (given := instance.peer.given.get(task_id)) is not None
+        )
 
     def _can(self, name: str, task_id: str) -> bool:
         return task_id in self.known and self.known[task_id].fits(name)

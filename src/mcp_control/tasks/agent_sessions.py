@@ -223,16 +223,19 @@ class AgentSessions:
         Tasks first: after a crash in between, the instance is still overdue and this is done again. A heartbeat in between keeps the
         instance alive, which then hears that its tasks are gone.
         """
-        session = self._manager.sessions.get(instance_id)
-        if session is not None:
-            # It is silent on an open connection: what is taken from it must not be handed to it again. A heartbeat sets this right.
-            session.stalled = True
-            self._manager.sessions.refresh(session.agent)
+        self.silence(instance_id)
         taken = await self._lose(instance_id, now)
         if await self._manager.instances.end(instance_id, "lease-expired", unless_alive_at=now):
             # What was on its way to it meanwhile.
             taken += await self._lose(instance_id, now)
         return taken
+
+    def silence(self, instance_id: str) -> None:
+        """Give an instance nothing new that is silent on an open connection, until its next heartbeat sets this right."""
+        session = self._manager.sessions.get(instance_id)
+        if session is not None:
+            session.stalled = True
+            self._manager.sessions.refresh(session.agent)
 
     async def _lose(self, instance_id: str, now: int) -> int:
         taken = 0

@@ -69,9 +69,12 @@ class LeaseKeeper:
         """End overdue leases; returns how many tasks were queued again."""
         now = self._guarded()
         taken = 0
-        for instance in await self._manager.instances.overdue(now):
-            if self._held_from + instance.lease_ms > now:
-                continue
+        overdue = await self._manager.instances.overdue(now)
+        ending = [instance for instance in overdue if self._held_from + instance.lease_ms <= now]
+        # All of them first: what is taken from one must not be handed to the next, or a task is lost several times at once.
+        for instance in ending:
+            self._agents.silence(instance.id)
+        for instance in ending:
             taken += await self._agents.take_back(instance.id, now)
             _log.warning("agents.lease_expired", instance=instance.id, agent=instance.agent_id)
         return taken
