@@ -280,7 +280,6 @@ class TaskOrchestrator:
             raise InvalidTransition("the task has not ended", state=task.state.value, allowed=["cancel"])
         entity = (await self._store.get("task", [task_id], ("payload",)))[0]
         payload = b"null" if entity is None else entity.cold.get("payload", b"null")
-        now = self._clock.now()
         spec = TaskSpec(
             type=task.type,
             payload=msgspec.Raw(payload),
@@ -296,7 +295,7 @@ class TaskOrchestrator:
         )
         links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
         new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin)
-        started = self._settler.create(new, now, actor.tenant, actor.id)
+        started = self._settler.create(new, self._clock.now(), actor.tenant, actor.id)
         await self._settler.launch([started])
         return Submitted(msgspec.structs.replace(started[0], version=1), True)
 
