@@ -136,7 +136,7 @@ async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Pa
                 f" {len(beats.seconds)} heartbeats p99 {slowest * 1000:.0f} ms,"
                 f" memory {before / MEGABYTE:.0f} -> {largest / MEGABYTE:.0f} MiB"
             )
-            assert slowest <= 2.0  # 1 s on a machine of its own
+            assert slowest <= 3.0  # 1 s on a machine of its own; the shortest lease must bear it on any
             assert largest - before < 400 * MEGABYTE
             counts = await all_final(client, 90)
             assert counts == {"completed": len(acknowledged)}

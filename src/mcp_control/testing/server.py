@@ -148,6 +148,7 @@ class ServerProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self._end(signal.SIGKILL)
             raise RuntimeError((self._folder / "server.log").read_text()[-4000:])
         told = json.loads(line)
         self.url = told["url"]
