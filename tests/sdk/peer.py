@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -54,10 +55,12 @@ class Peer:
         self.refuse: dict[str, str] = {}
         self.not_understood: bytes | None = None
         self.greeting: ServerFrame | None = None
+        self.close_after_welcome = 0
         self.cancel_by_beat: list[str] = []
         self.gone_by_beat: list[str] = []
         self.forget_on_reconnect: set[str] = set()
         self.hellos: list[Hello] = []
+        self.hello_times: list[float] = []
         self.beats: list[Heartbeat] = []
         self.reports: list[Report] = []
         self.byes: list[str] = []
@@ -156,6 +159,7 @@ class Peer:
 
     def welcome(self, hello: Hello) -> Welcome:
         self.hellos.append(hello)
+        self.hello_times.append(time.monotonic())
         if hello.instance_id is None:
             self.sessions += 1
         return Welcome(
@@ -202,6 +206,8 @@ class Peer:
                 if isinstance(frame, Hello):
                     outbox.put_nowait(self.greeting or self.welcome(frame))
                     self.outboxes.append(outbox)
+                    if self.close_after_welcome:
+                        outbox.put_nowait(self.close_after_welcome)
                 else:
                     for answer in self.handle(frame):
                         outbox.put_nowait(answer)

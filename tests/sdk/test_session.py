@@ -1,9 +1,11 @@
 """The session of an agent when things go wrong: lost connections, lost leases, drains, and servers without WebSocket."""
 
 import asyncio
+import itertools
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,31 @@ def _spawn(peer: Peer, tmp_path: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
+
+
+async def test_a_welcome_alone_does_not_end_the_back_off(
+    peer: Peer, make_agent: MakeAgent, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that welcomes and closes at once is left in peace for longer each time; after a report it took, waits begin anew."""
+    monkeypatch.setattr("random.random", lambda: 1.0)  # the longest wait each time
+    peer.close_after_welcome = 1011
+    agent = make_agent()
+    agent.task("short")(_short)
+    async with running(agent):
+        await until(lambda: len(peer.hellos) == 5)
+        gaps = [later - earlier for earlier, later in itertools.pairwise(peer.hello_times)]
+        assert all(gap >= wait for gap, wait in zip(gaps, (0.1, 0.2, 0.4, 0.8), strict=True))
+        peer.close_after_welcome = 0
+        await until(lambda: len(peer.hellos) == 6 and peer.connected)
+        await peer.run("short")
+        dropped_at = time.monotonic()
+        peer.drop(1011)
+        await until(lambda: len(peer.hellos) == 7)
+    assert peer.hello_times[-1] - dropped_at < 1.6  # it would be 3.2 s
+
+
+async def _short(payload: Any) -> None:
+    pass
 
 
 async def test_sigterm_lets_work_finish(peer: Peer, tmp_path: Path) -> None:

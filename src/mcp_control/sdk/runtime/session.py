@@ -24,6 +24,7 @@ LEASE_SHARE: Final = 0.75
 FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 10.0
 LEAVE_SECONDS: Final = 5.0
+STEADY_SECONDS: Final = 5.0  # a connection that lived as long was a good one
 TRY_LATER: Final = 1013  # close code: overloaded, or this end is too slow
 PASSING: Final = frozenset(
     {"agent-suspended", "overloaded", "store-unavailable", "storage-full", "outcome-unknown", "conflict", "internal"}
@@ -44,7 +45,7 @@ def reconnect_delay(
     """Return the seconds to wait before the next connection: exponential with full jitter, at least what the server asked for. Pure.
 
     Args:
-        failures: connections lost or refused in a row.
+        failures: connections in a row that were refused, or lost before they were of use.
         chance: random, 0 to 1.
         close_code: WebSocket close code; after 1013 (overloaded) the first wait is ten times as long.
         retry_after: seconds of a Retry-After header.
@@ -81,6 +82,7 @@ class Session:
         self._ack_seen = asyncio.Event()
         self._bench: Workbench | None = None
         self._retiring: asyncio.Task[None] | None = None
+        self._failures = 0
         self.instance_id: str | None = None
         self.agent_id: str | None = None
         self.connected = asyncio.Event()
@@ -111,7 +113,6 @@ class Session:
             LinkRefused: the server does not want this agent, and trying again would not change that.
         """
         watch = asyncio.create_task(self._watch_lease())
-        failures = 0
         try:
             while not self._left.is_set():
                 close_code, wait = 0, None
@@ -125,7 +126,6 @@ class Session:
                     )
                     self._link = await connect(hello)
                     self._welcomed(self._link.welcome, opened_at)
-                    failures = 0
                     await self._converse(self._link)
                 except LinkLost as lost:
                     close_code = lost.code
@@ -142,6 +142,9 @@ class Session:
                     self.connected.clear()
                     link, self._link = self._link, None
                     if link is not None:
+                        # A welcome alone proves nothing: the server may close every session it opens.
+                        if boottime() - opened_at >= STEADY_SECONDS:
+                            self._failures = 0
                         await link.close()
                 if self._left.is_set():
                     return
@@ -149,8 +152,10 @@ class Session:
                 chance = random.random()  # noqa: S311 - jitter is no secret
                 # A sixth of the lease: a server that comes back soon finds the work still ours.
                 longest = min(LONGEST_DELAY, max(0.5, self._lease_ms / 6000))
-                delay = reconnect_delay(failures, chance, close_code=close_code, retry_after=wait, max_delay=longest)
-                failures += 1
+                delay = reconnect_delay(
+                    self._failures, chance, close_code=close_code, retry_after=wait, max_delay=longest
+                )
+                self._failures += 1
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._left.wait(), delay)
         finally:
@@ -261,6 +266,7 @@ class Session:
     def _acked(self, ack: Ack) -> None:
         self._outbox.acked(ack)
         self._ack_seen.set()
+        self._failures = 0
         for refusal in ack.refused:
             log.warning("report.refused", task=refusal.task_id, code=refusal.code, detail=refusal.detail)
         if ack.refused:
