@@ -172,6 +172,24 @@ async def test_a_file_on_the_same_machine_is_used_as_it_is(tmp_path: Path) -> No
     assert fetched.read_bytes() == CONTENT
 
 
+async def test_a_damaged_file_on_the_same_machine_is_not_downloaded(tmp_path: Path) -> None:
+    """A file of the right size with other bytes is not taken: the bytes come from the server, which answers for them."""
+    blob = tmp_path / "blob"
+    blob.write_bytes(CONTENT[:-1] + b"?")
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    location = _raw(msgspec.json.encode({"path": str(blob), "sha256": digest, "size": len(CONTENT)}))
+    async with (
+        _hanging_up([location, _artifact(digest), _raw(CONTENT)] * 2) as (url, _),
+        AsyncClient(url, token="t") as client,
+    ):
+        awaited = await client.artifacts.download("art_1", tmp_path / "awaited")
+        blocking = await asyncio.to_thread(
+            lambda: Client(url, token="t").artifacts.download("art_1", tmp_path / "blocking")
+        )
+    assert awaited.read_bytes() == blocking.read_bytes() == CONTENT
+    assert sorted(os.listdir(tmp_path)) == ["awaited", "blob", "blocking"]
+
+
 async def test_an_upload_that_arrives_changed_is_noticed(peer: Peer) -> None:
     """When the server's digest is not that of the bytes sent, the upload raises DigestMismatch."""
     view = msgspec.json.decode(_artifact("0" * 64).partition(b"\r\n\r\n")[2])

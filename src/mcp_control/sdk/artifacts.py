@@ -7,7 +7,6 @@ import asyncio
 import base64
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -152,15 +151,23 @@ def local_file(location: Location) -> Path | None:
     return None
 
 
-def _copy(source: Path, target: Path) -> Path:
+def _copied(location: Location, target: Path) -> bool:
+    """Copy the blob's file to `target` and say whether its bytes are the artifact's; otherwise there is no `target`."""
+    if (source := local_file(location)) is None:
+        return False
+    found = hashlib.sha256()
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        shutil.copyfile(source, part)
+        with source.open("rb") as blob, part.open("wb") as copy:
+            while chunk := blob.read(CHUNK):
+                found.update(chunk)
+                copy.write(chunk)
+        if found.hexdigest() != location.sha256:
+            return False
         os.replace(part, target)
-    except BaseException:
+        return True
+    finally:
         part.unlink(missing_ok=True)
-        raise
-    return target
 
 
 class Artifacts:
@@ -196,9 +203,7 @@ class Artifacts:
             DigestMismatch: the bytes that came are not the artifact's.
             ApiProblem, Unreachable: a broken download is taken up a few times first.
         """
-        if (found := local_file(self.location(artifact_id))) is not None:
-            return _copy(found, target)
-        return self._fetch(artifact_id, target)
+        return target if _copied(self.location(artifact_id), target) else self._fetch(artifact_id, target)
 
     def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(self.get(artifact_id), target)
@@ -270,9 +275,8 @@ class AsyncArtifacts:
 
     async def download(self, artifact_id: str, target: Path) -> Path:
         """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
-        if (found := local_file(await self.location(artifact_id))) is not None:
-            return await asyncio.to_thread(_copy, found, target)
-        return await self._fetch(artifact_id, target)
+        copied = await asyncio.to_thread(_copied, await self.location(artifact_id), target)
+        return target if copied else await self._fetch(artifact_id, target)
 
     async def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(await self.get(artifact_id), target)
