@@ -19,7 +19,7 @@ from tests.integration.support import (
     violations,
 )
 
-_SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>[^}]*)\})? (?P<value>\S+)$")
+_SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 
 
 def parsed(text: str) -> dict[str, dict[str, float]]:
