@@ -1,5 +1,6 @@
 """Settings come from four places in one order, are checked as a whole, and tell where each value came from."""
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -15,17 +16,19 @@ def _no_user_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_each_layer_overrides_the_one_below(tmp_path: Path) -> None:
     """Defaults < file < environment < flags, setting by setting."""
     file = tmp_path / "config.toml"
-    file.write_text('port = 1001\nhost = "localhost"\nagents = 1\n[limits]\nmax_page = 10\nmax_batch = 20\n')
-    environ = {"MCP_CONTROL_PORT": "1002", "MCP_CONTROL_AGENTS": "2", "MCP_CONTROL_LIMITS__MAX_BATCH": "30"}
+    file.write_text(
+        'port = 1001\nhost = "localhost"\nagents = 1\n[leases]\nsweep_seconds = 1\n[queues]\nstore_changes = 20\n'
+    )
+    environ = {"MCP_CONTROL_PORT": "1002", "MCP_CONTROL_AGENTS": "2", "MCP_CONTROL_QUEUES__STORE_CHANGES": "30"}
     loaded = load({"port": 1003, "data": None}, environ, file)
     settings = loaded.settings
     assert (settings.host, settings.port, settings.agents) == ("localhost", 1003, 2)
-    assert (settings.limits.max_page, settings.limits.max_batch) == (10, 30)
+    assert (settings.leases.sweep_seconds, settings.queues.store_changes) == (1, 30)
     assert settings.limits.max_body_bytes == 1 << 20
     origins = {source.name: source.origin for source in loaded.sources()}
     assert origins["port"] == "flag"
-    assert origins["agents"] == origins["limits.max_batch"] == "environment"
-    assert origins["host"] == origins["limits.max_page"] == "file"
+    assert origins["agents"] == origins["queues.store_changes"] == "environment"
+    assert origins["host"] == origins["leases.sweep_seconds"] == "file"
     assert origins["data"] == origins["limits.max_body_bytes"] == "default"
 
 
@@ -58,13 +61,12 @@ def test_stores_that_are_not_supported_are_refused_by_name(name: str) -> None:
     [
         ({"port": 70_000}, "port"),
         ({"prot": 1}, "prot"),
-        ({"limits.max_page": 501}, "limits.max_page"),
+        ({"limits.max_body_bytes": 1}, "limits.max_body_bytes"),
         ({"security.token_seconds": 60}, "security.token_seconds"),
         ({"host": "0.0.0.0"}, "TLS"),
         ({"host": "::"}, "TLS"),
         ({"host": "example.org"}, "TLS"),
         ({"tls_cert": "/a.pem"}, "go together"),
-        ({"leases.min_seconds": 60, "leases.default_seconds": 30}, "leases"),
     ],
 )
 def test_wrong_settings_are_named(flags: dict[str, object], says: str) -> None:
@@ -120,14 +122,35 @@ def test_lists_in_the_environment_are_written_with_commas() -> None:
 def test_every_setting_explains_itself() -> None:
     """Help, the docs and the checks share one source, so no setting may lack its text."""
     sources = load(environ={}).sources()
-    assert len(sources) > 40
+    assert len(sources) > 30
     assert [source.name for source in sources if len(source.help) < 10] == []
 
 
 def test_settings_do_not_change_after_the_start() -> None:
     """Settings are frozen at every level."""
     settings = load(environ={}).settings
-    for target, name in ((settings, "port"), (settings.limits, "max_page")):
+    for target, name in ((settings, "port"), (settings.limits, "max_body_bytes")):
         with pytest.raises(ValueError, match="frozen"):
             setattr(target, name, 1)
     assert isinstance(settings, Settings)
+
+
+PACKAGE = Path(__file__).parents[2] / "src" / "mcp_control"
+
+
+def _attributes(path: Path) -> set[str]:
+    """The names of attributes that a module reads, but for those of declared settings themselves."""
+    return {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+def test_no_setting_is_without_effect() -> None:
+    """Every setting is read by a part of the server that may read settings; one that does nothing would deceive who sets it."""
+    readers = [PACKAGE / "app.py", *(PACKAGE / "api").glob("*.py"), *(PACKAGE / "cli").glob("*.py")]
+    read = set().union(*map(_attributes, [*readers, PACKAGE / "configuration" / "settings.py"]))
+    names = [source.name for source in load(environ={}).sources()]
+    assert [name for name in names if not set(name.split(".")) <= read] == []
+    assert "no_such_setting" not in read

@@ -29,8 +29,6 @@ from mcp_control.tasks.wire import AgentFrame, Bye, Heartbeat, Hello, Renew, Rep
 
 _log = structlog.get_logger(__name__)
 HELLO_SECONDS: Final = 15.0
-# A batch of assignments may be large, and an agent that takes it is not slow.
-_BYTES_MAX: Final = 8 << 20
 _ENVELOPE: Final = 4
 
 
@@ -50,7 +48,9 @@ class AgentSocket:
         await receive()
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
         client = scope["client"]
-        outbox = Outbox(send, close_extension(scope), _BYTES_MAX, self._services.body_stall_seconds)
+        # A batch of assignments may be large, and an agent that takes it is not slow.
+        limit = self._services.settings.queues.agent_bytes
+        outbox = Outbox(send, close_extension(scope), limit, self._services.body_stall_seconds)
         await _Connection(
             self._services, self._by_instance, header, actor, client[0] if client else "", receive, outbox
         ).run()

@@ -16,11 +16,12 @@ import structlog
 
 from mcp_control.api.agents import enrolment_of
 from mcp_control.api.call import Call, ClientGone, Receive, Reply, Scope, Send
+from mcp_control.api.hosts import Hosts
 from mcp_control.api.problem import Internal, problem_bytes, problem_headers
 from mcp_control.api.query import refuse_credentials
 from mcp_control.api.routing import Endpoint, Router
 from mcp_control.api.services import Services
-from mcp_control.kernel.errors import MethodNotAllowed, NotAcceptable, NotFound, Problem
+from mcp_control.kernel.errors import MethodNotAllowed, NotAcceptable, NotFound, Overloaded, Problem
 from mcp_control.security.model import Actor
 
 _log = structlog.get_logger(__name__)
@@ -33,7 +34,7 @@ _SECURITY: Final = (
     (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
     (b"referrer-policy", b"no-referrer"),
 )
-_DISCARD_BYTES: Final = 16 << 20
+_DISCARD_BYTES: Final = 32 << 20
 _DISCARD_SECONDS: Final = 3.0
 _HSTS: Final = (b"strict-transport-security", b"max-age=31536000")
 
@@ -53,13 +54,23 @@ class ControlApp:
         self._services = services
         self._gate = services.gate
         self._metrics = services.metrics
+        self._hosts = Hosts(services.settings.security.allowed_hosts)
+        self._connections_max = services.settings.overload.max_connections
+        self._connections = 0
+        self._handled = 0
+        self._metrics.watch("http_requests_in_flight", "requests being handled", lambda: self._handled)
+        self._metrics.watch("sockets", "open WebSocket connections", lambda: self._connections)
         self._prefix = secrets.token_hex(5)
         self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or one socket."""
         if scope["type"] == "http":
-            await self._http(scope, receive, send)
+            self._handled += 1
+            try:
+                await self._http(scope, receive, send)
+            finally:
+                self._handled -= 1
         elif scope["type"] == "websocket":
             await self._socket(scope, receive, send)
 
@@ -74,6 +85,7 @@ class ControlApp:
         started = self._services.clock.monotonic()
         route = "unmatched"
         try:
+            self._hosts.check(headers)
             if scope["query_string"]:
                 refuse_credentials(scope["query_string"])
             endpoint, params = self._router.find(scope["method"], scope["path"], scope["raw_path"])
@@ -145,8 +157,14 @@ class ControlApp:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = self._request_id(dict(scope["headers"]).get(b"x-request-id"))
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = self._request_id(headers.get(b"x-request-id"))
+        self._connections += 1
         try:
+            self._hosts.check(headers)
+            if self._connections > self._connections_max:
+                self._metrics.shed("connection")
+                raise Overloaded("too many connections", retry_after=5)
             refuse_credentials(scope["query_string"])
             handler = self._sockets.get(scope["path"])
             if handler is None:
@@ -154,6 +172,8 @@ class ControlApp:
             await handler(scope, receive, send, request_id)
         except Problem as problem:
             await refuse_socket(send, problem, request_id)
+        finally:
+            self._connections -= 1
 
 
 async def _discard(receive: Receive) -> None:

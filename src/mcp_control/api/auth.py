@@ -9,6 +9,7 @@ from mcp_control.api.call import NO_CONTENT, Call, Reply, reply
 from mcp_control.api.decode import Body
 from mcp_control.api.routing import Endpoint
 from mcp_control.kernel.clock import to_datetime
+from mcp_control.kernel.errors import Problem, RateLimited
 from mcp_control.security.records import ApiToken
 
 
@@ -99,7 +100,17 @@ def _view(token: ApiToken, secret: str | None = None) -> TokenView:
 async def login(call: Call) -> Reply:
     """Give a short-lived access token for a name and a password."""
     given = await call.decode(_LOGIN)
-    session = await call.services.accounts.login(given.username, given.password, _address(call))
+    count = call.services.metrics.login
+    try:
+        session = await call.services.accounts.login(given.username, given.password, _address(call))
+    except RateLimited:
+        count("throttled")
+        raise
+    except Problem as problem:
+        if problem.status < 500:
+            count("refused")
+        raise
+    count("accepted")
     return reply(Access(access_token=session.access_token, expires_in=session.expires_in))
 
 

@@ -30,7 +30,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
 
-BODY_MAX: Final = 1 << 20
 JSON: Final = (b"content-type", b"application/json")
 encode: Final = msgspec.json.Encoder().encode
 
@@ -95,7 +94,7 @@ class Call:
         self.request_id = request_id
         self.actor = actor
         self.services = services
-        self.body_max = BODY_MAX
+        self.body_max = services.body_max
         self.stall = services.body_stall_seconds
 
     @property

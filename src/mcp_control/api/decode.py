@@ -21,7 +21,8 @@ _TO_SQUARE: Final = bytes.maketrans(b"{}", b"[]")
 _NOT_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _NUL: Final = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_LONG_INT: Final = re.compile(rb"[0-9]{19}")
+# Only where a number may begin: digests and keys inside strings hold long runs of digits too.
+_LONG_INT: Final = re.compile(rb"[\[:,\s-][0-9]{19}")
 
 
 def _brackets(raw: bytes) -> bytes:
@@ -29,8 +30,11 @@ def _brackets(raw: bytes) -> bytes:
     return _STRING.sub(b"", raw).translate(_TO_SQUARE, _NOT_BRACKETS)
 
 
-def check_json(raw: bytes, depth: int = MAX_DEPTH) -> None:
+def check_json(raw: bytes, depth: int | None = MAX_DEPTH) -> None:
     """Refuse bytes that are not JSON as this product allows it.
+
+    Args:
+        depth: levels allowed; None where the caller looks at the parts that may nest.
 
     Raises:
         MalformedJson: truncated, trailing bytes, NaN, BOM, invalid UTF-8, a lone surrogate, a number no double holds.
@@ -40,17 +44,11 @@ def check_json(raw: bytes, depth: int = MAX_DEPTH) -> None:
     try:
         orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        if b"[" * (depth + 1) in _brackets(raw):
-            raise TooDeep(f"at most {depth} levels are allowed") from error
+        if b"[" * (MAX_DEPTH + 1) in _brackets(raw):
+            raise TooDeep(f"at most {MAX_DEPTH} levels are allowed") from error
         raise MalformedJson(error.msg, offset=error.pos) from error
-    if raw.count(b"[") + raw.count(b"{") > depth:
-        left = _brackets(raw)
-        for _ in range(depth):  # each pass takes the innermost level away, at the speed of memory
-            left = left.replace(b"[]", b"")
-            if not left:
-                break
-        if left:
-            raise TooDeep(f"at most {depth} levels are allowed")
+    if depth is not None:
+        check_depth(raw, depth)
     if b"\\u0000" in raw and _NUL.search(raw):
         raise Invalid(
             "NUL characters are not allowed",
@@ -59,6 +57,18 @@ def check_json(raw: bytes, depth: int = MAX_DEPTH) -> None:
                 for pointer in _nuls(orjson.loads(raw))
             ],
         )
+
+
+def check_depth(raw: bytes, depth: int = MAX_DEPTH) -> None:
+    """Raise TooDeep when JSON nests more than `depth` levels."""
+    if raw.count(b"[") + raw.count(b"{") <= depth:
+        return
+    left = _brackets(raw)
+    for _ in range(depth):  # each pass takes the innermost level away, at the speed of memory
+        left = left.replace(b"[]", b"")
+        if not left:
+            return
+    raise TooDeep(f"at most {depth} levels are allowed")
 
 
 def _nuls(value: object, pointer: str = "#") -> Iterator[str]:
@@ -91,9 +101,10 @@ class Body(Generic[T]):
         unique_keys: refuse duplicate keys.
         optional: an empty body stands for a Struct of defaults.
         media_types: what the route reads.
+        opaque: returns the only parts that may nest, where looking at the whole body for its depth would cost too much.
     """
 
-    __slots__ = ("_decode", "_depth", "_keys", "media_types", "optional", "type", "unique_keys")
+    __slots__ = ("_decode", "_depth", "_keys", "_opaque", "media_types", "optional", "type", "unique_keys")
 
     def __init__(
         self,
@@ -103,8 +114,10 @@ class Body(Generic[T]):
         unique_keys: bool = False,
         optional: bool = False,
         media_types: tuple[str, ...] = ("application/json",),
+        opaque: Callable[[T], Iterable[bytes]] | None = None,
     ) -> None:
         self.type = type
+        self._opaque = opaque
         self.unique_keys = unique_keys
         self.optional = optional
         self.media_types = media_types
@@ -126,7 +139,7 @@ class Body(Generic[T]):
                 "the body is empty",
                 errors=(FieldError(pointer="#", code="wrong-type", detail="expected an object, got nothing"),),
             )
-        check_json(raw, self._depth)
+        check_json(raw, self._depth if self._opaque is None else None)
         if self.unique_keys:
             json.loads(raw, object_pairs_hook=_no_duplicates)
         try:
@@ -134,6 +147,9 @@ class Body(Generic[T]):
         except msgspec.MsgspecError as error:
             errors = field_errors(orjson.loads(raw), self.type, error)
             raise Invalid(errors[0].detail, errors=errors) from error
+        if self._opaque is not None:
+            for part in self._opaque(value):
+                check_depth(part)
         if _LONG_INT.search(raw) and (pointers := list(out_of_range(value))):
             raise Invalid(
                 "integers must fit 64 bits",

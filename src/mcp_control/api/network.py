@@ -49,7 +49,9 @@ def listening(settings: Settings) -> socket.socket:
     """Return the bound socket. Raises OSError where the address is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=2048)
-    # Connections inherit it: what a peer does not read waits in the kernel only up to this.
+    # Connections inherit both. An answer is small and complete, so it must not wait for the acknowledgement of the one before;
+    # and what a peer does not read waits in the kernel only up to this.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     return listener
 
@@ -59,7 +61,9 @@ def _config(settings: Settings, app: ControlApp) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http=partial(ControlHttpProtocol, headers_max=limits.max_header_bytes),  # type: ignore[arg-type]  # called like a class
+        http=partial(
+            ControlHttpProtocol, headers_max=limits.max_header_bytes, headers_seconds=limits.header_timeout_seconds
+        ),  # type: ignore[arg-type]  # called like a class
         ws=ControlSocketProtocol,
         ws_max_size=limits.max_frame_bytes,
         ws_per_message_deflate=False,

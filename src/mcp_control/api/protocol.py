@@ -15,6 +15,7 @@ from mcp_control.api.problem import MEDIA_TYPE, problem_bytes
 from mcp_control.kernel.errors import Problem
 
 HEADERS_MAX: Final = 16 * 1024
+HEADERS_SECONDS: Final = 10.0
 _LINGER: Final = 5.0
 
 
@@ -30,15 +31,54 @@ class HeadersTooLarge(Problem):
     code, status, title = "headers-too-large", 431, "Request headers too large"
 
 
-class ControlHttpProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with at most 16 KiB of request line and headers, complete or not."""
+class HeadersTimeout(Problem):
+    """Request line and headers did not arrive in time."""
 
-    def __init__(self, *args: Any, headers_max: int = HEADERS_MAX, **kwargs: Any) -> None:
+    code, status, title, retryable = "headers-timeout", 408, "Request headers too slow", True
+
+
+class ControlHttpProtocol(HttpToolsProtocol):
+    """HTTP/1.1 with at most 16 KiB of request line and headers, complete or not, which arrive within 10 s."""
+
+    def __init__(
+        self, *args: Any, headers_max: int = HEADERS_MAX, headers_seconds: float = HEADERS_SECONDS, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._headers_max = headers_max
+        self._headers_seconds = headers_seconds
+        self._patience: asyncio.TimerHandle | None = None
         self._in_head = False
         self._head_bytes = 0
         self._refusal: Problem | None = None
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it too
+        """Expect the first head."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing any more."""
+        self._head_came()
+        super().connection_lost(exc)
+
+    def _expect_head(self) -> None:
+        self._patience = self.loop.call_later(self._headers_seconds, self._too_slow)
+
+    def _head_came(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _too_slow(self) -> None:
+        self._patience = None
+        if self.transport.is_closing():
+            return
+        if self._in_head:
+            self._refuse(HeadersTimeout(f"the headers took longer than {self._headers_seconds:g} s"))
+        else:
+            self.transport.close()
 
     @override
     def data_received(self, data: bytes) -> None:
@@ -47,6 +87,8 @@ class ControlHttpProtocol(HttpToolsProtocol):
             return
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
+            if self._patience is None:
+                self._expect_head()
             self._head_bytes += len(data)
             if self._head_bytes > self._headers_max:
                 self._refuse(HeadersTooLarge(f"at most {self._headers_max} bytes of headers"))
@@ -62,6 +104,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is there: let it through when it is within its limit."""
         self._in_head = False
+        self._head_came()
         size = len(self.url)
         for name, value in self.headers:
             size += len(name) + len(value)

@@ -56,3 +56,8 @@ class Services:
     def body_stall_seconds(self) -> float:
         """Seconds a peer may stand still: one that sends a body, or one that is sent to."""
         return self.settings.limits.body_timeout_seconds
+
+    @property
+    def body_max(self) -> int:
+        """Bytes a request body may have, except for uploads."""
+        return self.settings.limits.max_body_bytes

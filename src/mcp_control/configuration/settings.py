@@ -57,9 +57,6 @@ class Limits(_Group):
     header_timeout_seconds: Seconds = Field(default=10.0, description="how long a request header may take")
     max_artifact_bytes: Bytes = Field(default=10 << 30, description="largest artifact")
     max_frame_bytes: Bytes = Field(default=1 << 20, description="largest WebSocket frame")
-    max_wait_seconds: Seconds = Field(default=60.0, description="longest `?wait=` of a request")
-    max_page: Annotated[int, Field(ge=1, le=500)] = Field(default=500, description="largest page of a listing")
-    max_batch: Annotated[int, Field(ge=1, le=1000)] = Field(default=1000, description="tasks in one batch submit")
 
 
 class Retention(_Group):
@@ -69,31 +66,20 @@ class Retention(_Group):
     events_count: Count = Field(default=1_000_000, description="events beyond this many are removed, oldest first")
     tasks_days: Days = Field(default=30.0, description="finished tasks older than this are removed")
     runs_days: Days = Field(default=30.0, description="finished runs older than this are removed, with their artifacts")
-    batch: Count = Field(default=1000, description="things removed in one step, so that removal never stalls the work")
     interval_seconds: Seconds = Field(default=60.0, description="how often ended things are looked for")
 
 
 class Leases(_Group):
-    """How long an agent may be silent."""
+    """Ends the leases of silent agents. How long an agent may be silent is its own: 2 s to 1 h, 30 s unless it says so."""
 
-    default_seconds: Annotated[float, Field(ge=2, le=3600)] = Field(
-        default=30.0, description="lease of an agent that asks for none"
-    )
-    min_seconds: Annotated[float, Field(ge=0.2, le=3600)] = Field(
-        default=2.0, description="shortest lease an agent may ask for"
-    )
-    max_seconds: Annotated[float, Field(ge=2, le=86_400)] = Field(
-        default=3600.0, description="longest lease an agent may ask for"
-    )
     sweep_seconds: Seconds = Field(default=0.5, description="how often ended leases are looked for")
-    cancel_grace_seconds: Seconds = Field(default=10.0, description="time a cancelled attempt has to stop by itself")
 
 
 class Overload(_Group):
     """When new work is shed to keep accepted work moving; submits go first, completions and heartbeats last."""
 
     max_queued_tasks: Count = Field(default=2_000_000, description="waiting tasks beyond which submits are refused")
-    max_requests: Count = Field(default=1000, description="requests handled at once")
+    max_requests: Count = Field(default=1000, description="submits handled at once")
     max_connections: Count = Field(default=5000, description="open WebSocket and event-stream connections")
     loop_lag_seconds: Seconds = Field(default=0.5, description="event-loop lag beyond which submits are refused")
     retry_after_seconds: Seconds = Field(default=1.0, description="what a refused caller is told to wait")
@@ -106,8 +92,8 @@ class Queues(_Group):
     subscriber_events: Count = Field(
         default=1000, description="events that may wait for one subscriber before it must read anew"
     )
-    agent_frames: Count = Field(
-        default=1000, description="frames that may wait for one agent before its connection is closed"
+    agent_bytes: Bytes = Field(
+        default=8 << 20, description="bytes that may wait for one agent before its connection is closed"
     )
 
 
@@ -126,7 +112,7 @@ class Security(_Group):
         default=46 * 1024, description="argon2id memory per hash"
     )
     allowed_origins: Names = Field(default=(), description="browser origins that may open /ws; none by default")
-    allowed_hosts: Names = Field(default=(), description="Host names answered; any by default")
+    allowed_hosts: Names = Field(default=(), description="Host names answered, without port; any by default")
 
 
 class Log(_Group):
@@ -190,8 +176,6 @@ class Settings(BaseSettings):
                 f"listening on {self.host} without TLS would send credentials in the clear: "
                 "set tls_cert and tls_key, or allow_insecure_bind behind a proxy that speaks TLS"
             )
-        if not self.leases.min_seconds <= self.leases.default_seconds <= self.leases.max_seconds:
-            raise ValueError("leases: min_seconds <= default_seconds <= max_seconds must hold")
         return self
 
     @classmethod

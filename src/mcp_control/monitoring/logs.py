@@ -32,6 +32,7 @@ _SECRET_TEXT: Final = (
 )
 # C0, DEL, C1, line and paragraph separators, and the marks that turn the direction of text.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_CHATTY: Final = ("uvicorn", "uvicorn.error", "websockets", "httpx2", "httpcore2")
 _MAX_TEXT: Final = 8192
 _MAX_DEPTH: Final = 6
 _MAX_ITEMS: Final = 100
@@ -149,3 +150,6 @@ def configure(
     handler._mcp_control = True  # type: ignore[attr-defined] # marks it as ours, to be replaced by the next call
     root.addHandler(handler)
     root.setLevel(level.upper())
+    # What servers and clients tell of every connection is for those who look for a fault in it.
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)

@@ -49,7 +49,6 @@ class Metrics:
 
         self._requests = self._counter("http_requests", "requests answered", ("route", "method", "status"))
         self._latency = self._histogram("http_request_seconds", "time to answer a request", _FAST, ("route", "method"))
-        self._in_flight = self._gauge("http_requests_in_flight", "requests being handled")
         self._shed = self._counter("shed", "calls refused to protect accepted work", ("what",))
         self._tasks = self._counter("tasks", "attempts and tasks that ended, by outcome", ("type", "outcome"))
         self._queued = self._histogram("task_queue_seconds", "time from due to assigned", _LONG, ("type",))
@@ -76,10 +75,6 @@ class Metrics:
                 self._request_children[key] = children
         children[0].inc()
         children[1].observe(seconds)
-
-    def in_flight(self, change: int) -> None:
-        """Count a request in (1) or out (-1)."""
-        self._in_flight.inc(change)
 
     def shed(self, what: str) -> None:
         """Count a refusal by overload: `submit`, `login`, `connection`, `subscription`."""
