@@ -3,6 +3,7 @@
 It hears every fact once, in order, and remembers the last of what is under way; what it has forgotten it says nothing about.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -13,7 +14,7 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.storage.ports import Depth
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.settling import ORDER_SHIFT
+from mcp_control.tasks.handing import ORDER_SHIFT
 
 _FINAL: Final = {f"task.{word}": word for word in ("completed", "failed", "cancelled", "expired", "rejected")}
 _OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "task.released": ""}
@@ -49,8 +50,10 @@ class TaskFigures:
         self._metrics = metrics
         self._clock = clock
         self._remembered = remembered
-        self._live: dict[str, _Seen] = {}
-        self._ended: dict[str, None] = {}
+        self._live: OrderedDict[str, _Seen] = OrderedDict()
+        # Two generations: forgetting the oldest one by one out of a large dict would cost a scan each time.
+        self._ended: set[str] = set()
+        self._ended_before: set[str] = set()
         self._lanes: list[tuple[str, int, float]] = []
         self.waiting = 0
 
@@ -98,16 +101,16 @@ class TaskFigures:
             seen.at, seen.held = at, False
         if kind in _FINAL:
             self._live.pop(task_id, None)
-            if task_id in self._ended:
+            if task_id in self._ended or task_id in self._ended_before:
                 self._metrics.violation("double_final")
-            self._ended[task_id] = None
-            if len(self._ended) > self._remembered:
-                del self._ended[next(iter(self._ended))]
+            self._ended.add(task_id)
+            if len(self._ended) >= self._remembered:
+                self._ended, self._ended_before = set(), self._ended
 
     def _remember(self, task_id: str, seen: _Seen) -> None:
         self._live[task_id] = seen
         if len(self._live) > self._remembered:
-            del self._live[next(iter(self._live))]
+            self._live.popitem(last=False)
 
     def look(self, depths: Iterable[Depth], dispatcher: Dispatcher) -> None:
         """Look at what waits."""
