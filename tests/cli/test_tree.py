@@ -44,11 +44,21 @@ def test_every_command_has_help_and_is_described(own: Cli) -> None:
         assert all(isinstance(one, dict) and (one["help"] or one["kind"] == "argument") for one in leaf["parameters"])
 
 
+@pytest.mark.parametrize("noun", ["profile", "tokens", "tasks", "agents", "pipelines", "runs", "artifacts"])
+def test_list_is_ls(own: Cli, noun: str) -> None:
+    """`list` does what `ls` does, and no help speaks of it."""
+    assert own.inside(noun, "list", "--help").stdout == own.inside(noun, "ls", "--help").stdout.replace(
+        " ls ", " list "
+    )
+    assert " list " not in own.inside(noun, "--help").stdout
+    assert f"mcpctl {noun} list" not in own.inside("commands").stdout
+
+
 def test_help_needs_neither_client_nor_server() -> None:
     """What `mcpctl --help` imports is little: no HTTP client, no database, no data library, no event loop."""
     code = (
         "import sys; from mcp_control.cli.main import run; run(['--help']);"
-        "heavy = {'httpx2', 'apsw', 'litestar', 'polars', 'pydantic', 'yaml', 'asyncio', 'rich'};"
+        "heavy = {'httpx2', 'apsw', 'uvicorn', 'polars', 'pydantic', 'yaml', 'asyncio', 'rich'};"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

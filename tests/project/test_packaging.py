@@ -1,5 +1,6 @@
 """What an install promises: locked, from any registry, and light where only the SDK and the CLI are wanted."""
 
+import ast
 import json
 import re
 import subprocess
@@ -90,7 +91,55 @@ def test_sdk_and_cli_need_only_the_base_install(module: str) -> None:
         and name not in {"mcp_control", "pip", "setuptools", "pkg_resources", "_distutils_hack"}
         and not any(distribution.lower().replace("-", "_") in base for distribution in distributions)
     ]
-    assert "litestar" in absent
+    assert "uvicorn" in absent
     command = [sys.executable, "-c", IMPORT_WITHOUT, module, ",".join(absent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+# Imported by no module of ours: uvicorn's parser, whose protocol ours extends.
+NEEDED_BY_OTHERS = {"httptools"}
+
+
+def declared(*extras: str) -> set[str]:
+    """The distributions that pyproject.toml declares for these installs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    everything = {"base": project["dependencies"], **project["optional-dependencies"]}
+    return {re.split(r"[^A-Za-z0-9-]", line)[0].lower() for extra in extras for line in everything[extra]}
+
+
+def imported(*folders: str, but: tuple[str, ...] = ()) -> set[str]:
+    """The distributions that the modules below some folders import, whatever the place in the module."""
+    skipped = [ROOT / folder for folder in but]
+    paths = [
+        path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(path.is_relative_to(folder) for folder in skipped)
+    ]
+    own = {"mcp_control", *sys.stdlib_module_names, *folders, *(path.stem for path in paths)}
+    names: set[str] = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.partition(".")[0])
+    distributions = packages_distributions()
+    # The root of a package that several distributions share would name them all; ours share none.
+    return {distributions.get(name, [name])[0].lower().replace("_", "-") for name in names - own}
+
+
+def test_the_product_declares_what_it_imports_and_nothing_else() -> None:
+    """No install lacks a library by luck of another one's dependencies, and none carries what nobody uses."""
+    techdeck = imported("src/mcp_control/techdeck")
+    rest = imported("src/mcp_control", but=("src/mcp_control/techdeck", "src/mcp_control/testing"))
+    assert rest == declared("base", "server") - NEEDED_BY_OTHERS
+    assert techdeck - declared("base", "techdeck") == set()
+    assert declared("techdeck") - techdeck == set()
+
+
+def test_tests_benchmarks_and_docs_import_what_is_declared() -> None:
+    """A development install brings all that the rest of the repository imports."""
+    found = imported("tests", "bench", "examples", "docs", "src/mcp_control/testing")
+    assert found - declared("base", "server", "techdeck", "dev") == set()
