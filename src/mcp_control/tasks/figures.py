@@ -59,6 +59,7 @@ class TaskFigures:
 
     def heard(self, facts: Sequence[StoredFact]) -> None:
         """Take in the facts of a commit."""
+        outcomes: dict[tuple[str, str], int] = {}
         for stored in facts:
             fact = stored.fact
             kind = fact.type
@@ -73,6 +74,11 @@ class TaskFigures:
                 self._assigned(fact.subject, seen, data, fact.at)
             else:
                 self._ended_attempt(fact.subject, kind, seen, data, fact.at)
+                if outcome := _OUTCOMES[kind]:
+                    key = (data.type, outcome)
+                    outcomes[key] = outcomes.get(key, 0) + 1
+        for (task_type, outcome), count in outcomes.items():
+            self._metrics.task_ended(task_type, outcome, count)
 
     def _queued(self, task_id: str, seen: _Seen | None, at: int) -> None:
         if seen is None:
@@ -91,8 +97,6 @@ class TaskFigures:
         seen.attempt, seen.at, seen.held = data.attempt, at, True
 
     def _ended_attempt(self, task_id: str, kind: str, seen: _Seen | None, data: _Data, at: int) -> None:
-        if outcome := _OUTCOMES[kind]:
-            self._metrics.task_ended(data.type, outcome)
         if seen is not None:
             if seen.held:
                 self._metrics.task_ran(data.type, (at - seen.at) / 1000)
