@@ -27,7 +27,7 @@ from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.events.retention import EventRetention
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.clock import SystemClock
-from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.errors import Invalid, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
 from mcp_control.monitoring.health import OK, Finding, Health
@@ -35,6 +35,7 @@ from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
+from mcp_control.pipelines.retention import RunRetention
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
@@ -133,7 +134,10 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         ids = IdSource(clock)
         disk = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
         store: Store = disk if around is None else around(disk)
-        metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)])
+        plugins = Plugins(settings.plugins)
+        offered = plugins.pipelines()
+        types = {stage.uses for _, spec in offered for stage in spec.stages}
+        metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)], types)
         broadcaster = Broadcaster(
             store,
             backlog=settings.queues.subscriber_events,
@@ -175,12 +179,12 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         ledger = Ledger(store)
 
         async def hand_out(pairs: list[tuple[str, Session]]) -> None:
-            await settler.hand_out(pairs)
+            await settler.handing.hand_out(pairs)
 
         queue = LocalQueue()
         dispatcher = Dispatcher(queue, sessions, hand_out)
         settler = Settler(ledger, sessions, dispatcher, clock, ids)
-        stack.push_async_callback(settler.close)
+        stack.push_async_callback(settler.handing.close)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
@@ -197,7 +201,6 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             store, FolderBlobs(settings.data), clock, ids, max_bytes=settings.limits.max_artifact_bytes
         )
 
-        plugins = Plugins(settings.plugins)
         overload = settings.overload
         limits = Limits(
             submits=overload.max_requests,
@@ -255,13 +258,17 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             artifacts=artifacts,
         )
         one_time_password = await accounts.ensure_administrator()
-        for spec in plugins.pipelines():
-            await engine.create(SYSTEM, spec)
+        for name, spec in offered:
+            try:
+                await engine.create(SYSTEM, spec)
+            except Invalid as problem:
+                plugins.leave_out(name, f"its pipeline {spec.metadata.name}: {problem.detail}")
         await reconciler.rebuild()
 
         keep = settings.retention
         events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
+        old_runs = RunRetention(store, artifacts, round(keep.runs_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
         for name, seconds, once in (
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
@@ -271,11 +278,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("events-retention", keep.interval_seconds, events.once),
             ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
             ("runs", 1.0, engine.heal),
-            (
-                "runs-retention",
-                keep.interval_seconds,
-                lambda now: engine.remove_ended(now - round(keep.runs_days * _DAY_MS)),
-            ),
+            ("runs-retention", keep.interval_seconds, old_runs.once),
             ("enrolments", 60.0, credentials.once),
             ("blobs", 60.0, artifacts.once),
         ):

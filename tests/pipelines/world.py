@@ -101,8 +101,8 @@ class World:
 
     async def settled(self) -> None:
         """Wait until the task component has done what it does in the background."""
-        while self.settler._background:  # what it runs there is its own affair; that it ends is ours
-            await asyncio.gather(*self.settler._background)
+        while self.settler.handing._background:  # what it runs there is its own affair; that it ends is ours
+            await asyncio.gather(*self.settler.handing._background)
 
     async def run(self, run: Run) -> Run:
         """Return the run as the engine knows it."""
@@ -128,6 +128,6 @@ async def world(folder: Path) -> AsyncIterator[World]:
     try:
         yield made
     finally:
-        await made.settler.close()
+        await made.settler.handing.close()
         await store.close()
     assert not problems

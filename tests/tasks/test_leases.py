@@ -300,12 +300,12 @@ async def test_an_assignment_on_its_way_reaches_the_connection_that_is_there_the
         old = peer.live
         await world.agents.disconnected(old)
         old.accepting = True
-        task = world.settler.create(_new(world), world.clock.now())
+        task = world.settler.handing.create(_new(world), world.clock.now())
         moved = assign(task[0], old.agent.id, old.instance.id, "token", world.clock.now())
         old.held.add(moved.id)
         await peer.connect()
         await world.ledger.commit([Group([Move(moved, payload=b"1")])])
-        await world.settler.begin([(moved, b"1", old)])
+        await world.settler.handing.begin([(moved, b"1", old)])
         assert moved.id in peer.given
         assert peer.live.held == {moved.id}
 
@@ -316,10 +316,10 @@ async def test_an_assignment_to_an_instance_that_left_meanwhile_is_queued_again(
         peer = await world.agent()
         old = peer.live
         await world.agents.leave(old)
-        created = world.settler.create(_new(world), world.clock.now())[0]
+        created = world.settler.handing.create(_new(world), world.clock.now())[0]
         moved = assign(created, old.agent.id, old.instance.id, "token", world.clock.now())
         await world.ledger.commit([Group([Move(moved, payload=b"1")])])
-        await world.settler.begin([(moved, b"1", old)])
+        await world.settler.handing.begin([(moved, b"1", old)])
         await has_state(world, moved, S.QUEUED)
         assert await world.reconciler.once() == 0
         other = await world.agent("other")
@@ -534,6 +534,6 @@ class _SlowFollower:
 
 async def _of_run(world: World) -> Task:
     new = msgspec.structs.replace(_new(world), links=Links(run_id="run_1", stage="s"))
-    created = world.settler.create(new, world.clock.now())
-    await world.settler.launch([created])
+    created = world.settler.handing.create(new, world.clock.now())
+    await world.settler.handing.launch([created])
     return created[0]

@@ -56,7 +56,7 @@ class World:
         self.retention = Retention(store, clock, keep_ms=30 * 86_400_000)
 
     async def _hand_out(self, pairs: list[tuple[str, Session]]) -> None:
-        await self.settler.hand_out(pairs)
+        await self.settler.handing.hand_out(pairs)
 
     async def submit(self, task_type: str = "echo", **fields: object) -> Task:
         """Submit one task that must be accepted."""
@@ -169,5 +169,5 @@ async def world_at(folder: Path, clock: Clock | None = None, store: Store | None
         yield world
     finally:
         running.cancel()
-        await world.settler.close()
+        await world.settler.handing.close()
         await inner.close()

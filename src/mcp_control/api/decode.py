@@ -6,7 +6,7 @@ levels. Duplicate keys: the last one wins, but for decoders that say `unique_key
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 import msgspec

@@ -108,7 +108,7 @@ class LogsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 _SPEC: Final = Body(TaskSpec, envelope=1)
-_BATCH: Final = Body(Batch, envelope=3)
+_BATCH: Final = Body(Batch, opaque=lambda batch: [bytes(spec.payload) for spec in batch.tasks])
 _IDS: Final = Body(Ids)
 _REASON: Final = Body(Reason, optional=True)
 _NOTHING: Final = Body(Nothing, optional=True)

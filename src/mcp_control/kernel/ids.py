@@ -78,4 +78,4 @@ class IdSource:
 
     def secret(self) -> str:
         """Return 256 random bits as 64 hexadecimal digits, for tokens."""
-        return self._random(32).hex()
+        return (self.bytes16() + self.bytes16()).hex()

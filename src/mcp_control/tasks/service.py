@@ -120,7 +120,7 @@ class TaskOrchestrator:
                 results[place] = problem
                 continue
             new = NewTask(id=self._ids.new("task"), spec=spec, links=_NO_LINKS, origin=origin)
-            task, payload, session, move = self._settler.create(new, now, actor.tenant, actor.id)
+            task, payload, session, move = self._settler.handing.create(new, now, actor.tenant, actor.id)
             started.append((task, payload, session))
             groups.append(Group([move]))
             places.append(place)
@@ -130,7 +130,7 @@ class TaskOrchestrator:
         try:
             outcomes = await self._ledger.commit(groups)
         except BaseException:
-            self._settler.doubt(
+            self._settler.handing.doubt(
                 [task.id for task, _, _ in started], [(session, task.id) for task, _, session in started if session]
             )
             raise
@@ -147,7 +147,7 @@ class TaskOrchestrator:
             results[place] = (
                 await self._repeated(actor, specs[place], outcome) if isinstance(outcome, Duplicate) else outcome
             )
-        await self._settler.begin(accepted)
+        await self._settler.handing.begin(accepted)
         return results
 
     async def _repeated(self, actor: Actor, spec: TaskSpec, duplicate: Duplicate) -> Submitted | Problem:
@@ -295,8 +295,8 @@ class TaskOrchestrator:
         )
         links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
         new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin)
-        started = self._settler.create(new, self._clock.now(), actor.tenant, actor.id)
-        await self._settler.launch([started])
+        started = self._settler.handing.create(new, self._clock.now(), actor.tenant, actor.id)
+        await self._settler.handing.launch([started])
         return Submitted(msgspec.structs.replace(started[0], version=1), True)
 
     async def assign(self, actor: Actor, task_id: str, agent: str) -> Task:

@@ -1,0 +1,216 @@
+"""Handing out: giving new and queued tasks to agents, and finding those again whose commit is in doubt."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.kernel.changes import Entity, Fact
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.ids import IdSource
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.followers import NewTask
+from mcp_control.tasks.ledger import Group, Ledger, Move
+from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.records import assignment, task_fact
+from mcp_control.tasks.submission import new_task
+from mcp_control.tasks.transitions import assign
+from mcp_control.tasks.wire import Tasks
+
+_log = structlog.get_logger(__name__)
+_PAUSE_SECONDS: Final = 0.2
+ORDER_SHIFT: Final = 20  # a place in line is wall milliseconds, shifted, so that places of one millisecond differ
+GiveBack = Callable[[str, Sequence[str]], Coroutine[None, None, None]]
+Created = tuple[Task, bytes, Session | None, Move]
+
+
+class Handing:
+    """Creates tasks, assigns them, sends them. `give_back` queues tasks again that an instance will not come back for."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        sessions: Sessions,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        ids: IdSource,
+        give_back: GiveBack,
+    ) -> None:
+        self._ledger = ledger
+        self._sessions = sessions
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._ids = ids
+        self._give_back = give_back
+        self._order = 0
+        self._background: set[asyncio.Task[None]] = set()
+
+    def order(self, now: int) -> int:
+        """Return the next place in line: grows with time and from call to call."""
+        self._order = max(self._order + 1, now << ORDER_SHIFT)
+        return self._order
+
+    def create(
+        self, new: NewTask, now: int, tenant: str = "default", actor: str = "system"
+    ) -> tuple[Task, bytes, Session | None, Move]:
+        """Build a new task, given to an idle agent at once where one is free; the caller commits the move and then calls `begin`."""
+        payload = bytes(new.spec.payload)
+        task = new_task(
+            new.spec, task_id=new.id, tenant=tenant, origin=new.origin, now=now, order=self.order(now), links=new.links
+        )
+        kind = "task.queued" if task.state is TaskState.QUEUED else "task.scheduled"
+        facts = [task_fact(kind, task, actor, now)]
+        session = self._dispatcher.place(task) if task.state is TaskState.QUEUED else None
+        if session is not None:
+            task = assign(task, session.agent.id, session.instance.id, self._ids.secret(), now)
+            facts.append(task_fact("task.assigned", task, "system", now))
+        return task, payload, session, Move(task, facts, payload=payload)
+
+    async def begin(self, started: Sequence[tuple[Task, bytes, Session | None]]) -> None:
+        """Send committed tasks to the sessions chosen for them, put the others in their lanes."""
+        frames: dict[Session, list[tuple[Task, bytes]]] = {}
+        queued: list[Task] = []
+        for task, payload, session in started:
+            if session is not None:
+                frames.setdefault(session, []).append((task, payload))
+            elif task.state is TaskState.QUEUED:
+                queued.append(task)
+        for chosen, tasks in frames.items():
+            # The instance may have reconnected while this was committed: its present session gets the frame.
+            session = self._sessions.get(chosen.instance.id)
+            if session is not None:
+                session.held.update(task.id for task, _ in tasks)
+                session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
+            elif chosen.leaving:
+                # It left while this was committed and will not come back for them.
+                self.later(self._give_back(chosen.instance.id, [task.id for task, _ in tasks]))
+        if queued:
+            await self._dispatcher.enqueue(queued)
+
+    async def launch(
+        self,
+        created: Sequence[tuple[Task, bytes, Session | None, Move]],
+        writes: Sequence[Entity] = (),
+        facts: Sequence[Fact] = (),
+    ) -> None:
+        """Commit new tasks in one change with what belongs to them, and start them.
+
+        Raises:
+            Problem: they were not accepted; after OutcomeUnknown they may have been.
+        """
+        started = [(task, payload, session) for task, payload, session, _ in created]
+        try:
+            outcome = (await self._ledger.commit([Group([move for *_, move in created], writes, facts)]))[0]
+        except BaseException:
+            self.doubt(
+                [task.id for task, _, _ in started], [(session, task.id) for task, _, session in started if session]
+            )
+            raise
+        if outcome is not None:
+            for task, _, session in started:
+                if session is not None:
+                    self._dispatcher.unreserve(session, task.id)
+            raise outcome
+        await self.begin(started)
+
+    async def hand_out(self, pairs: list[tuple[str, Session]]) -> None:
+        """Assign queued tasks to the sessions whose slots were reserved for them, and send them. Does not raise."""
+        now = self._clock.now()
+        try:
+            loaded = await self._ledger.load_with_payload([task_id for task_id, _ in pairs])
+            moves: list[Move] = []
+            given: list[tuple[Task, bytes, Session | None]] = []
+            for (task_id, session), found in zip(pairs, loaded, strict=True):
+                if found is None or found[0].state is not TaskState.QUEUED:
+                    self._dispatcher.unreserve(session, task_id)
+                    if found is not None:
+                        self._resend(*found)
+                    continue
+                task = assign(found[0], session.agent.id, session.instance.id, self._ids.secret(), now)
+                moves.append(Move(task, [task_fact("task.assigned", task, "system", now)]))
+                given.append((task, found[1], session))
+            outcomes = await self._ledger.commit([Group([move]) for move in moves]) if moves else []
+        except Exception as error:
+            _log.warning("tasks.hand_out_failed", error=repr(error), tasks=len(pairs))
+            self.doubt([task_id for task_id, _ in pairs], [(session, task_id) for task_id, session in pairs])
+            return
+        lost: list[tuple[Session, str]] = []
+        sent: list[tuple[Task, bytes, Session | None]] = []
+        for item, outcome in zip(given, outcomes, strict=True):
+            if outcome is None:
+                sent.append(item)
+            elif item[2] is not None:
+                lost.append((item[2], item[0].id))
+        await self.begin(sent)
+        for session, task_id in lost:
+            self._dispatcher.unreserve(session, task_id)
+        self.doubt([task_id for _, task_id in lost])
+
+    def doubt(self, ids: Sequence[str], reserved: Sequence[tuple[Session, str]] = ()) -> None:
+        """Look tasks up again whose commit failed or may have failed, once the store answers; they must not be forgotten.
+
+        Slots reserved for them stay so until then: the agent may hold them after all.
+        """
+        if ids:
+            self.later(self._recover(list(ids), list(reserved)))
+
+    async def _recover(self, ids: list[str], reserved: list[tuple[Session, str]]) -> None:
+        while True:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            self._ledger.forget(ids)
+            try:
+                found = await self._ledger.load_with_payload(ids)
+            except Problem:
+                continue
+            break
+        for session, task_id in reserved:
+            self._dispatcher.unreserve(session, task_id)
+        queued: list[Task] = []
+        for entry in found:
+            if entry is None:
+                continue
+            self.free_slot(entry[0])
+            if entry[0].state is TaskState.QUEUED:
+                queued.append(entry[0])
+            else:
+                self._resend(*entry)
+        if queued:
+            await self._dispatcher.enqueue(queued)
+
+    def _resend(self, task: Task, payload: bytes) -> None:
+        """Send an assignment that was committed although nobody was told so."""
+        session = None if task.lease is None else self._sessions.get(task.lease.instance_id)
+        if session is None or task.id in session.held:
+            return
+        session.held.add(task.id)
+        if task.state is TaskState.ASSIGNED:
+            session.send([Tasks(tasks=[assignment(task, payload)])])
+
+    def free_slot(self, task: Task) -> None:
+        """Free the slot of a lease that has ended."""
+        if task.lease is None and task.attempts:
+            session = self._sessions.get(task.attempts[-1].instance_id)
+            if session is not None and task.id in session.held:
+                self._dispatcher.unreserve(session, task.id)
+
+    def later(self, work: Coroutine[None, None, None]) -> None:
+        """Run something in the background; it is ended by `close`."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("tasks.background_failed", error=repr(error))
+
+    async def close(self) -> None:
+        """End what runs in the background."""
+        for task in list(self._background):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
