@@ -86,15 +86,20 @@ async def main(url: str, token: str, agents: int, slots: int) -> None:
     headers = {"Authorization": f"Bearer {token}"}
     working: list[asyncio.Task[None]] = []
     async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
-        for number in range(agents):
+        at_once = asyncio.Semaphore(50)
+
+        async def enter(number: int) -> None:
             spec = {
                 "name": f"scale-{number}", "capabilities": [{"name": "it.scale"}], "slots": slots, "lease_seconds": 120
             }  # fmt: skip
-            answer = await http.post("/api/v1/agents/register", json=spec)
-            assert answer.status_code == 201, answer.text
-            credential = answer.json()["credential"]
-            working.append(asyncio.create_task(crowd.agent(url, credential, spec, connected)))
-            await connected.acquire()
+            async with at_once:
+                answer = await http.post("/api/v1/agents/register", json=spec)
+                assert answer.status_code == 201, answer.text
+                credential = answer.json()["credential"]
+                working.append(asyncio.create_task(crowd.agent(url, credential, spec, connected)))
+                await connected.acquire()
+
+        await asyncio.gather(*map(enter, range(agents)))
     sys.stdout.write("connected\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)

@@ -60,6 +60,8 @@ async def test_the_figures_show_what_happened_and_no_broken_promise(tmp_path: Pa
                 names = {item["id"]: item["name"] for item in (await client.get(f"{API}/agents")).json()["items"]}
                 next(agent for agent in agents if agent.name == names[holder]).kill()
                 await in_state(client, await submit(client, "it.nobody"), "queued")
+                wrong = {"username": "admin", "password": "not the password"}
+                assert (await client.post(f"{API}/auth/login", json=wrong)).status_code == 401
                 assert (await client.get(f"{API}/tasks/{run_id.replace('run_', 'task_')}")).status_code == 404
                 await completed(client, run_id, 30)
 
@@ -85,6 +87,7 @@ async def test_the_figures_show_what_happened_and_no_broken_promise(tmp_path: Pa
             assert any('route="/api/v1/tasks/batch"' in key and 'status="200"' in key for key in requests)
             assert any('route="/api/v1/tasks/{task_id}"' in key and 'status="404"' in key for key in requests)
             assert sum(figures["mcp_control_http_request_seconds_count"].values()) >= 10
+            assert figures["mcp_control_logins_total"]['outcome="refused"'] == 1
             outcomes = figures["mcp_control_tasks_total"]
             assert outcomes['outcome="completed",type="other"'] >= 512
             assert outcomes['outcome="failed",type="other"'] == 1
