@@ -27,7 +27,7 @@ from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.events.retention import EventRetention
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.clock import SystemClock
-from mcp_control.kernel.errors import Invalid, Problem
+from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
 from mcp_control.monitoring.health import OK, Finding, Health
@@ -136,7 +136,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         store: Store = disk if around is None else around(disk)
         plugins = Plugins(settings.plugins)
         offered = plugins.pipelines()
-        types = {stage.uses for _, spec in offered for stage in spec.stages}
+        types = {stage.uses for _, spec in offered for stage in spec.spec.stages}
         metrics = Metrics([endpoint.full_path for endpoint in routes(__version__)], types)
         broadcaster = Broadcaster(
             store,
@@ -261,7 +261,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         for name, spec in offered:
             try:
                 await engine.create(SYSTEM, spec)
-            except Invalid as problem:
+            except (Invalid, InvalidPipeline) as problem:
                 plugins.leave_out(name, f"its pipeline {spec.metadata.name}: {problem.detail}")
         await reconciler.rebuild()
 

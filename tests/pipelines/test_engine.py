@@ -10,7 +10,7 @@ import pytest
 from mcp_control.kernel.changes import Change, Key
 from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidPipeline, InvalidTransition, NotFound
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Run, RunRequest, RunState, StageState
+from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Run, RunRequest, RunState
 from mcp_control.security.model import Actor
 from mcp_control.tasks.model import Task, TaskState
 from tests.pipelines.world import ANNA, ORIGIN, World, world
@@ -345,18 +345,6 @@ async def test_one_stage_at_a_time_goes_by_priority(here: World) -> None:
     assert states(await here.run(run)) == ["ready", "running"]
     await here.finish(await here.tasks(run))
     assert [task.links.stage for task in await here.tasks(run)] == ["low"]
-
-
-async def test_ended_runs_can_be_removed(here: World) -> None:
-    """Only runs that ended before the moment go."""
-    old = await here.start(chain(1))
-    live = await here.start(chain(1))
-    await here.finish(await here.tasks(old))
-    here.clock.advance(10)
-    assert await here.engine.remove_ended(here.clock.now()) == 1
-    with pytest.raises(NotFound):
-        await here.engine.run(ANNA, old.id)
-    assert (await here.run(live)).stages[0].state is StageState.RUNNING
 
 
 async def test_reports_and_verbs_at_the_same_time_lose_nothing(here: World) -> None:

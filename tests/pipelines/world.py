@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
@@ -123,7 +124,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
     problems: list[Problem] = []
     facts: list[StoredFact] = []
     store = SqliteStore(folder, fatal=problems.append)
-    await store.open([TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND], facts.extend)
+    await store.open([TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, *ARTIFACT_KINDS], facts.extend)
     made = World(store, facts)
     try:
         yield made

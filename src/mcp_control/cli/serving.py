@@ -1,4 +1,4 @@
-"""What `mcpctl up` does: the server, a profile for it, plugins' pipelines, local agents, and an end in good order."""
+"""What `mcpctl up` does: the server, a profile for it, local agents, and an end in good order."""
 
 import asyncio
 import errno
@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -21,6 +20,7 @@ from mcp_control.cli.output import say, write_json
 from mcp_control.configuration.settings import Settings
 from mcp_control.kernel.errors import Invalid, Problem, StoreUnavailable
 from mcp_control.monitoring.logs import configure
+from mcp_control.plugins.manager import Plugins
 from mcp_control.sdk.profiles import Profile, Profiles, normal_url
 
 AGENTS_SECONDS: Final = 20.0
@@ -79,7 +79,9 @@ class _Server:
         except OSError as error:  # the server is of use without it: MCP_CONTROL_TOKEN, or a login elsewhere
             say(f"the profile was not written: {error}")
             profile = "none"
-        targets = await _plugins(there)
+        targets = _agents(there.services.plugins)
+        for name, why in there.services.plugins.failed.items():
+            say(f"the plugin {name} is left out: {why}")
         count = self._settings.agents
         wanted = [LocalAgent(f"{name}-{n}", target) for name, target in targets for n in range(1, count + 1)]
         self._agents = LocalAgents(wanted, there.services, url, self._settings.data / "local-agents")
@@ -189,26 +191,10 @@ def _is_local(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
-async def _plugins(there: Ready) -> list[tuple[str, str]]:
-    """Register the pipelines that installed plugins bring; returns the agents that do their tasks, by name.
-
-    A plugin that does not load is left out and named: the server and the other plugins are of use without it.
-    """
-    services = there.services
-    admin = await services.accounts.administrator()
-    chosen = services.settings.plugins
+def _agents(plugins: Plugins) -> list[tuple[str, str]]:
+    """Return what to run: names, made from the plugins' and unique among them, and what does their tasks."""
     agents: list[tuple[str, str]] = []
-    for point in entry_points(group="mcp_control.plugins"):
-        if chosen is not None and point.name not in chosen:
-            continue
-        try:
-            plugin = point.load()
-            for spec in plugin.pipelines():
-                await services.pipelines.create(admin, spec)
-            targets = plugin.agents()
-        except Exception as error:
-            say(f"the plugin {point.name} is left out: {error}")
-            continue
-        named = [point.name, *(f"{point.name}-{target.rpartition(':')[2]}" for target in targets[1:])]
-        agents += zip(named, targets, strict=True)
+    for plugin, target in plugins.agents():
+        first = all(name != plugin for name, _ in agents)
+        agents.append((plugin if first else f"{plugin}-{target.rpartition(':')[2]}", target))
     return agents

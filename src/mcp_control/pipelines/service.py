@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.kernel.changes import Change, Key, Query, Where
+from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Duplicate, FieldError, IdempotencyMismatch, Invalid, NotFound, Problem
 from mcp_control.kernel.ids import IdSource
@@ -374,16 +374,6 @@ class PipelineEngine:
         except Problem:
             return False  # somebody else moves it; it is looked at again
         return run.version != stored.version
-
-    async def remove_ended(self, before: int, limit: int = 100) -> int:
-        """Remove runs that ended before a moment, at most `limit`; their tasks are the task component's. Returns how many."""
-        rows = await self._store.find(
-            "run", Query(where=[Where("finished", "lt", before)], order="finished", limit=limit)
-        )
-        if not rows:
-            return 0
-        outcomes = await self._store.commit([Change((), [Key("run", row.id, row.version)]) for row in rows])
-        return sum(outcome is None for outcome in outcomes)
 
 
 def _digest(ref: str, request: RunRequest) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from importlib.metadata import entry_points
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import pluggy
@@ -46,10 +46,29 @@ class Plugins:
         for name in sorted(set(chosen or ()) - {plugin.name for plugin in self.loaded} - set(self.failed)):
             self.failed[name] = "is not installed"
 
-    def pipelines(self) -> list[PipelineSpec]:
-        """Return the pipelines that plugins bring."""
-        return [spec for specs in self._manager.hook.pipelines() for spec in specs]
+    def pipelines(self) -> list[tuple[str, PipelineSpec]]:
+        """Return the pipelines that plugins bring, each with the plugin's name."""
+        return [(name, spec) for name, specs in self._each("pipelines") for spec in specs]
 
-    def agents(self) -> list[str]:
-        """Return the agents that plugins bring, as `module:attribute`."""
-        return [agent for agents in self._manager.hook.agents() for agent in agents]
+    def agents(self) -> list[tuple[str, str]]:
+        """Return the agents that plugins bring, each as `module:attribute` with the plugin's name."""
+        return [(name, target) for name, targets in self._each("agents") for target in targets]
+
+    def leave_out(self, name: str, why: str) -> None:
+        """Name a plugin as one that is of no use here, or not wholly."""
+        self.loaded = [plugin for plugin in self.loaded if plugin.name != name]
+        self.failed[name] = why
+
+    def _each(self, hook: str) -> list[tuple[str, list[Any]]]:
+        """Return what each plugin in use answers to a hook, by the plugins' names; one that fails is left out from then on."""
+        answers: list[tuple[str, list[Any]]] = []
+        for filled in sorted(getattr(self._manager.hook, hook).get_hookimpls(), key=lambda filled: filled.plugin_name):
+            name: str = filled.plugin_name
+            if name in self.failed:
+                continue
+            try:
+                answers.append((name, list(filled.function())))
+            # Code of others may raise anything.
+            except Exception as error:
+                self.leave_out(name, f"{type(error).__name__}: {error}")
+        return answers
