@@ -175,6 +175,14 @@ def test_backoff_lies_between_zero_and_its_ceiling(
     assert wait == round(ceiling * chance * 1000)
 
 
+def test_a_task_that_may_start_once_is_not_given_out_again() -> None:
+    """With one attempt allowed, a lost lease fails the task: it may have been started, and must not be started twice."""
+    lost = apply("lose", apply("assign", a_task(retry=RetryPolicy(max_attempts=1))))
+    assert (lost.state, lost.reason, lost.lease) == (S.FAILED, "lost", None)
+    assert lost.failure is not None
+    assert lost.failure.cause == "lost"
+
+
 def test_three_lost_leases_in_a_row_quarantine_a_task() -> None:
     """The third lease lost in a row fails the task as quarantined; losses cost no attempt."""
     task = a_task()

@@ -192,6 +192,7 @@ def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "
 def lose(task: Task, now: int) -> Task:
     """Take a task back from an instance whose lease has ended: queued again at its old place, or quarantined after three in a row.
 
+    A task with `max_attempts` 1 is never given out a second time (promise G5: at most one start); it fails with the code `lost`.
     Raises `lost`, not the failures: the work may be fine, its worker was not. The fence moves at once, so the old holder is refused from
     now on, not only after the next assignment (reliability, rule R2).
     """
@@ -201,23 +202,26 @@ def lose(task: Task, now: int) -> Task:
     held = replace(task, attempts=attempts, lost=lost, lease=None, started_at=None, epoch=task.epoch + 1, state_at=now)
     if task.cancel is not None:
         return replace(held, state=S.CANCELLED, finished_at=now, reason="cancelled", message=task.cancel.reason)
-    if lost >= LOST_LIMIT:
+    if task.retry.max_attempts == 1:
+        failure = Failure(cause="lost", code="lost", message="its agent went silent, and it may be started only once")
+    elif lost >= LOST_LIMIT:
         failure = Failure(
             error_class="critical",
             cause="lost",
             code="quarantined",
             message=f"{lost} leases lost in a row; the task may kill its agents",
         )
-        return replace(
-            held,
-            state=S.FAILED,
-            finished_at=now,
-            failure=failure,
-            last_lease=task.lease,
-            reason="quarantined",
-            message=failure.message,
-        )
-    return replace(held, state=S.QUEUED, reason="lease-lost", message="its agent went silent; queued again")
+    else:
+        return replace(held, state=S.QUEUED, reason="lease-lost", message="its agent went silent; queued again")
+    return replace(
+        held,
+        state=S.FAILED,
+        finished_at=now,
+        failure=failure,
+        last_lease=task.lease,
+        reason=failure.code,
+        message=failure.message,
+    )
 
 
 def release(task: Task, now: int) -> Task:
