@@ -1,15 +1,21 @@
 """Pipelines and their runs from the command line: the exact commands that programs build on."""
 
+import contextlib
 import hashlib
 import json
+import os
+import pty
+import re
 import signal
+import subprocess
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mcp_control.techdeck.synthetic import Truth, generate
-from tests.cli.conftest import Cli, Up, until
+from tests.cli.conftest import HERE, MCPCTL, Cli, Up, until
 
 STAGES = ["ingestion", "standardization", "validation", "processing", "quality_assessment", "export"]
 ROWS = 120
@@ -71,6 +77,38 @@ def test_get_and_watch_print_that_object(cli: Cli, finished: tuple[dict[str, Any
     assert run_id in cli.inside("runs", "ls").stdout
     assert {task["stage"] for task in cli.json("runs", "tasks", run_id)} == set(STAGES)
     assert json.loads(cli.inside("runs", "output", run_id, "ingestion").stdout)["counts"]["rows_in"] == ROWS
+
+
+def test_a_terminal_gets_what_fits_it(
+    cli: Cli, panel: Up, finished: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    """On 100 columns no line runs on: grouped numbers, short digests, names in the folder; tables are a blank line apart."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 100))
+    folder = tmp_path / "a-folder-with-a-name-that-would-fill-half-of-the-line-if-it-stood-there"
+    shown = subprocess.Popen(
+        [*MCPCTL, "runs", "get", finished[0]["run_id"], "--output", str(folder)],
+        stdin=theirs, stdout=theirs, stderr=theirs, env={**cli.environ, "NO_COLOR": "1", "COLUMNS": "100"}, cwd=HERE,
+    )  # fmt: skip
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):  # a terminal whose last user has gone
+        while read := os.read(ours, 65536):
+            written += read
+    os.close(ours)
+    assert shown.wait(30) == 0
+    bare = re.sub(r"\x1b\[[0-9;]*m", "", written.decode())  # NO_COLOR leaves bold
+    lines = bare.replace("\r\n", "\n").rstrip("\n").split("\n")
+    assert lines[0].startswith("completed  score 0.")
+    assert lines[1] == f"Report: {folder / 'report.html'}"
+    assert max(len(line) for line in lines if not line.startswith("Report: ")) <= 100
+    assert all(line == line.rstrip() for line in lines)
+    blank = [place for place, line in enumerate(lines) if not line]
+    assert [lines[place + 1].split()[0] for place in blank] == ["STAGE", "FILE"]
+    digests = {file["name"]: file["sha256"] for file in finished[0]["artifacts"]}
+    assert f"train.csv {digests['train.csv'][:12]}" in {
+        f"{line.split()[0]} {line.split()[-1]}" for line in lines[blank[1] + 1 :]
+    }
 
 
 def test_results_can_be_fetched_later(cli: Cli, finished: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
@@ -153,7 +191,9 @@ def test_the_demo_does_everything_and_leaves_nothing_running(own: Cli, tmp_path:
     done = own("demo", "--rows", "200", "--output", str(tmp_path / "out"), "--agents", "2")
     for stage in STAGES:
         assert stage in done.stdout
-    assert "gate passed" in done.stdout
+    verdict, report_page = done.stdout.splitlines()[:2]
+    assert re.fullmatch(r"completed  score 0\.\d{4}  gate passed", verdict)
+    assert report_page == f"Report: {tmp_path / 'out' / 'report.html'}"
     for line in (tmp_path / "out" / "manifest.json", tmp_path / "out" / "report.html"):
         assert line.is_file()
     assert _sha256(str(tmp_path / "out" / "train.jsonl")) in done.stdout

@@ -16,7 +16,7 @@ import typer
 
 from mcp_control.cli.errors import FAILED, INTERRUPTED, CliError
 from mcp_control.cli.options import Json
-from mcp_control.cli.output import View, say
+from mcp_control.cli.output import View, busy, say
 from mcp_control.cli.tether import Tether
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def _generated(path: Path, rows: int) -> "tuple[Path, Truth]":
         raise CliError(
             f"techdeck is not installed: {error}", hint="pip install 'mcp-control-panel[server,techdeck]'"
         ) from None
-    say(f"Generating {rows:,} conversations with planted faults")
-    return path, generate(path, seed=SEED, n=rows)
+    with busy(f"Generating {rows:,} conversations with planted faults"):
+        return path, generate(path, seed=SEED, n=rows)
 
 
 @contextmanager
@@ -90,7 +90,6 @@ def _server(folder: Path, agents: int) -> "Iterator[Client]":
     from mcp_control.sdk.client import Client
     from mcp_control.sdk.profiles import FOLDER_VARIABLE, Profiles
 
-    say(f"Starting the server and {agents} agents")
     tether = Tether()
     config = folder / "config"
     with (folder / "server.log").open("wb") as log:
@@ -108,20 +107,22 @@ def _server(folder: Path, agents: int) -> "Iterator[Client]":
         )  # fmt: skip
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()
+        with busy(f"Starting the server and {agents} agents"):
+            line = process.stdout.readline()
         if not line:
             process.wait()
             written = (folder / "server.log").read_text(errors="replace").strip()[-2000:]
             raise CliError(f"the server did not start:\n{written}", FAILED, "`mcpctl doctor` looks for the cause")
         told: dict[str, Any] = json.loads(line)
         token = next(one.token for one in Profiles(config, environ={}).all() if one.url == told["url"])
-        say(f"Server: {told['url']} (docs: {told['url']}/docs)   agents: {', '.join(told['agents'])}")
+        say(f"Server: {told['url']}\ndocs: {told['url']}/docs\nagents: {', '.join(told['agents'])}")
         with Client(told["url"], token=token) as client:
             yield client
     finally:
         process.terminate()
         try:
-            process.wait(_STOP_SECONDS)
+            with busy("Stopping the server and the agents"):
+                process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -147,7 +148,7 @@ def _run(client: "Client", source: Path, truth: "Truth | None", output: Path, se
         client, run, view, output, after if run.reason == "gate-failed" else "`mcpctl up` keeps a server to look closer"
     )
     read = run.stages[0].rows_in or 0
-    say(f"\n{read:,} rows in {took:.1f} s ({read / max(took, 1e-9):,.0f} rows/s). Results: {output.absolute()}")
+    say(f"\n{read:,} rows in {took:.1f} s ({read / max(took, 1e-9):,.0f} rows/s). Results: {output}")
     if truth is not None:
         found = sum(stage.rejected or 0 for stage in run.stages)
         say(

@@ -84,6 +84,9 @@ for noun in (
     events.app,
     system.settings_app,
 ):
+    for one in list(noun.registered_commands):
+        if one.name == "ls" and one.callback is not None:
+            noun.command("list", hidden=True)(one.callback)  # what fingers type; neither shown nor documented
     app.add_typer(noun)
 app.command("api")(system.api)
 app.command("commands")(system.commands)

@@ -7,7 +7,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Final
@@ -29,6 +30,19 @@ def say(text: str) -> None:
     """Talk to the person: to standard error."""
     sys.stderr.write(safe(text, keep_lines=True) + "\n")
     sys.stderr.flush()
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Say what goes on while it does: with a moving sign on a terminal, where it vanishes at the end; else as a line."""
+    if not sys.stderr.isatty():
+        say(text)
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(safe(text)):
+        yield
 
 
 def safe(text: str, *, keep_lines: bool = False) -> str:
@@ -197,22 +211,32 @@ def tabbed(head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
         sys.stdout.write("\t".join(line) + "\n")
 
 
-def table(head: Sequence[str] | None, lines: Sequence[Sequence[str]]) -> None:
-    """Write aligned columns to the terminal, without boxes and without cutting; long lines run on."""
+def table(head: Sequence[str] | None, lines: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> None:
+    """Write aligned columns to the terminal, without boxes and without cutting; long lines run on.
+
+    `numbers` are the places of columns that are aligned at their right. A line ends with its text: blanks after it would run on, too.
+    """
+    from rich.cells import cell_len
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     if not lines and head is not None:
         say("none")
         return
-    drawn = Table(box=None, show_header=head is not None, pad_edge=False, header_style="bold")
-    for name in head or ("", ""):
-        drawn.add_column(name, no_wrap=True)
-    for line in lines:
-        drawn.add_row(*(Text(text, style=_STYLES.get(text, "")) for text in line))
-    widths = sum(max((len(line[place]) for line in lines), default=0) + 24 for place in range(len(head or ("", ""))))
-    Console(width=max(widths * 2, 80), soft_wrap=True).print(drawn, crop=False)
+    shown = [*([head] if head is not None else []), *lines]
+    widths = [max(cell_len(text) for text in column) for column in zip(*shown, strict=True)]
+    console = Console(soft_wrap=True, highlight=False)
+    for line in shown:
+        written = Text(end="")
+        for place, text in enumerate(line):
+            gap = " " * (widths[place] - cell_len(text))
+            last = place == len(line) - 1
+            written.append("  " if place else "")
+            written.append(gap if place in numbers else "")
+            written.append(text, style="bold" if line is head else _STYLES.get(text, ""))
+            written.append(gap if place not in numbers and not last else "")
+        written.rstrip()
+        console.print(written)
 
 
 def _write_yaml(value: object) -> None:

@@ -107,7 +107,7 @@ def _described(command: Any, path: str) -> dict[str, Any]:
     }
     below = getattr(command, "commands", None)
     if below is not None:
-        found["commands"] = [_described(one, f"{path} {name}") for name, one in below.items()]
+        found["commands"] = [_described(one, f"{path} {name}") for name, one in below.items() if not one.hidden]
     return found
 
 
