@@ -132,6 +132,8 @@ def test_the_card_has_front_matter_from_the_manifest(tmp_path: Path) -> None:
     ]
     assert values["language"] == [item["name"] for item in manifest["languages"] if item["name"] != "und"] or ["und"]
     assert all(file["sha256"] in body for file in manifest["files"])
+    assert all(f"| {file['rows']:,} | {file['bytes']:,} |" in body for file in manifest["files"])
+    assert "Overall score 0.9000, gate passed" in body
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -175,7 +175,7 @@ def test_the_report_counts_what_is_there(tmp_path: Path) -> None:
     assert report["size"]["histograms"]["turns"]["rows"][3] == 55
     assert sum(report["sentiment"]["roles"]["user"]["rows"]) == 55
     parts = {part["name"]: part["score"] for part in report["quality"]["parts"]}
-    assert parts["duplication"] == pytest.approx(1 - 5 / 55, abs=1e-6)
+    assert parts["duplication"] == round(1 - 5 / 55, 4)
     assert parts["completeness"] == 1.0
     assert parts["bias"] == 0.9
     assert [row["reasons"] for row in report["worst"]][:5] == [["duplicate"]] * 5
@@ -290,6 +290,24 @@ def test_score_and_verdict_come_first_with_the_reason_in_words(tmp_path: Path) -
     assert head.index('class="verdict') < head.index('class="cards"') < head.index("SHA-256")
     assert "✗\u00a0failed" in page
     assert "✓\u00a0passed" in page
+
+
+def test_scores_are_alike_wherever_they_are_told(tmp_path: Path) -> None:
+    """The score handed on, which the manifest holds, is the report's, of four places; the gate's value has more."""
+    result, report = _assess(validated(frame(_rows(50))), tmp_path)
+    (gate,) = [gate for gate in report["quality"]["gates"] if gate["name"] == "overall"]
+    assert result.score == report["quality"]["score"] == round(gate["value"], 4) != gate["value"]
+
+
+def test_a_finding_that_counts_places_has_no_rows(tmp_path: Path) -> None:
+    """Its cell in the table is empty, and the numbers of the others stay numbers."""
+    places = msgspec.structs.replace(CHECKS.findings[0], code="V_LOOKALIKES", rows=None, text="at 7 places")
+    checks = msgspec.structs.replace(CHECKS, findings=[*CHECKS.findings, places])
+    result, report = _assess(validated(frame(_rows(20))), tmp_path, checks=checks)
+    assert [item["rows"] for item in report["validation"]["findings"]] == [3, None]
+    row = next(line for line in result.page.read_text().split("<tr>") if "at 7 places" in line)
+    assert row.count("</td>") == 4
+    assert "not assessed" not in row
 
 
 def test_codes_and_metric_names_are_told_in_plain_words(tmp_path: Path) -> None:

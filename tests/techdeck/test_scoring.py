@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mcp_control.techdeck.model import QualityOptions
 from mcp_control.techdeck.quality.scoring import (
+    READ_REPORT,
     WEIGHTS,
     Count,
     Facts,
@@ -145,4 +146,11 @@ def test_a_recommendation_names_metric_value_rows_and_command() -> None:
     (advice,) = assess(facts, QualityOptions()).recommendations
     assert (advice.metric, advice.rows) == ("duplication", 3)
     assert advice.value == pytest.approx(0.7)
-    assert advice.command.startswith("mcpctl ")
+    assert advice.command == "mcpctl runs artifacts RUN --output DIR"
+
+
+def test_advice_names_a_command_only_where_one_helps() -> None:
+    """To read what was found is a command; to pass over it, or to write easier texts, is none."""
+    facts = msgspec.structs.replace(GOOD, bias=0.5, repetitive=9, hard_to_read=9)
+    commands = {advice.code: advice.command for advice in assess(facts, QualityOptions()).recommendations}
+    assert commands == {"R_BIAS": READ_REPORT, "R_REPETITION": READ_REPORT, "R_READABILITY": None}

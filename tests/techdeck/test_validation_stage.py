@@ -178,6 +178,8 @@ def test_redaction_changes_only_what_is_personal(tmp_path: Path) -> None:
     assert (check["pii_spans"], check["pii_classes"], check["pii_low"], check["residual_pii"]) == (3, ["EMAIL"], 1, 0)
     summary = combine([done.stats])
     assert (summary.pii_rate, summary.privacy, summary.residual_rows) == (1.0, 1.0, 0)
+    (look_alikes,) = [finding for finding in summary.findings if finding.code == "V_LOOKALIKES"]
+    assert (look_alikes.value, look_alikes.rows) == (sum(summary.pii_low.values()), None)  # places, not rows
 
 
 def test_without_redaction_the_residual_fails_the_privacy_gate(tmp_path: Path) -> None:

@@ -47,17 +47,17 @@ def card(manifest: dict[str, Any]) -> str:
         ],
     }
     files = "\n".join(
-        f"| `{file['name']}` | {file['split']} | {file['rows']} | {file['bytes']} | `{file['sha256']}` |"
+        f"| `{file['name']}` | {file['split']} | {file['rows']:,} | {file['bytes']:,} | `{file['sha256']}` |"
         for file in manifest["files"]
     )
     stages = "\n".join(
-        f"| {stage['name']} | {stage['rows_in']} | {stage['rows_out']} | {stage['rejected']} |"
+        f"| {stage['name']} | {stage['rows_in']:,} | {stage['rows_out']:,} | {stage['rejected']:,} |"
         for stage in manifest["stages"]
     )
     score = manifest["quality"]["score"]
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n# {_plain(manifest['dataset']['file'])}\n\n"
-        f"{rows} conversations from `{_plain(manifest['dataset']['file'])}` "
+        f"{rows:,} conversations from `{_plain(manifest['dataset']['file'])}` "
         f"(SHA-256 `{manifest['dataset']['sha256']}`), written as {manifest['format']} in {manifest['container']}.\n\n"
         f"## Layout\n\n{_LAYOUT[manifest['format']]} Every row also has `id`, `language`, `tokens` "
         f"({manifest['tokenizer']}), and `labels` and `meta` as JSON text.\n\n"
@@ -66,9 +66,9 @@ def card(manifest: dict[str, Any]) -> str:
         "Copies are left out: one conversation of each group is kept, and no group lies in two splits "
         f"(seed {manifest['options']['process']['seed']}).\n\n"
         f"## Rows\n\n| stage | in | out | rejected |\n| --- | --- | --- | --- |\n{stages}\n\n"
-        f"{manifest['counts']['duplicates']} copies, {manifest['counts']['not_representable']} conversations that the "
-        f"format cannot express, {manifest['counts']['trimmed']} without their last unanswered question.\n\n"
-        f"## Quality\n\nOverall score {'not assessed' if score is None else f'{score:.3f}'}, gate "
+        f"{manifest['counts']['duplicates']:,} copies, {manifest['counts']['not_representable']:,} conversations that the "
+        f"format cannot express, {manifest['counts']['trimmed']:,} without their last unanswered question.\n\n"
+        f"## Quality\n\nOverall score {'not assessed' if score is None else f'{score:.4f}'}, gate "
         f"{manifest['quality']['gate']}. Personal data "
         f"{'was replaced by placeholders' if manifest['options']['validate']['redact'] else 'was not removed'} where "
         "patterns find it; names without a context pattern are not found. Implicit bias, irony, languages other than "

@@ -54,8 +54,11 @@ def _value(value: float | None) -> str:
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
-    """A table; numbers are right-aligned, None reads "not assessed", all text is escaped."""
-    numeric = [bool(rows) and all(not isinstance(row[place], str) for row in rows) for place in range(len(heads))]
+    """A table; numbers are right-aligned, None reads "not assessed", "" is an empty cell, all text is escaped."""
+    numeric = [
+        bool(rows) and all(row[place] == "" or not isinstance(row[place], str) for row in rows)
+        for place in range(len(heads))
+    ]
     head = "".join(
         f'<th scope="col"{" class=n" if right else ""}>{escape(name)}</th>'
         for name, right in zip(heads, numeric, strict=True)
@@ -163,10 +166,14 @@ def _recommendations(items: Sequence[dict[str, Any]]) -> str:
         return '<p class="soft">Nothing to recommend.</p>'
     lines = [
         f"<li><p><b>{escape(item['text'])}</b></p><p class=soft>{escape(label(item['metric']))}: {_value(item['value'])}; "
-        f"{number(item['rows'])} rows</p><code>{escape(item['command'])}</code></li>"
+        f"{number(item['rows'])} rows</p>{_command(item['command'])}</li>"
         for item in items
     ]
     return f'<ol class="advice">{"".join(lines)}</ol>'
+
+
+def _command(command: str | None) -> str:
+    return "" if command is None else f"<code>{escape(command)}</code>"
 
 
 def _stages(report: dict[str, Any]) -> str:
@@ -235,7 +242,10 @@ def _validation(report: dict[str, Any]) -> str:
         ["Flesch-Kincaid grade (English)", reading["grade"]],
         ["Rows below 30 in reading ease", reading["hard_to_read"]],
     ]
-    findings = [[SEVERITIES[item["severity"]], item["text"], item["value"], item["rows"]] for item in found["findings"]]
+    findings = [
+        [SEVERITIES[item["severity"]], item["text"], item["value"], "" if item["rows"] is None else item["rows"]]
+        for item in found["findings"]
+    ]
     flags = [[coded(row["name"]), row["rows"]] for row in report["flags"]]
     return (
         _plots(bars("Checks passed", shares, "share from 0 to 1, higher is better", most=1.0))

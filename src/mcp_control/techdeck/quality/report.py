@@ -28,6 +28,7 @@ NOT_ASSESSED = [
     "names of persons without a context pattern",
 ]
 _DIGITS = 6
+_SCORE_DIGITS = 4
 
 
 class StageCount(Struct, frozen=True, kw_only=True):
@@ -41,7 +42,10 @@ class StageCount(Struct, frozen=True, kw_only=True):
 
 
 class Quality(Struct, frozen=True, kw_only=True):
-    """Result of stage 5. `gate` is passed, failed, warned (failed, but the option says go on) or off."""
+    """Result of stage 5.
+
+    `score` is rounded as in the report, `gate` is passed, failed, warned (failed, but the option says go on) or off.
+    """
 
     report: Path
     page: Path
@@ -86,7 +90,7 @@ def assess_quality(
         report=out / "report.json",
         page=out / "report.html",
         rows=combined.rows,
-        score=assessment.overall,
+        score=document["quality"]["score"],
         gate=verdict,
         failed=[item.name for item in assessment.gates if item.passed is False],
     )
@@ -242,11 +246,11 @@ def _ranked(counted: Counter[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int = _DIGITS) -> Any:
     if isinstance(value, float):
-        return round(value, _DIGITS)
+        return round(value, digits)
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _rounded(item, _SCORE_DIGITS if key == "score" else _DIGITS) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     return value

@@ -27,6 +27,7 @@ ALTERNATION_LIMIT = 0.9
 CONTENT_LIMIT = 0.99
 BIAS_LIMIT = 0.9
 READABILITY_LIMIT = 30.0
+READ_REPORT = "mcpctl runs artifacts RUN --output DIR"
 
 
 class Count(Struct, frozen=True, kw_only=True):
@@ -89,14 +90,14 @@ class Gate(Struct, frozen=True, kw_only=True):
 
 
 class Recommendation(Struct, frozen=True, kw_only=True):
-    """What to do about a metric: its value, the rows it concerns and the command that does it."""
+    """What to do about a metric: its value, the rows it concerns and the command that helps, None where none does."""
 
     code: str
     metric: str
     value: float
     rows: int
     text: str
-    command: str
+    command: str | None
 
 
 class Assessment(Struct, frozen=True, kw_only=True):
@@ -220,12 +221,12 @@ def _below(value: float | None, limit: float) -> bool:
 
 
 def recommend(facts: Facts, options: QualityOptions) -> list[Recommendation]:
-    """Rules that fired, in a fixed order; each names the rows it concerns and what to run."""
+    """Rules that fired, in a fixed order; each names the rows it concerns and what to run, if that helps."""
     copies = facts.exact_duplicates + facts.near_duplicates
     unequal = round(facts.same_language.total - facts.same_language.hits)
     unsure = round(facts.confident_roles.total - facts.confident_roles.hits)
     dirty = round(facts.content_ok.total - facts.content_ok.hits)
-    rules: list[tuple[bool, str, str, float | None, int, str, str]] = [
+    rules: list[tuple[bool, str, str, float | None, int, str, str | None]] = [
         ((facts.rejected.share or 0) > options.max_rejected / 4, "R_REJECTED", "rejected", facts.rejected.share,
          round(facts.rejected.hits), "Many rows were set aside. Read the codes, then name the columns that hold the parts.",
          "mcpctl pipelines run techdeck --input FILE --set ingest.mapping.user=COLUMN --set ingest.mapping.assistant=COLUMN"),
@@ -246,20 +247,20 @@ def recommend(facts: Facts, options: QualityOptions) -> list[Recommendation]:
          "Texts hold broken characters or leftover markup. State the encoding of the file.",
          "mcpctl pipelines run techdeck --input FILE --set ingest.encoding=ENCODING"),
         (copies * 20 > facts.rows, "R_DUPLICATES", "duplication", duplication(facts), copies,
-         "Export keeps one row of each group of copies; look for the source that repeats.",
-         "mcpctl pipelines run techdeck --input FILE --set export.container=jsonl"),
+         "Export keeps one row of each group of copies; look for the source that repeats. `worst` in report.json names copies.",
+         READ_REPORT),
         (facts.residual_pii > 0, "R_PII", "residual_pii", float(facts.residual_pii), facts.residual_pii,
          "Personal data is left in the text to be exported. Turn redaction on.",
          "mcpctl pipelines run techdeck --input FILE --set validate.redact=true"),
         (_below(facts.bias, BIAS_LIMIT), "R_BIAS", "bias", facts.bias, facts.rows,
-         "Derogatory statements about a group were found; read them by category below.",
-         "mcpctl pipelines run techdeck --input FILE --set quality.gate=warn"),
+         "Derogatory statements about a group were found. `worst` in report.json names conversations, reason derogation.",
+         READ_REPORT),
         (facts.repetitive * 50 > facts.rows, "R_REPETITION", "repetition", facts.repetitive / max(facts.rows, 1),
-         facts.repetitive, "Turns repeat the same words; often a generator that got stuck.",
-         "mcpctl pipelines run techdeck --input FILE --set quality.gate=warn"),
+         facts.repetitive, "Turns repeat the same words; often a generator that got stuck. `worst` in report.json names "
+         "conversations, reason repetitive.", READ_REPORT),
         (facts.hard_to_read * 5 > facts.rows, "R_READABILITY", "flesch", facts.hard_to_read / max(facts.rows, 1),
          facts.hard_to_read, "Many English conversations are very hard to read (Flesch reading ease below 30).",
-         "mcpctl pipelines run techdeck --input FILE --set quality.gate=warn"),
+         None),
     ]  # fmt: skip
     return [
         Recommendation(code=code, metric=metric, value=value or 0.0, rows=rows, text=text, command=command)

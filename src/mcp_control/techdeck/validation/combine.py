@@ -54,13 +54,16 @@ class CategoryBias(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """Something to know: an `error` fails a hard gate, a `warn` deserves work, a `note` a look."""
+    """Something to know: an `error` fails a hard gate, a `warn` deserves work, a `note` a look.
+
+    `rows` is None where places in texts were counted and not rows.
+    """
 
     code: str
     severity: Literal["error", "warn", "note"]
     metric: str
     value: float
-    rows: int
+    rows: int | None
     text: str
 
 
@@ -267,6 +270,6 @@ def _findings(summary: ValidationSummary) -> list[Finding]:
                 )
             )
     if low := sum(summary.pii_low.values()):
-        text = "look-alikes of personal data were left in place: crisis lines, public links, role addresses, local networks"
-        found.append(Finding(code="V_LOOKALIKES", severity="note", metric="pii_low", value=low, rows=low, text=text))
+        text = f"at {low:,} places look-alikes of personal data were left: crisis lines, public links, role addresses, local networks"
+        found.append(Finding(code="V_LOOKALIKES", severity="note", metric="pii_low", value=low, rows=None, text=text))
     return found
