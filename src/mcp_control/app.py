@@ -188,7 +188,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
-        reconciler = Reconciler(store, clock, ledger, settler, dispatcher)
+        reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
         catalogue = Catalogue(
             store,
             clock,
@@ -230,7 +230,16 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             left_out = ", ".join(f"{name} {why}" for name, why in plugins.failed.items())
             return Finding("degraded", left_out) if left_out else OK
 
+        async def kept() -> Finding:
+            broken = ", ".join(f"{name} {count} times" for name, count in metrics.violations().items())
+            return Finding("degraded", f"broken promises: {broken}") if broken else OK
+
+        async def steady() -> Finding:
+            return Finding("degraded", "it jumped; leases hold one term longer") if lease_keeper.holding else OK
+
         health.add("store", writable)
+        health.add("clock", steady, critical=False)
+        health.add("invariants", kept, critical=False)
         health.add("plugins", complete, critical=False)
         _watch(metrics, disk, broadcaster, manager, reconciler, lease_keeper)
         metrics.watch_lanes(figures.lanes)

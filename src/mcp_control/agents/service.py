@@ -178,7 +178,8 @@ class AgentManager:
     def view(self, agent: Agent) -> AgentView:
         """Return an agent as callers see it, with the state its sessions show right now."""
         sessions = self.sessions.of_agent(agent.id)
-        free = sum(session.free for session in sessions)
+        # An agent that polls is not busy because it is between two polls.
+        free = sum(max(0, session.slots - len(session.held)) for session in sessions if session.accepting)
         running = sum(len(session.held) for session in sessions)
         state = agent.state
         if state in (AgentState.ONLINE, AgentState.BUSY) and sessions:

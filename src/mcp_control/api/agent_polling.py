@@ -92,8 +92,10 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
     async def heartbeat(call: Call) -> Reply:
         """Keep the session alive."""
         beat = (await call.decode(_BEAT)).beat
-        session, _ = pollers.get(call)
-        return reply(await call.services.sessions.heartbeat(session, beat))
+        session, outbox = pollers.get(call)
+        acknowledged = await call.services.sessions.heartbeat(session, beat)
+        outbox.heard(session, beat.running)
+        return reply(acknowledged)
 
     async def report(call: Call) -> Reply:
         """Report what happened to tasks; a single refused result is answered as the problem itself."""

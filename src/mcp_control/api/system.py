@@ -40,7 +40,7 @@ class Lanes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """The server at a glance."""
+    """The server at a glance. Counts of tasks and runs end at 100,000 per state; `problems` says in words what is wrong."""
 
     version: str
     node: str
@@ -67,7 +67,9 @@ class Plugins(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None = None
 
 
-_COUNT_MAX: Final = 1_000_000
+_TOLD: Final = 5
+# Counting is a walk over an index; beyond this the exact number tells a person nothing more.
+_COUNT_MAX: Final = 100_000
 
 
 async def live(_call: Call) -> Reply:
@@ -103,9 +105,22 @@ async def status(call: Call) -> Reply:
             tasks=await _by_state(services.store, "task", TaskState),
             runs=await _by_state(services.store, "run", RunState),
             lanes=_lanes(services),
-            problems=[f"{part.name}: {part.detail}" for part in health.components if part.state != "ok"],
+            problems=[
+                *(f"{part.name}: {part.detail}" for part in health.components if part.state != "ok"),
+                *_stuck(services),
+            ],
         )
     )
+
+
+def _stuck(services: Services) -> list[str]:
+    """Return what waits while no agent is there that could take it, the longest rows first."""
+    stuck = sorted((lane.waiting, lane.type) for lane in _lanes(services) if not lane.agents)
+    told = [
+        f"tasks: {waiting} of type {name} wait and no agent online takes them"
+        for waiting, name in stuck[: -_TOLD - 1 : -1]
+    ]
+    return [*told, f"tasks: {len(stuck) - _TOLD} more lanes wait for agents"] if len(stuck) > _TOLD else told
 
 
 async def _by_state(store: Store, kind: str, states: type[StrEnum]) -> dict[str, int]:

@@ -22,9 +22,7 @@ INVARIANTS: Final = (
     "double_final",  # a task left a final state
     "fence_not_growing",  # a new attempt without a higher fencing token
     "stale_write_accepted",  # a report under an old lease changed something
-    "slots_exceeded",  # an agent was given more tasks than it has slots
-    "run_counters",  # a run's counters differ from its tasks
-    "queued_not_indexed",  # a queued task was missing in its lane
+    "orphaned_task",  # a task's holder had ended without it
     "facts_out_of_order",  # facts reached the broadcaster with a gap or backwards
     "unhandled_exception",  # an error that is no Problem reached a door
 )

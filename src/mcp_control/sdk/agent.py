@@ -173,9 +173,14 @@ class Agent:
         if not structlog.is_configured():
             structlog.configure(
                 processors=[
-                    structlog.processors.TimeStamper(fmt="iso"),
                     structlog.processors.add_log_level,
-                    structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]),
+                    structlog.processors.TimeStamper(fmt="iso", utc=True),
+                    # As the server writes: for people on a terminal, else one JSON object per line.
+                    *(
+                        [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+                        if sys.stderr.isatty()
+                        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+                    ),
                 ],
                 wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
                 logger_factory=structlog.PrintLoggerFactory(sys.stderr),

@@ -253,10 +253,11 @@ class AgentSessions:
 
 
 class PollOutbox:
-    """Keeps frames for an agent without a socket until it asks."""
+    """Keeps frames for an agent without a socket until it asks, and assignments until it is heard of that they arrived."""
 
     def __init__(self) -> None:
         self._frames: list[Frame] = []
+        self._given: dict[str, tuple[Assignment, int]] = {}
         self._there = asyncio.Event()
 
     def send(self, frames: Sequence[Frame]) -> None:
@@ -286,4 +287,23 @@ class PollOutbox:
         frames, self._frames = self._frames, []
         tasks = [task for frame in frames if isinstance(frame, Tasks) for task in frame.tasks]
         cancel = [task_id for frame in frames if isinstance(frame, Cancel) for task_id in frame.task_ids]
+        self._given.update((task.task_id, (task, 0)) for task in tasks)
         return tasks, cancel
+
+    def heard(self, session: Session, running: Sequence[str]) -> None:
+        """Learn from a heartbeat what the agent runs; what it holds and does not know of is sent again with its next claim.
+
+        The heartbeat may have left before the answer to the claim arrived, so one that lacks a task is no sign yet; the second one is.
+        """
+        known = set(running)
+        again: list[Assignment] = []
+        for task_id, (task, missed) in list(self._given.items()):
+            if task_id in known or task_id not in session.held:
+                del self._given[task_id]
+            elif missed:
+                del self._given[task_id]
+                again.append(task)
+            else:
+                self._given[task_id] = (task, missed + 1)
+        if again:
+            self.send([Tasks(tasks=again)])

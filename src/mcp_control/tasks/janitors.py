@@ -21,6 +21,7 @@ from mcp_control.tasks.verbs import losing, timing
 _log = structlog.get_logger(__name__)
 _BATCH: Final = 500
 _JUMP_MS: Final = 1000
+_USUAL_LEASE_MS: Final = 30_000
 _LOGS: Final = 2000
 
 
@@ -79,6 +80,11 @@ class LeaseKeeper:
             _log.warning("agents.lease_expired", instance=instance.id, agent=instance.agent_id)
         return taken
 
+    @property
+    def holding(self) -> bool:
+        """Whether the clock jumped so lately that leases of the usual length hold longer for it."""
+        return self.holds > 0 and self._clock.now() < self._held_from + _USUAL_LEASE_MS
+
     def _guarded(self) -> int:
         now, monotonic = self._clock.now(), self._clock.monotonic()
         drift = (now - self._wall) - (monotonic - self._monotonic) * 1000
@@ -91,9 +97,22 @@ class LeaseKeeper:
 
 
 class Reconciler:
-    """Compares what is held and queued in memory with the store. What it finds is a fault of ours; the counters must stay 0."""
+    """Compares what is held and queued in memory with the store. What it finds is a fault of ours; the counters must stay 0.
 
-    def __init__(self, store: Store, clock: Clock, ledger: Ledger, settler: Settler, dispatcher: Dispatcher) -> None:
+    Args:
+        broken: told `orphaned_task` when it finds any.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        ledger: Ledger,
+        settler: Settler,
+        dispatcher: Dispatcher,
+        broken: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._broken = broken
         self._store = store
         self._clock = clock
         self._ledger = ledger
@@ -139,6 +158,7 @@ class Reconciler:
                 after = [page[-1].id]
         if found:
             self.orphans += found
+            self._broken("orphaned_task")
             _log.error("tasks.orphans_found", tasks=found)
         self._dispatcher.forget_idle()
         return found
