@@ -48,7 +48,7 @@ class IngestOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_record_bytes: int = 64 * MIB
     max_ratio: int = 200
     nan_as_null: bool = False
-    partition_bytes: int = 16 * MIB
+    partition_bytes: int = 6 * MIB
 
 
 class ValidateOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
