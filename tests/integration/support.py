@@ -219,7 +219,7 @@ async def violations(client: httpx2.AsyncClient) -> dict[str, float]:
     lines = [
         line.rpartition(" ") for line in text.splitlines() if line.startswith("mcp_control_invariant_violations_total")
     ]
-    assert len(lines) >= 8, text[:2000]
+    assert len(lines) >= 3, lines
     return {name: float(value) for name, _, value in lines if float(value)}
 
 
