@@ -13,7 +13,7 @@ LABELS_MAX: Final = 64
 
 
 def name_errors(pointer: str, value: str, longest: int = 128) -> list[FieldError]:
-    """Return what is wrong with a name: 1 to `longest` characters, letters, digits and `. _ : / @ + -` or blanks, first a letter or digit."""
+    """Return what is wrong with a name: 1 to `longest` letters, digits, blanks and `. _ : / @ + -`, the first a letter or digit."""
     if not value:
         return [FieldError(pointer=pointer, code="out-of-range", detail="must not be empty")]
     if len(value) > longest:
