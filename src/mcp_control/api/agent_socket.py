@@ -155,11 +155,15 @@ class _Connection:
         return None
 
     async def _hello(self, frame: Hello) -> None:
-        if frame.instance_id is not None and (before := self._by_instance.get(frame.instance_id)) is not None:
-            before.supersede()
         session = await self._services.sessions.connect(self._actor, frame, self._outbox.put, address=self._address)
         self._session = session
-        self._by_instance[session.instance.id] = self
+        instance_id = session.instance.id
+        if self._services.agents.sessions.get(instance_id) is not session:
+            # A newer connection of the instance came while this one was being opened: the welcome is sent before all is done.
+            raise Gone(4409, "superseded")
+        if (before := self._by_instance.get(instance_id)) is not None:
+            before.supersede()
+        self._by_instance[instance_id] = self
 
     async def _renew(self, credential: str) -> None:
         header = f"Bearer {credential}"
