@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tests.integration.support import (
     tasks_by_state,
     until,
     violations,
+    wait_for,
 )
 
 MEGABYTE = 1 << 20
@@ -124,9 +126,17 @@ def _memory_group(name: str, limit: int) -> Iterator[Path | None]:
         try:
             yield group
         finally:
-            group.rmdir()
+            wait_for(partial(_removed, group), 20, "the workers are gone")
         return
     yield None
+
+
+def _removed(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.mark.long
