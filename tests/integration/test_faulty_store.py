@@ -85,7 +85,7 @@ async def _repeated(client: httpx2.AsyncClient, path: str, **more: Any) -> httpx
             return answer
         problem = answer.json()
         assert problem["retryable"] is True, problem
-        assert problem["code"] in ("store-unavailable", "outcome-unknown", "conflict"), problem
+        assert problem["code"] in ("store-unavailable", "outcome-unknown", "conflict", "overloaded"), problem
         return None
 
     found = await until(answered, 30, path)

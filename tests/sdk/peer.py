@@ -264,7 +264,7 @@ async def serving(app: Any) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         config = uvicorn.Config(
-            app, lifespan="off", log_level="warning", ws="websockets-sansio", timeout_graceful_shutdown=1
+            app, lifespan="off", log_config=None, ws="websockets-sansio", timeout_graceful_shutdown=1
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
