@@ -11,6 +11,7 @@ import structlog
 
 from mcp_control.agents.sessions import Session
 from mcp_control.api.call import Receive, Scope, Send
+from mcp_control.api.decode import MAX_DEPTH, check_depth
 from mcp_control.api.outbox import Outbox, close_extension
 from mcp_control.api.problem import code_of
 from mcp_control.api.services import Services
@@ -116,8 +117,11 @@ class _Connection:
 
     async def _frame(self, text: str) -> None:
         try:
-            checked_json(text, _ENVELOPE)
-            await self._handle(decode_agent_frame(text))
+            raw = text.encode()
+            checked_json(raw, None)
+            frame = decode_agent_frame(raw)
+            _check_nesting(frame, raw)
+            await self._handle(frame)
         except msgspec.ValidationError as error:
             self._trouble(*frame_problem(error))
         except Problem as problem:
@@ -177,3 +181,12 @@ class _Connection:
         self._problems += 1
         if self._problems >= PROBLEMS_MAX:
             raise Gone(1008, "too many problems")
+
+
+def _check_nesting(frame: AgentFrame, raw: bytes) -> None:
+    """Raise TooDeep. In the frame that comes thousands of times a second only results may nest, and they are looked at one by one."""
+    if isinstance(frame, Report) and not frame.logs and all(done.failure is None for done in frame.done):
+        for done in frame.done:
+            check_depth(bytes(done.result))
+    else:
+        check_depth(raw, MAX_DEPTH + _ENVELOPE)

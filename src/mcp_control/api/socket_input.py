@@ -50,10 +50,10 @@ async def text_of(receive: Receive) -> str:
     return text
 
 
-def checked_json(text: str, envelope: int = 0) -> None:
+def checked_json(raw: bytes, depth: int | None = MAX_DEPTH) -> None:
     """Raise Gone with 1007 for what is not JSON; TooDeep or Invalid for JSON that is not allowed here."""
     try:
-        check_json(text.encode(), MAX_DEPTH + envelope)
+        check_json(raw, depth)
     except MalformedJson:
         raise Gone(1007, "not JSON") from None
 

@@ -168,7 +168,7 @@ class _Connection:
     async def _frame(self, text: str) -> None:
         sub: str | None = None
         try:
-            checked_json(text)
+            checked_json(text.encode())
             frame = _decode(text)
             match frame:
                 case Subscribe():
