@@ -54,10 +54,10 @@ $(SWAGGER)/swagger-ui-bundle.js: ui/docs/package.json ui/docs/package-lock.json 
 	@cd ui/docs/node_modules/swagger-ui-dist && cp LICENSE NOTICE swagger-ui.css swagger-ui-bundle.js.LICENSE.txt swagger-ui-bundle.js $(CURDIR)/$(SWAGGER)/
 	@touch $@
 
-# Debian packages: strace for the fault tests, wrk for the benchmark. Silent when both are there.
+# Debian packages: strace for the fault tests, wrk for the benchmark, Redis for the cluster. Silent when all are there.
 .PHONY: system-packages
-system-packages: ## Install strace and wrk with apt where they are missing
-	@missing=$$(for tool in strace wrk; do command -v $$tool > /dev/null || echo $$tool; done | xargs); \
+system-packages: ## Install strace, wrk and redis-server with apt where they are missing
+	@missing=$$(for tool in strace wrk redis-server; do command -v $$tool > /dev/null || echo $$tool; done | xargs); \
 	if [ -n "$$missing" ]; then \
 		command -v apt-get > /dev/null || { echo "Please install: $$missing" >&2; exit 1; }; \
 		as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \

@@ -24,11 +24,15 @@ class Field(msgspec.Struct, frozen=True, gc=False):
 
 
 class Index(msgspec.Struct, frozen=True, gc=False):
-    """An index over fields of a kind, in this order; `id` may be the last. Rows whose first field is null are left out."""
+    """An index over fields of a kind, in this order; `id` may be the last. Rows whose first field is null are left out.
+
+    `shared`: needed only where several servers share the store; a store of one server leaves it out, since each index costs every write.
+    """
 
     name: str
     fields: tuple[str, ...]
     unique: bool = False
+    shared: bool = False
 
 
 class Kind(msgspec.Struct, frozen=True, kw_only=True):

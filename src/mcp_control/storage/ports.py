@@ -24,8 +24,9 @@ class Store(Protocol):
 
         Args:
             kinds: declarations of everything that will be kept.
-            committed: called on the event loop with the facts of every physical commit, in the order of their `seq` and without
-                gaps, before the `commit` calls that caused them return. It must not raise or block.
+            committed: called on the event loop with all facts, in the order of their `seq`, without gaps and each once. It must not raise
+                or block. A store of one server calls it before the `commit` calls that caused the facts return; a store that several
+                servers share calls it on each of them soon after, for the facts of all.
 
         Raises:
             StoreUnavailable: it cannot be opened, is locked by another server, or is damaged; the message says what to do.
@@ -85,12 +86,20 @@ class Queued(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Depth(msgspec.Struct, frozen=True, gc=False):
-    """A lane that is not empty: how many wait in it, the priority of its first entry and the `order` of the one that waits longest."""
+    """A lane that is not empty.
+
+    Attributes:
+        waiting: how many wait in it.
+        priority: of its first entry.
+        oldest: the `order` of the entry that waits longest, of whatever priority.
+        first: the id of its first entry.
+    """
 
     lane: str
     waiting: int
     priority: int
     oldest: int
+    first: str
 
 
 class Queue(Protocol):

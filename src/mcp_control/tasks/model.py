@@ -340,8 +340,10 @@ TASK_KIND: Final = Kind(
         Field("unique_key"),
         Field("due", "int"),
         Field("finished", "int"),
+        Field("waiting"),
     ),
     indexes=(
+        Index("task_waiting", ("waiting", "id"), shared=True),
         Index("task_state", ("state", "id")),
         Index("task_type", ("type", "id")),
         Index("task_run", ("run", "id")),

@@ -13,6 +13,7 @@ from mcp_control.tasks.model import FINAL_STATES, LogChunk, LogLine, Task, TaskS
 from mcp_control.tasks.transitions import due_at
 from mcp_control.tasks.wire import Assignment
 
+PRIORITY_MAX: Final = 100
 CANCEL_GRACE_MS: Final = 20_000
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(Task).decode
@@ -42,6 +43,9 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
         "due": due_at(after, CANCEL_GRACE_MS),
         "finished": after.finished_at if after.state in FINAL_STATES else None,
     }
+    if after.state is TaskState.QUEUED:
+        # Sorts by lane, then priority; with the id behind it, by age.
+        index["waiting"] = f"{after.lane}\x1f{PRIORITY_MAX - after.priority:03d}"
     cold: dict[str, bytes] = {}
     if payload is not None:
         cold["payload"] = payload

@@ -83,7 +83,8 @@ def _depths(model: dict[tuple[str, str], Queued]) -> list[Depth]:
     found = []
     for lane in sorted({entry.lane for entry in model.values()}):
         line = [entry for entry in model.values() if entry.lane == lane]
-        found.append(Depth(lane, len(line), max(entry.priority for entry in line), min(entry.order for entry in line)))
+        first = min(line, key=lambda entry: (-entry.priority, entry.order, entry.id))
+        found.append(Depth(lane, len(line), first.priority, min(entry.order for entry in line), first.id))
     return found
 
 

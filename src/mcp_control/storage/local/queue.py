@@ -66,7 +66,9 @@ class _Lane:
                 heads.append((priority, heap[0][0]))
             else:
                 del self.heaps[priority]
-        return Depth(lane, len(self.live), max(heads)[0], min(order for _, order in heads))
+        priority = max(heads)[0]
+        first = self.heaps[priority][0][1]
+        return Depth(lane, len(self.live), priority, min(order for _, order in heads), first)
 
     def _holds(self, priority: int, item: _Entry) -> bool:
         found = self.live.get(item[1])

@@ -147,6 +147,8 @@ def _migrate_kind(connection: apsw.Connection, kind: Kind) -> None:
         old = Kind(name=kind.name, fields=kind.fields)
     gone = [index for index in old.indexes if index not in kind.indexes]
     for index in gone:
+        if index.shared:
+            continue
         connection.execute(f'DROP INDEX "{kind.name}:{index.name}"')
     _migrate_fields(connection, old, kind)
     for part in set(old.cold).difference(kind.cold):
@@ -159,7 +161,7 @@ def _migrate_kind(connection: apsw.Connection, kind: Kind) -> None:
             "STRICT, WITHOUT ROWID"
         )
     for index in kind.indexes:
-        if index not in old.indexes:
+        if index not in old.indexes and not index.shared:
             _create_index(connection, kind, index)
     connection.execute('INSERT OR REPLACE INTO ".meta" VALUES(?, ?)', (key, msgspec.json.encode(kind).decode()))
 
