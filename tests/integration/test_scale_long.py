@@ -95,7 +95,8 @@ async def test_what_waits_costs_memory_and_not_time(count: int, agents: int, tmp
                         break
 
                 async def ended() -> bool:
-                    return await tasks_by_state(client) == {"completed": count}
+                    # Counting stops at 100,000; with no other state left, nothing else is there.
+                    return await tasks_by_state(client) == {"completed": min(count, 100_000)}
 
                 await until(ended, 120, "every task ends")
             finally:
