@@ -11,6 +11,7 @@ import msgspec
 
 from mcp_control.agents.model import AgentSpec, Beat, Capability
 from mcp_control.api import websocket as client
+from mcp_control.api.json_schema import any_json
 from mcp_control.configuration.settings import Settings
 from mcp_control.events.model import Event
 from mcp_control.tasks import wire
@@ -144,7 +145,7 @@ def build(version: str) -> bytes:
         "agents": (*_TO_AGENTS, *_FROM_AGENTS),
     }
     types = [type(frame) for each in frames.values() for frame in each]
-    references, schemas = msgspec.json.schema_components(types, schema_hook=_any, ref_template=_REF)
+    references, schemas = msgspec.json.schema_components(types, schema_hook=any_json, ref_template=_REF)
     by_type = dict(zip(types, references, strict=True))
     messages = {
         _key(channel, frame): _message(channel, frame, by_type[type(frame)])
@@ -192,13 +193,6 @@ def build(version: str) -> bytes:
         },
     }
     return msgspec.json.encode(document)
-
-
-def _any(kind: type) -> dict[str, object]:
-    """Return the schema of what is opaque: any JSON."""
-    if kind is object:
-        return {"description": "any JSON value"}
-    raise NotImplementedError
 
 
 def _op(frame: msgspec.Struct) -> str:

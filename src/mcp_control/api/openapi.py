@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import msgspec
 
+from mcp_control.api.json_schema import any_json
 from mcp_control.api.problem import ProblemDocument
 from mcp_control.api.routing import Endpoint
 
@@ -37,7 +38,7 @@ def build(endpoints: Iterable[Endpoint], version: str) -> bytes:
             for kind in (endpoint.returns, endpoint.body and endpoint.body.type, *endpoint.others.values())
             if kind is not None
         ]
-    schemas, components = msgspec.json.schema_components(types, schema_hook=_any, ref_template=_REF)
+    schemas, components = msgspec.json.schema_components(types, schema_hook=any_json, ref_template=_REF)
     by_type = dict(zip(map(repr, types), schemas, strict=True))
     paths: dict[str, dict[str, object]] = {}
     for endpoint in shown:
@@ -67,13 +68,6 @@ def build(endpoints: Iterable[Endpoint], version: str) -> bytes:
         "security": [{"bearer": []}],
     }
     return msgspec.json.encode(document)
-
-
-def _any(kind: type) -> dict[str, object]:
-    """Return the schema of what is opaque: any JSON."""
-    if kind is object:
-        return {"description": "any JSON value"}
-    raise NotImplementedError
 
 
 def _operation(endpoint: Endpoint, schemas: dict[str, Any]) -> dict[str, object]:
@@ -145,7 +139,7 @@ def _path_parameters(endpoint: Endpoint) -> list[dict[str, object]]:
 def _query_parameters(endpoint: Endpoint) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for field in msgspec.structs.fields(endpoint.query.type):
-        schema = msgspec.json.schema(field.type, schema_hook=_any)
+        schema = msgspec.json.schema(field.type, schema_hook=any_json)
         # Inline: the parameters' types are plain, enumerations come with one definition.
         for definition in schema.pop("$defs", {}).values():
             schema = _inlined(schema, definition)
