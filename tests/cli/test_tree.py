@@ -66,6 +66,17 @@ def test_help_needs_neither_client_nor_server() -> None:
     assert "Usage: mcpctl" in done.stdout
 
 
+def test_the_client_brings_no_heavy_libraries() -> None:
+    """Commands that talk to a server import its HTTP client and nothing that only few of them need."""
+    code = (
+        "import sys; import mcp_control.sdk.client;"
+        "heavy = {'apsw', 'uvicorn', 'polars', 'pydantic', 'yaml', 'rich', 'cryptography', 'psutil'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 def test_doctor_and_settings_work_without_a_server(own: Cli, tmp_path: Path) -> None:
     """Both say what a server here would find; a server that is away is no failure of this machine."""
     given = {

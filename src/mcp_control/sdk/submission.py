@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypedDict
 
 import msgspec
-import yaml
 
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import PipelineSpec
@@ -126,6 +125,8 @@ def read_pipeline(source: Definition) -> bytes:
     if isinstance(source, Path):
         source = source.read_text(encoding="utf-8")
     if isinstance(source, str):
+        import yaml  # takes longer than most commands; few read definitions
+
         try:
             source = yaml.safe_load(source)
         except yaml.YAMLError as error:
