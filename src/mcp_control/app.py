@@ -56,7 +56,8 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
-from mcp_control.tasks.model import LOG_KIND, TASK_KIND
+from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
+from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 
@@ -66,6 +67,7 @@ KINDS: Final = (
     INSTANCE_KIND,
     TASK_KIND,
     LOG_KIND,
+    GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,
     *ARTIFACT_KINDS,
@@ -183,7 +185,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
 
         queue = LocalQueue()
         dispatcher = Dispatcher(queue, sessions, hand_out)
-        settler = Settler(ledger, sessions, dispatcher, clock, ids)
+        settler = Settler(ledger, sessions, dispatcher, clock, ids, await generation_of(store))
         stack.push_async_callback(settler.handing.close)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)

@@ -56,15 +56,16 @@ def test_a_verb_follows_the_table_or_is_refused(verb: str, state: TaskState) -> 
     for cancel in cancels:
         for lost in range(LOST_LIMIT):
             for failure in (TEMPORARY, PERMANENT, CRITICAL):
-                task = a_task(state, cancel=cancel, lost=lost)
-                if state not in rows:
-                    with pytest.raises(InvalidTransition) as refused:
-                        apply(verb, task, failure=failure)
-                    assert refused.value.data == {"state": state.value, "allowed": allowed_verbs(state)}
-                    assert verb not in allowed_verbs(state)
-                else:
-                    assert verb in allowed_verbs(state)
-                    reached.add(apply(verb, task, failure=failure).state)
+                for most in (1, 3):
+                    task = a_task(state, cancel=cancel, lost=lost, retry=RetryPolicy(max_attempts=most))
+                    if state not in rows:
+                        with pytest.raises(InvalidTransition) as refused:
+                            apply(verb, task, failure=failure)
+                        assert refused.value.data == {"state": state.value, "allowed": allowed_verbs(state)}
+                        assert verb not in allowed_verbs(state)
+                    else:
+                        assert verb in allowed_verbs(state)
+                        reached.add(apply(verb, task, failure=failure).state)
     assert reached == set(rows.get(state, ()))
 
 

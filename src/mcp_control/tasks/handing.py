@@ -29,7 +29,13 @@ Created = tuple[Task, bytes, Session | None, Move]
 
 
 class Handing:
-    """Creates tasks, assigns them, sends them. `give_back` queues tasks again that an instance will not come back for."""
+    """Creates tasks, assigns them, sends them.
+
+    Args:
+        give_back: queues tasks again that an instance will not come back for.
+        generation: of the fences of new tasks. The id of a stage's task is derived from its run, so after a restore it may name a task
+            that had a holder in the history that was lost.
+    """
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class Handing:
         clock: Clock,
         ids: IdSource,
         give_back: GiveBack,
+        generation: int = 1,
     ) -> None:
         self._ledger = ledger
         self._sessions = sessions
@@ -46,6 +53,7 @@ class Handing:
         self._clock = clock
         self._ids = ids
         self._give_back = give_back
+        self._generation = generation
         self._order = 0
         self._background: set[asyncio.Task[None]] = set()
 
@@ -60,7 +68,14 @@ class Handing:
         """Build a new task, given to an idle agent at once where one is free; the caller commits the move and then calls `begin`."""
         payload = bytes(new.spec.payload)
         task = new_task(
-            new.spec, task_id=new.id, tenant=tenant, origin=new.origin, now=now, order=self.order(now), links=new.links
+            new.spec,
+            task_id=new.id,
+            tenant=tenant,
+            origin=new.origin,
+            now=now,
+            order=self.order(now),
+            links=new.links,
+            generation=self._generation,
         )
         kind = "task.queued" if task.state is TaskState.QUEUED else "task.scheduled"
         facts = [task_fact(kind, task, actor, now)]

@@ -1,7 +1,8 @@
 """The ledger: the one place where tasks are read and written.
 
 It keeps recent tasks and their payloads in memory (architecture, section 3, "Identity cache"); every write still carries the version read,
-so a stale copy ends in `Conflict` and a reload, never in a lost update.
+so a stale copy ends in `Conflict` and a reload, never in a lost update. Where several servers share the store a copy may be stale at any
+time: what is shown to callers is read anew (`fresh`), and nobody is refused on the ground of a copy (`Settler`).
 """
 
 import asyncio
@@ -60,17 +61,28 @@ class _Kept:
 
 
 class Ledger:
-    """Reads and writes tasks. `finished` is called with every task that became final, and its result, after the commit."""
+    """Reads and writes tasks. `finished` is called with every task that became final by this server, and its result, after the commit.
 
-    def __init__(self, store: Store, capacity: int = 50_000, payload_bytes: int = 128 << 20) -> None:
+    Args:
+        shared: other servers write tasks too.
+    """
+
+    def __init__(
+        self, store: Store, capacity: int = 50_000, payload_bytes: int = 128 << 20, shared: bool = False
+    ) -> None:
         self._store = store
+        self.shared = shared
         self._capacity = capacity
         self._payload_room = payload_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.finished: list[Callable[[Task, bytes | None], None]] = []
 
-    async def load(self, ids: Sequence[str]) -> list[Task | None]:
-        """Return tasks in the order of the ids, None where there is none."""
+    async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
+        """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
+        if fresh and self.shared:
+            return [
+                None if entity is None else self._newer(read(entity)) for entity in await self._store.get("task", ids)
+            ]
         kept = self._kept
         found: list[Task | None] = [entry.task if (entry := kept.get(task_id)) else None for task_id in ids]
         missing = [place for place, task in enumerate(found) if task is None]
@@ -81,14 +93,20 @@ class Ledger:
                     found[place] = self._newer(read(entity))
         return found
 
-    async def load_with_payload(self, ids: Sequence[str]) -> list[tuple[Task, bytes] | None]:
-        """Return tasks with their payloads, None where there is no such task."""
+    async def load_with_payload(
+        self, ids: Sequence[str], usable: Callable[[Task], bool] = lambda _: True
+    ) -> list[tuple[Task, bytes] | None]:
+        """Return tasks with their payloads, None where there is no such task.
+
+        Args:
+            usable: on a shared store, a copy in memory that is not usable is taken for stale and read anew.
+        """
         kept = self._kept
         found: list[tuple[Task, bytes] | None] = []
         missing: list[int] = []
         for place, task_id in enumerate(ids):
             entry = kept.get(task_id)
-            if entry is not None and entry.payload is not None:
+            if entry is not None and entry.payload is not None and (not self.shared or usable(entry.task)):
                 found.append((entry.task, entry.payload))
             else:
                 found.append(None)
@@ -175,22 +193,31 @@ class Ledger:
     def _newer(self, task: Task) -> Task:
         """Return the newer of a task just read and the one in memory: a read may have been overtaken by a write."""
         entry = self._kept.get(task.id)
-        return entry.task if entry is not None and entry.task.version > task.version else task
+        if entry is None:
+            return task
+        if entry.task.version > task.version:
+            return entry.task
+        entry.task = task
+        return task
+
+    def read(self, entities: Sequence[Entity]) -> list[Task]:
+        """Return the tasks of entities just read."""
+        return [self._newer(read(entity)) for entity in entities]
 
 
 class Waiters:
     """Callers that wait for tasks to become final."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, list[asyncio.Future[tuple[Task, bytes | None]]]] = {}
+        self._waiting: dict[str, list[asyncio.Future[None]]] = {}
 
-    def expect(self, task_id: str) -> asyncio.Future[tuple[Task, bytes | None]]:
-        """Return a future that gets the task and its result when it becomes final on this server."""
-        future: asyncio.Future[tuple[Task, bytes | None]] = asyncio.get_running_loop().create_future()
+    def expect(self, task_id: str) -> asyncio.Future[None]:
+        """Return a future that is done when the task has become final."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(task_id, []).append(future)
         return future
 
-    def abandon(self, task_id: str, future: asyncio.Future[tuple[Task, bytes | None]]) -> None:
+    def abandon(self, task_id: str, future: asyncio.Future[None]) -> None:
         """Stop waiting."""
         futures = self._waiting.get(task_id)
         if futures and future in futures:
@@ -199,7 +226,11 @@ class Waiters:
                 del self._waiting[task_id]
 
     def hear(self, task: Task, result: bytes | None) -> None:
+        """Tell everybody who waits for a task that became final by this server."""
+        self.ended(task.id)
+
+    def ended(self, task_id: str) -> None:
         """Tell everybody who waits for this task."""
-        for future in self._waiting.pop(task.id, ()):
+        for future in self._waiting.pop(task_id, ()):
             if not future.done():
-                future.set_result((task, result))
+                future.set_result(None)

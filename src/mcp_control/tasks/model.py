@@ -122,7 +122,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
-    """One assignment that ended. `outcome` is completed, failed, cancelled, lost, released or expired."""
+    """One assignment that ended. `outcome` is completed, failed, timeout, cancelled, lost, released, restored or expired."""
 
     number: int
     agent_id: str
@@ -151,7 +151,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         lane: key of the lane it waits in (`lanes.py`).
         order: what sorts it inside its priority, lower first.
         attempt: number of the newest attempt, 0 before the first.
-        generation, epoch: the fence; the pair strictly grows with every change of holder.
+        generation, epoch: the fence; the pair strictly grows with every change of holder. `generation` is the store's at the time of
+            creation, and is raised when a backup is restored.
         failures: attempts that failed; these count against `retry.max_attempts`, lost and released ones do not.
         lost: leases lost in a row.
         last_lease: the lease under which the task became final, to recognise a repeated report.
@@ -360,3 +361,4 @@ LOG_KIND: Final = Kind(
     fields=(Field("task"), Field("first", "int")),
     indexes=(Index("log_task", ("task", "first")),),
 )
+GENERATION_KIND: Final = Kind(name="generation")

@@ -9,11 +9,13 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.tasks.model import FINAL_STATES, LogChunk, LogLine, Task, TaskState, TaskView
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.model import FINAL_STATES, GENERATION_KIND, LogChunk, LogLine, Task, TaskState, TaskView
 from mcp_control.tasks.transitions import due_at
 from mcp_control.tasks.wire import Assignment
 
 PRIORITY_MAX: Final = 100
+CURRENT: Final = "current"  # the one id of its kind
 CANCEL_GRACE_MS: Final = 20_000
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final = msgspec.msgpack.Decoder(Task).decode
@@ -95,6 +97,17 @@ def read_log(entity: Entity) -> LogChunk:
     first = entity.index["first"]
     task = entity.index["task"]
     return LogChunk(task_id=str(task), first=int(first or 0), lines=_decode_lines(entity.hot))
+
+
+async def generation_of(store: Store) -> int:
+    """Return the generation of a store: 1, or what the newest restore of a backup left."""
+    (found,) = await store.get(GENERATION_KIND.name, [CURRENT])
+    return 1 if found is None else int(found.hot)
+
+
+def write_generation(generation: int) -> Entity:
+    """Return the entity that keeps the generation of a store, at version 1."""
+    return Entity(GENERATION_KIND.name, CURRENT, 1, {}, str(generation).encode())
 
 
 def assignment(task: Task, payload: bytes) -> Assignment:

@@ -35,13 +35,21 @@ class _Waiting(msgspec.Struct):
 class Settler:
     """Commits decisions on tasks, moves runs on, and hands out what came of it."""
 
-    def __init__(self, ledger: Ledger, sessions: Sessions, dispatcher: Dispatcher, clock: Clock, ids: IdSource) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        sessions: Sessions,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        ids: IdSource,
+        generation: int = 1,
+    ) -> None:
         self._ledger = ledger
         self._sessions = sessions
         self._dispatcher = dispatcher
         self._clock = clock
         self._busy: dict[str, list[_Waiting]] = {}
-        self.handing = Handing(ledger, sessions, dispatcher, clock, ids, self._take_back)
+        self.handing = Handing(ledger, sessions, dispatcher, clock, ids, self._take_back, generation)
         self.follower: Follower | None = None
 
     async def settle(self, intents: Sequence[Intent]) -> list[Task | Problem]:

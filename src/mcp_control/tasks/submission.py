@@ -149,6 +149,7 @@ def new_task(
     order: int,
     links: Links = _NO_LINKS,
     traceparent: str | None = None,
+    generation: int = 1,
 ) -> Task:
     """Return the task a checked submission begins as: `queued`, or `scheduled` when `run_at` lies ahead."""
     not_before = None if spec.run_at is None else to_millis(spec.run_at)
@@ -168,6 +169,7 @@ def new_task(
         priority=priority_number(spec.priority) or 0,
         lane=lane_key(tenant, spec.type, spec.type_version, spec.needs),
         order=order,
+        generation=generation,
         needs=spec.needs,
         labels=spec.labels,
         retry=spec.retry,

@@ -34,6 +34,7 @@ TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = Ma
         "fail": _rows(_HELD, S.SCHEDULED, S.FAILED, S.CANCELLED),
         "lose": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
         "release": _rows(_HELD, S.QUEUED, S.CANCELLED),
+        "restore": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
         "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
         "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
     }
@@ -245,6 +246,51 @@ def release(task: Task, now: int) -> Task:
             message=task.cancel.reason,
         )
     return replace(held, state=S.QUEUED, lost=0, reason="released", message="handed back by its agent; queued again")
+
+
+def restore(task: Task, now: int) -> Task:
+    """Take a task back because the store was restored from a backup: whoever held it then must not hold it now.
+
+    Counts neither as a failure nor as a lost lease: the work and its agent may be fine. A task with `max_attempts` 1 fails with the code
+    `lost`, as it may be started only once (promise G5).
+    """
+    _check(task, "restore")
+    held = replace(
+        task,
+        attempts=_end_attempt(task, "restored", now),
+        lease=None,
+        started_at=None,
+        epoch=task.epoch + 1,
+        state_at=now,
+    )
+    if task.cancel is not None:
+        return replace(
+            held,
+            state=S.CANCELLED,
+            finished_at=now,
+            last_lease=task.lease,
+            reason="cancelled",
+            message=task.cancel.reason,
+        )
+    if task.retry.max_attempts == 1:
+        failure = Failure(
+            cause="lost", code="lost", message="a backup was restored while it ran, and it may be started only once"
+        )
+        return replace(
+            held,
+            state=S.FAILED,
+            finished_at=now,
+            last_lease=task.lease,
+            failure=failure,
+            reason=failure.code,
+            message=failure.message,
+        )
+    return replace(held, state=S.QUEUED, reason="restored", message="a backup was restored; queued again")
+
+
+def raise_generation(task: Task, generation: int) -> Task:
+    """Return a task that is not final with a fence beyond every one given before, in whatever history; not a change of state."""
+    return task if task.state in FINAL_STATES else replace(task, generation=max(generation, task.generation))
 
 
 def request_cancel(task: Task, request: Request) -> Task:
