@@ -14,10 +14,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from mcp_control.sdk.artifacts import AsyncTaskArtifacts, TaskArtifacts
 from mcp_control.sdk.client import AsyncClient, Client
-from mcp_control.sdk.errors import DigestMismatch, NotNow, SdkError, Unreachable
+from mcp_control.sdk.errors import Conflicting, DigestMismatch, NotNow, SdkError, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
 from mcp_control.sdk.profiles import DEFAULT_URL, Profile, Profiles
+from mcp_control.sdk.transport import ATTEMPTS
 from tests.sdk.peer import Peer, until
 
 VIEW = {
@@ -53,6 +55,56 @@ async def test_patience_is_given_when_asked_for(peer: Peer, status: int) -> None
     assert await asyncio.to_thread(blocking) == "task_1"
     assert bodies[0] == bodies[1] == bodies[2]
     assert bodies[0]["idempotency_key"]
+
+
+async def test_a_conflict_that_passes_is_waited_out(peer: Peer) -> None:
+    """A 409 marked retryable is repeated under the same key; one that is final is raised at once."""
+    bodies: list[dict[str, Any]] = []
+
+    def submit(scope: dict[str, Any], body: bytes) -> tuple[int, Any]:
+        bodies.append(msgspec.json.decode(body))
+        if bodies[-1]["type"] == "final":
+            return 409, {"code": "already-terminal", "retryable": False}
+        return (409, {"code": "conflict", "retryable": True}) if len(bodies) < 3 else (201, VIEW)
+
+    peer.routes["POST", "/tasks"] = submit
+    async with AsyncClient(peer.url, token="t") as client:
+        assert (await client.tasks.submit("sum", [1])).id == "task_1"
+        assert bodies[0] == bodies[1] == bodies[2]
+        with pytest.raises(Conflicting):
+            await client.tasks.submit("final", [1])
+    assert len(bodies) == 4
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+async def test_an_upload_of_a_handler_waits_for_a_server_that_restarts(
+    peer: Peer, tmp_path: Path, blocking: bool
+) -> None:
+    """Files and bytes are sent again, whole, for longer than ordinary calls; what can be read once only is sent once."""
+    file = tmp_path / "file"
+    file.write_bytes(CONTENT)
+    seen: list[bytes] = []
+    view = msgspec.json.decode(_artifact(hashlib.sha256(CONTENT).hexdigest()).partition(b"\r\n\r\n")[2])
+
+    def store(scope: dict[str, Any], body: bytes) -> tuple[int, Any]:
+        seen.append(body)
+        return (503, {"code": "shutting-down", "retryable": True}) if len(seen) < ATTEMPTS + 3 else (201, view)
+
+    async def upload(source: Any) -> None:
+        if blocking:
+            with Client(peer.url, token="t") as client:
+                await asyncio.to_thread(TaskArtifacts(client, {"task_id": "task_1"}).upload, source, "data")
+        else:
+            async with AsyncClient(peer.url, token="t") as client:
+                await AsyncTaskArtifacts(client, {"task_id": "task_1"}).upload(source, "data")
+
+    peer.routes["POST", "/artifacts"] = store
+    await upload(file)
+    assert seen == [CONTENT] * (ATTEMPTS + 3)
+    seen.clear()
+    with pytest.raises(NotNow):
+        await upload(iter([CONTENT]))
+    assert seen == [CONTENT]
 
 
 async def test_without_retries_the_first_answer_counts(peer: Peer) -> None:

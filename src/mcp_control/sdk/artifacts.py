@@ -7,7 +7,6 @@ import asyncio
 import base64
 import hashlib
 import os
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +17,13 @@ import msgspec
 from mcp_control.artifacts.model import ArtifactView, Role
 from mcp_control.sdk import calls
 from mcp_control.sdk.calls import Location
-from mcp_control.sdk.errors import DigestMismatch, NotNow, Unreachable
+from mcp_control.sdk.errors import DigestMismatch, Unreachable
+from mcp_control.sdk.transport import ATTEMPTS
 
 if TYPE_CHECKING:
     from mcp_control.sdk.client import AsyncClient, Client
 
 CHUNK: Final = 1 << 20
-ATTEMPTS: Final = 6
 Source = Path | bytes | bytearray | memoryview | Iterable[bytes]
 
 
@@ -56,7 +55,8 @@ class _Upload:
         digest: str | None = None
         if isinstance(source, bytes | bytearray | memoryview):
             digest = f"sha-256=:{base64.b64encode(hashlib.sha256(source).digest()).decode()}:"
-        self.call = calls.upload_call({"name": chosen, **known}, str(token) if token else None, digest)
+        fields = {"name": chosen, **known}
+        self.call = calls.upload_call(fields, str(token) if token else None, digest, repeatable=self.again)
 
     def begin(self) -> None:
         self._hash = hashlib.sha256()
@@ -185,16 +185,12 @@ class Artifacts:
         """
         return self._upload(_Upload(source, name, options))
 
-    def _upload(self, upload: _Upload) -> ArtifactView:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with self._client.transport.stream(upload.call, upload.chunks()) as response:
-                    return upload.finish(response.read())
-            except (Unreachable, NotNow):
-                if not upload.again or attempt == ATTEMPTS:
-                    raise
-            time.sleep(0.1 * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    def _upload(self, upload: _Upload, attempts: int | None = ATTEMPTS) -> ArtifactView:
+        def once() -> ArtifactView:
+            with self._client.transport.stream(upload.call, upload.chunks()) as response:
+                return upload.finish(response.read())
+
+        return self._client.transport.repeated(once, attempts if upload.again else 1)
 
     def download(self, artifact_id: str, target: Path) -> Path:
         """Write the bytes to the file `target` and return it. It appears whole or not at all.
@@ -207,20 +203,18 @@ class Artifacts:
 
     def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(self.get(artifact_id), target)
+
+        def once() -> Path:
+            with self._client.transport.stream(calls.content_call(artifact_id, download.offset)) as response:
+                download.begin(response.status_code)
+                for chunk in response.iter_raw():
+                    download.feed(chunk)
+            if not download.complete:
+                raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+            return download.finish()
+
         try:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    with self._client.transport.stream(calls.content_call(artifact_id, download.offset)) as response:
-                        download.begin(response.status_code)
-                        for chunk in response.iter_raw():
-                            download.feed(chunk)
-                    if download.complete:
-                        return download.finish()
-                except (Unreachable, NotNow):
-                    if attempt == ATTEMPTS:
-                        raise
-                time.sleep(0.1 * 2**attempt)
-            raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+            return self._client.transport.repeated(once)
         finally:
             download.abandon()
 
@@ -262,16 +256,12 @@ class AsyncArtifacts:
         """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
         return await self._upload(_Upload(source, name, options))
 
-    async def _upload(self, upload: _Upload) -> ArtifactView:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with self._client.transport.stream(upload.call, upload.achunks()) as response:
-                    return upload.finish(await response.aread())
-            except (Unreachable, NotNow):
-                if not upload.again or attempt == ATTEMPTS:
-                    raise
-            await asyncio.sleep(0.1 * 2**attempt)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    async def _upload(self, upload: _Upload, attempts: int | None = ATTEMPTS) -> ArtifactView:
+        async def once() -> ArtifactView:
+            async with self._client.transport.stream(upload.call, upload.achunks()) as response:
+                return upload.finish(await response.aread())
+
+        return await self._client.transport.repeated(once, attempts if upload.again else 1)
 
     async def download(self, artifact_id: str, target: Path) -> Path:
         """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
@@ -280,22 +270,18 @@ class AsyncArtifacts:
 
     async def _fetch(self, artifact_id: str, target: Path) -> Path:
         download = _Download(await self.get(artifact_id), target)
+
+        async def once() -> Path:
+            async with self._client.transport.stream(calls.content_call(artifact_id, download.offset)) as response:
+                download.begin(response.status_code)
+                async for chunk in response.aiter_raw():
+                    await asyncio.to_thread(download.feed, chunk)
+            if not download.complete:
+                raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+            return download.finish()
+
         try:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    async with self._client.transport.stream(
-                        calls.content_call(artifact_id, download.offset)
-                    ) as response:
-                        download.begin(response.status_code)
-                        async for chunk in response.aiter_raw():
-                            await asyncio.to_thread(download.feed, chunk)
-                    if download.complete:
-                        return download.finish()
-                except (Unreachable, NotNow):
-                    if attempt == ATTEMPTS:
-                        raise
-                await asyncio.sleep(0.1 * 2**attempt)
-            raise Unreachable(f"artifact {artifact_id}: the server sends fewer bytes than it has")
+            return await self._client.transport.repeated(once)
         finally:
             download.abandon()
 
@@ -332,7 +318,10 @@ def _checked(view: ArtifactView, body: bytes) -> bytes:
 
 
 class TaskArtifacts:
-    """`ctx.artifacts` in threads and processes: what is uploaded belongs to the task, its stage and its run."""
+    """`ctx.artifacts` in threads and processes: what is uploaded belongs to the task, its stage and its run.
+
+    Files and bytes are sent again for 30 s, so that a server that restarts does not cost the attempt.
+    """
 
     def __init__(self, client: "Client", owner: Mapping[str, str | None]) -> None:
         self._all = client.artifacts
@@ -340,7 +329,7 @@ class TaskArtifacts:
 
     def upload(self, source: Source, name: str | None = None, **options: Unpack[UploadOptions]) -> ArtifactView:
         """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
-        return self._all._upload(_Upload(source, name, {**self._owner, **options}))
+        return self._all._upload(_Upload(source, name, {**self._owner, **options}), attempts=None)
 
     def download(self, artifact_id: str, target: Path) -> Path:
         """Write the bytes to the file `target` and return it; see `Artifacts.download`."""
@@ -360,7 +349,7 @@ class TaskArtifacts:
 
 
 class AsyncTaskArtifacts:
-    """`ctx.artifacts` in coroutines: what is uploaded belongs to the task, its stage and its run."""
+    """`ctx.artifacts` in coroutines; see `TaskArtifacts`."""
 
     def __init__(self, client: "AsyncClient", owner: Mapping[str, str | None]) -> None:
         self._all = client.artifacts
@@ -370,7 +359,7 @@ class AsyncTaskArtifacts:
         self, source: Source | AsyncIterable[bytes], name: str | None = None, **options: Unpack[UploadOptions]
     ) -> ArtifactView:
         """Store a file (Path), bytes, or the chunks of an iterable; see `Artifacts.upload`."""
-        return await self._all._upload(_Upload(source, name, {**self._owner, **options}))
+        return await self._all._upload(_Upload(source, name, {**self._owner, **options}), attempts=None)
 
     async def download(self, artifact_id: str, target: Path) -> Path:
         """Write the bytes to the file `target` and return it; see `Artifacts.download`."""

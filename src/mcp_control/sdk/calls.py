@@ -249,14 +249,26 @@ def stage_output(run_id: str, stage: str) -> Request[Any]:
 # --- artifacts ---
 
 
-def upload_call(fields: Mapping[str, object], lease_token: str | None = None, digest: str | None = None) -> Call:
-    """Return the call of an upload; its body is a stream. `digest` is a Content-Digest header (RFC 9530)."""
+def upload_call(
+    fields: Mapping[str, object], lease_token: str | None = None, digest: str | None = None, *, repeatable: bool = False
+) -> Call:
+    """Return the call of an upload; its body is a stream. `digest` is a Content-Digest header (RFC 9530).
+
+    `repeatable`: the stream can be had again. The server keeps equal bytes once, so sending them twice is harmless.
+    """
     headers = [("Content-Type", "application/octet-stream")]
     if lease_token:
         headers.append(("X-Lease-Token", lease_token))
     if digest:
         headers.append(("Content-Digest", digest))
-    return Call(method="POST", path="/artifacts", params=query(fields), headers=tuple(headers), timeout=300.0)
+    return Call(
+        method="POST",
+        path="/artifacts",
+        params=query(fields),
+        headers=tuple(headers),
+        timeout=300.0,
+        repeatable=repeatable,
+    )
 
 
 def get_artifact(artifact_id: str) -> Request[ArtifactView]:

@@ -1,20 +1,21 @@
 """HTTP as the SDK speaks it: one request description, one answer, and two thin shells (blocking and async) that retry alike.
 
-Retried are: no connection at all, and 429 or 503 that the server marks retryable, with its Retry-After. A request that may have reached
-the server is repeated only when repeating it is harmless: it reads, or it carries an idempotency key, which stays the same.
+Retried are: no connection at all, and 409, 429 or 503 that the server marks retryable, with its Retry-After. A request that may have
+reached the server is repeated only when repeating it is harmless: it reads, or it carries an idempotency key, which stays the same.
 """
 
 import random
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import httpx2
 import msgspec
 import stamina
 
-from mcp_control.sdk.errors import ApiProblem, NotNow, SdkError, Unreachable, problem_from
+from mcp_control.sdk.errors import ApiProblem, Conflicting, NotNow, SdkError, Unreachable, problem_from
 
+T = TypeVar("T")
 API: Final = "/api/v1"
 ATTEMPTS: Final = 6
 PATIENCE_SECONDS: Final = 30.0
@@ -105,7 +106,9 @@ def _trouble(call: Call, url: str, error: httpx2.TransportError) -> Unreachable:
 
 def _again(error: Exception) -> bool | float:
     """Say whether to repeat, or after how many seconds: equal jitter over Retry-After, so that patience asked for is patience given."""
-    if isinstance(error, NotNow):
+    if isinstance(error, Conflicting) and not error.retryable:
+        return False
+    if isinstance(error, NotNow | Conflicting):
         if error.retry_after is None:
             return error.retryable
         return error.retry_after * random.uniform(1.0, 1.5)  # noqa: S311 - jitter is no secret
@@ -121,24 +124,28 @@ class Transport:
     def __init__(self, url: str, token: str, *, retry: bool = True, http: httpx2.BaseTransport | None = None) -> None:
         self.url = url
         self.token = token
-        self._attempts = ATTEMPTS if retry else 1
+        self._retry = retry
         self._http = httpx2.Client(base_url=url, limits=_LIMITS, transport=http, follow_redirects=False)
 
     def send(self, call: Call) -> Reply:
         """Send a request and return its answer. Raises ApiProblem, Unreachable."""
+        return self.repeated(lambda: self._once(call))
+
+    def repeated(self, once: Callable[[], T], attempts: int | None = ATTEMPTS) -> T:
+        """Do something of this transport again for as long as that may help: `attempts` times, None as often as 30 s allow."""
         try:
-            return self._once(call)
-        except (Unreachable, NotNow) as error:
+            return once()
+        except (Unreachable, NotNow, Conflicting) as error:
             failure: Exception | None = error
         for attempt in stamina.retry_context(
-            on=_again, attempts=self._attempts, timeout=PATIENCE_SECONDS, wait_max=5.0
+            on=_again, attempts=attempts if self._retry else 1, timeout=PATIENCE_SECONDS, wait_max=5.0
         ):
             with attempt:
                 if failure is not None:
                     # The first failure is retold here, so that a request that succeeds at once costs no bookkeeping.
                     first, failure = failure, None
                     raise first
-                return self._once(call)
+                return once()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _once(self, call: Call) -> Reply:
@@ -187,24 +194,28 @@ class AsyncTransport:
     ) -> None:
         self.url = url
         self.token = token
-        self._attempts = ATTEMPTS if retry else 1
+        self._retry = retry
         self._http = httpx2.AsyncClient(base_url=url, limits=_LIMITS, transport=http, follow_redirects=False)
 
     async def send(self, call: Call) -> Reply:
         """Send a request and return its answer. Raises ApiProblem, Unreachable."""
+        return await self.repeated(lambda: self._once(call))
+
+    async def repeated(self, once: Callable[[], Awaitable[T]], attempts: int | None = ATTEMPTS) -> T:
+        """Do something of this transport again for as long as that may help: `attempts` times, None as often as 30 s allow."""
         try:
-            return await self._once(call)
-        except (Unreachable, NotNow) as error:
+            return await once()
+        except (Unreachable, NotNow, Conflicting) as error:
             failure: Exception | None = error
         async for attempt in stamina.retry_context(
-            on=_again, attempts=self._attempts, timeout=PATIENCE_SECONDS, wait_max=5.0
+            on=_again, attempts=attempts if self._retry else 1, timeout=PATIENCE_SECONDS, wait_max=5.0
         ):
             with attempt:
                 if failure is not None:
                     # The first failure is retold here, so that a request that succeeds at once costs no bookkeeping.
                     first, failure = failure, None
                     raise first
-                return await self._once(call)
+                return await once()
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def _once(self, call: Call) -> Reply:
