@@ -8,17 +8,24 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
+import structlog
+
 from mcp_control.agents.balancing import Candidate, least_loaded
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.sessions import Session, Sessions
-from mcp_control.storage.ports import Queue, Queued
+from mcp_control.kernel.errors import Problem
+from mcp_control.storage.ports import Depth, Queue, Queued
 from mcp_control.tasks.lanes import demand_of
 from mcp_control.tasks.model import Task
+from mcp_control.tasks.peers import Peers
 
+_log = structlog.get_logger(__name__)
+_PAUSE_SECONDS: Final = 0.2
 _AT_ONCE: Final = 512
 _COMMITS: Final = 4
 _LOOKED_AT: Final = 16
 
+Lookup = Callable[[str], Awaitable[Task | None]]
 HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
 
@@ -42,9 +49,25 @@ class Lane:
 
 
 class Dispatcher:
-    """Watches sessions and lanes. `hand_out` is given task ids and the sessions chosen for them, whose slots are already reserved."""
+    """Watches sessions and lanes. `hand_out` is given task ids and the sessions chosen for them, whose slots are already reserved.
 
-    def __init__(self, queue: Queue, sessions: Sessions, hand_out: HandOut) -> None:
+    Where several servers share the queue, each takes for its own sessions; `peers` tells the others of new entries, and `look` finds what
+    was not heard of.
+
+    Args:
+        lookup: returns a task by id, to learn what a lane asks for that another server filled.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        sessions: Sessions,
+        hand_out: HandOut,
+        peers: Peers | None = None,
+        lookup: Lookup | None = None,
+    ) -> None:
+        self._peers = peers or Peers(None)
+        self._lookup = lookup
         self._queue = queue
         self._hand_out = hand_out
         self._sessions = sessions
@@ -155,6 +178,31 @@ class Dispatcher:
                 lane.priority = task.priority
         if self._free:
             self._wake.set()
+        self._peers.lanes(
+            Depth(lane=task.lane, waiting=1, priority=task.priority, oldest=task.order, first=task.id)
+            for task in {task.lane: task for task in tasks}.values()
+        )
+
+    async def look(self) -> None:
+        """Look at the lanes of the queue, for entries of other servers that nobody told of."""
+        await self.heard(await self._queue.depths())
+
+    async def heard(self, depths: Sequence[Depth]) -> None:
+        """Hear of entries that other servers put in lanes."""
+        for depth in depths:
+            lane = self._lanes.get(depth.lane)
+            if lane is None:
+                task = None if self._lookup is None else await self._lookup(depth.first)
+                if task is None or task.lane != depth.lane:
+                    continue
+                lane = self.lane(task)
+            if not lane.waiting:
+                lane.priority, lane.oldest = depth.priority, depth.oldest
+            self._waiting[lane.key] = lane
+            lane.waiting = max(lane.waiting, depth.waiting)
+            lane.priority = max(lane.priority, depth.priority)
+        if depths and self._free:
+            self._wake.set()
 
     async def withdraw(self, task: Task) -> None:
         """Take a task out of its lane. The lane's count is left too high; the next take corrects it."""
@@ -166,8 +214,13 @@ class Dispatcher:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while await self._pass():
-                    pass
+                try:
+                    while await self._pass():
+                        pass
+                except Problem as problem:
+                    _log.warning("tasks.lanes_unavailable", code=problem.code)
+                    await asyncio.sleep(_PAUSE_SECONDS)
+                    self._wake.set()
         finally:
             for task in self._running:
                 task.cancel()

@@ -136,7 +136,9 @@ class Handing:
         """Assign queued tasks to the sessions whose slots were reserved for them, and send them. Does not raise."""
         now = self._clock.now()
         try:
-            loaded = await self._ledger.load_with_payload([task_id for task_id, _ in pairs])
+            loaded = await self._ledger.load_with_payload(
+                [task_id for task_id, _ in pairs], lambda task: task.state is TaskState.QUEUED
+            )
             moves: list[Move] = []
             given: list[tuple[Task, bytes, Session | None]] = []
             for (task_id, session), found in zip(pairs, loaded, strict=True):

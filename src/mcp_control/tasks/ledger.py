@@ -61,7 +61,7 @@ class _Kept:
 
 
 class Ledger:
-    """Reads and writes tasks. `finished` is called with every task that became final by this server, and its result, after the commit.
+    """Reads and writes tasks. `finished` is called with the id of every task that became final by this server, after the commit.
 
     Args:
         shared: other servers write tasks too.
@@ -75,7 +75,7 @@ class Ledger:
         self._capacity = capacity
         self._payload_room = payload_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self.finished: list[Callable[[Task, bytes | None], None]] = []
+        self.finished: list[Callable[[str], None]] = []
 
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
         """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
@@ -173,7 +173,7 @@ class Ledger:
         if task.final:
             self.forget([task.id])
             for hear in self.finished:
-                hear(task, move.result)
+                hear(task.id)
             return
         entry = kept.get(task.id)
         if entry is not None:
@@ -224,10 +224,6 @@ class Waiters:
             futures.remove(future)
             if not futures:
                 del self._waiting[task_id]
-
-    def hear(self, task: Task, result: bytes | None) -> None:
-        """Tell everybody who waits for a task that became final by this server."""
-        self.ended(task.id)
 
     def ended(self, task_id: str) -> None:
         """Tell everybody who waits for this task."""

@@ -92,7 +92,7 @@ class TaskOrchestrator:
         self._settler = settler
         self._dispatcher = dispatcher
         self._waiters = Waiters()
-        ledger.finished.append(self._waiters.hear)
+        ledger.finished.append(self._waiters.ended)
 
     async def submit(
         self, actor: Actor, specs: Sequence[TaskSpec], origin: Origin

@@ -6,7 +6,8 @@ that what finishes while one advance is committed goes into the next one.
 """
 
 import asyncio
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -21,10 +22,12 @@ from mcp_control.tasks.followers import Advance, Finished, Follower
 from mcp_control.tasks.handing import Handing
 from mcp_control.tasks.ledger import Group, Intent, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.verbs import cancelling, releasing
 from mcp_control.tasks.wire import Cancel
 
 _TRIES: Final = 20
+_PAUSE_SECONDS: Final = 0.004
 
 
 class _Waiting(msgspec.Struct):
@@ -43,7 +46,11 @@ class Settler:
         clock: Clock,
         ids: IdSource,
         generation: int = 1,
+        peers: Peers | None = None,
+        chance: Callable[[], float] = random.random,
     ) -> None:
+        self._peers = peers or Peers(None)
+        self._chance = chance
         self._ledger = ledger
         self._sessions = sessions
         self._dispatcher = dispatcher
@@ -60,7 +67,7 @@ class Settler:
         """
         results: list[Task | Problem] = [NotFound("no such task")] * len(intents)
         left = list(range(len(intents)))
-        for _ in range(_TRIES):
+        for tried in range(_TRIES):
             tasks = await self._ledger.load([intents[place].task_id for place in left])
             plain: list[tuple[int, Move]] = []
             runs: dict[str, list[int]] = {}
@@ -68,12 +75,12 @@ class Settler:
                 if task is None:
                     continue
                 try:
-                    move = intents[place].decide(task)
+                    move = await self._decided(intents[place], task)
                 except Problem as problem:
                     results[place] = problem
                     continue
-                if move is None:
-                    results[place] = task
+                if isinstance(move, Task):
+                    results[place] = move
                 elif self.follower is not None and move.after.final and move.after.links.run_id:
                     runs.setdefault(move.after.links.run_id, []).append(place)
                 else:
@@ -87,9 +94,31 @@ class Settler:
                 await self._follow(runs, intents, results)
             if not left:
                 return results
+            if self._ledger.shared:
+                # Two servers that go on at once would meet again and again.
+                await asyncio.sleep(_PAUSE_SECONDS * tried * self._chance())
         for place in left:
             results[place] = Conflict("too many changes at once")
         return results
+
+    async def _decided(self, intent: Intent, task: Task) -> Move | Task:
+        """Return what an intent makes of a task, or the task where nothing is to be done.
+
+        Nobody is refused on the ground of a stale copy.
+        """
+        try:
+            move = intent.decide(task)
+        except Problem:
+            if not self._ledger.shared:
+                raise
+            move = None
+        if move is not None or not self._ledger.shared:
+            return task if move is None else move
+        (fresh,) = await self._ledger.load([task.id], fresh=True)
+        if fresh is None:
+            raise NotFound("no such task")
+        move = intent.decide(fresh)
+        return fresh if move is None else move
 
     async def _commit(self, moves: Sequence[tuple[int, Move]], results: list[Task | Problem]) -> list[int]:
         """Commit moves that concern no run; returns the places that conflicted."""
@@ -145,6 +174,8 @@ class Settler:
             while mine:
                 conflicted = await self._advance(mine)
                 tries = tries + 1 if conflicted else 0
+                if conflicted and self._ledger.shared:
+                    await asyncio.sleep(_PAUSE_SECONDS * tries * self._chance())
                 following: dict[str, list[_Waiting]] = {}
                 for run_id, entries in mine.items():
                     again = entries if run_id in conflicted and tries < _TRIES else []
@@ -186,12 +217,12 @@ class Settler:
                         # Two intents for one task: the second is decided on what the first leaves.
                         self._busy[run_id].append(entry)
                         continue
-                    move = entry.intent.decide(task)
+                    move = await self._decided(entry.intent, task)
                 except Problem as problem:
                     _fail([entry], problem)
                     continue
-                if move is None:
-                    _set(entry.future, task)
+                if isinstance(move, Task):
+                    _set(entry.future, move)
                     continue
                 seen.add(task.id)
                 moves.append(move)
@@ -274,12 +305,21 @@ class Settler:
         await self.tell_cancelled(ids)
 
     async def tell_cancelled(self, ids: Sequence[str]) -> None:
-        """Ask the agents that hold these tasks to stop."""
-        for task in await self._ledger.load(ids):
+        """Ask the agents that hold these tasks to stop, wherever they are connected."""
+        elsewhere = await self.tell_local(ids)
+        self._peers.cancel(elsewhere)
+
+    async def tell_local(self, ids: Sequence[str]) -> list[str]:
+        """Ask the agents connected here that hold these tasks to stop; returns the tasks whose agents are not."""
+        elsewhere: list[str] = []
+        for task in await self._ledger.load(ids, fresh=True):
             if task is not None and task.lease is not None and task.cancel is not None:
                 session = self._sessions.get(task.lease.instance_id)
                 if session is not None:
                     session.send([Cancel(task_ids=[task.id], reason=task.cancel.reason)])
+                else:
+                    elsewhere.append(task.id)
+        return elsewhere
 
 
 def _set(future: asyncio.Future[Task], task: Task) -> None:
