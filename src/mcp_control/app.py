@@ -164,13 +164,14 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             life_seconds=settings.security.token_seconds,
             leeway_seconds=settings.security.leeway_seconds,
         )
+        throttle = LoginThrottle(store)
         accounts = Accounts(
             store,
             clock,
             ids,
             Passwords(memory_kib=settings.security.password_memory_kib),
             tokens,
-            LoginThrottle(),
+            throttle,
             verified,
         )
         credentials = Credentials(store, clock, ids, verified)
@@ -291,6 +292,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("runs", 1.0, engine.heal),
             ("runs-retention", keep.interval_seconds, old_runs.once),
             ("enrolments", 60.0, credentials.once),
+            ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
         ):
             stack.push_async_callback(every(seconds, once, name=name, clock=clock).stop)

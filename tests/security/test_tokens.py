@@ -1,9 +1,11 @@
 """Access tokens: only what this server signed, for this purpose, at this time."""
 
+import asyncio
 import base64
 import hmac
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,7 +13,12 @@ from joserfc import jws
 from joserfc.jwk import OKPKey
 
 from mcp_control.kernel.errors import InvalidToken, StoreUnavailable
-from mcp_control.security.tokens import AccessTokens, signing_seed
+from mcp_control.kernel.ids import IdSource
+from mcp_control.security.records import to_signing_key
+from mcp_control.security.tokens import AccessTokens, shared_seed, signing_seed
+from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.testing.clock import FakeClock
+from mcp_control.testing.faulty_store import Fault, FaultyStore
 
 NOW = 1_800_000_000_000
 AT = NOW // 1000
@@ -216,3 +223,25 @@ def test_generated_key_is_private_and_stays(tmp_path: Path) -> None:
     file.write_bytes(b"short")
     with pytest.raises(StoreUnavailable, match="not a key"):
         signing_seed(None, tmp_path)
+
+
+async def test_servers_of_one_store_agree_on_one_key(store: SqliteStore, clock: FakeClock) -> None:
+    """Several that start at once, and those that start later, sign with the same 32 bytes; no text shows them."""
+    seeds = await asyncio.gather(*(shared_seed(store, IdSource(clock), clock) for _ in range(8)))
+    assert len(set(seeds)) == 1
+    assert len(seeds[0]) == 32
+    assert await shared_seed(store, IdSource(clock), clock) == seeds[0]
+    token = AccessTokens(seeds[0]).issue("user_1", 1, "s", NOW)
+    assert AccessTokens(seeds[-1]).verify(token, NOW).subject == "user_1"
+    (found,) = await store.get("signing_key", ["access-token"])
+    assert found is not None
+    assert repr(seeds[0])[2:-1] not in repr(to_signing_key(found))
+
+
+@pytest.mark.parametrize("fault", ["executed", "lost", "conflict"])
+async def test_a_key_whose_making_is_in_doubt_is_looked_for(store: SqliteStore, clock: FakeClock, fault: Fault) -> None:
+    """When the store does not know whether it kept the key, the server reads again, and never signs with another one."""
+    faulty = FaultyStore(store, {fault: 0.5}, Random(3))
+    seeds = {await shared_seed(faulty, IdSource(clock), clock) for _ in range(5)}
+    assert faulty.injected[fault] > 0
+    assert seeds == {await shared_seed(store, IdSource(clock), clock)}

@@ -32,7 +32,7 @@ class Server:
         self.ids = IdSource(clock)
         self.tokens = AccessTokens(bytes(range(32)))
         self.verified = VerifiedCache()
-        self.throttle = LoginThrottle()
+        self.throttle = LoginThrottle(store)
         self.accounts = Accounts(
             store, clock, self.ids, Passwords(memory_kib=64), self.tokens, self.throttle, self.verified
         )

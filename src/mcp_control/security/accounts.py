@@ -117,6 +117,7 @@ class Accounts:
             InvalidToken: unknown user, disabled user or wrong password; the answer and its time are the same.
             PasswordChangeRequired: the password is right and meant for one use: set another (`change_password`).
             RateLimited: too many failures; Overloaded: too many logins at once.
+            StoreUnavailable, OutcomeUnknown, StorageFull: failures cannot be counted, so nobody logs in.
         """
         user = await self._check(username, password, address)
         if user.must_change:
@@ -187,12 +188,12 @@ class Accounts:
 
     async def _check(self, username: str, password: str, address: str) -> User:
         name = _name(username)
-        self._throttle.attempt(name, address, self._clock.now())
+        await self._throttle.attempt(name, address, self._clock.now())
         user = await self._find(name)
         right = await self._passwords.verify(user.password_hash if user else None, password)
         if user is None or not right or user.disabled:
             raise InvalidToken("wrong user name or password")
-        self._throttle.succeeded(name, address)
+        await self._throttle.succeeded(name, address)
         return user
 
     # --- API tokens -----------------------------------------------------------------------------------------------

@@ -1,8 +1,12 @@
-"""What the store keeps about users and credentials. Secrets themselves are never kept: passwords as argon2id, the rest as SHA-256."""
+"""What the store keeps about users and credentials. Their secrets are never kept: passwords as argon2id, the rest as SHA-256.
+
+The one secret that is kept is the key that servers of one store sign with, where `JWT_SECRET` does not give it.
+"""
 
 from typing import Final
 
 import msgspec
+from typing_extensions import override
 
 from mcp_control.kernel.changes import Entity, Field, Index, IndexValue, Kind
 from mcp_control.security.model import DEFAULT_TENANT
@@ -73,6 +77,38 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     uses_left: int = 1
 
 
+class SigningKey(msgspec.Struct, frozen=True, kw_only=True):
+    """The key of all servers of a store. `seed` is the 32 bytes of an Ed25519 private key; it stays out of every text."""
+
+    id: str
+    version: int
+    seed: bytes
+    created_at: int
+
+    @override
+    def __repr__(self) -> str:
+        return f"SigningKey(id={self.id!r}, version={self.version})"
+
+
+class LoginFailures(msgspec.Struct, frozen=True, kw_only=True):
+    """A counter of failed logins, in wall milliseconds.
+
+    Attributes:
+        id: a hash of what is counted (an account, an address, or both).
+        failures: in a row, without an hour of peace between them.
+        last: the time of the last one.
+        until: no attempt is allowed before.
+        expires_at: from then on it is forgotten.
+    """
+
+    id: str
+    version: int
+    failures: int
+    last: int
+    until: int
+    expires_at: int
+
+
 USER_KIND: Final = Kind(
     name="user",
     fields=(Field("tenant"), Field("name")),
@@ -93,15 +129,30 @@ ENROLMENT_KIND: Final = Kind(
     fields=(Field("expires", "int"),),
     indexes=(Index("enrolment_expires", ("expires", "id")),),
 )
-KINDS: Final = (USER_KIND, API_TOKEN_KIND, CREDENTIAL_KIND, ENROLMENT_KIND)
+SIGNING_KEY_KIND: Final = Kind(name="signing_key")
+LOGIN_FAILURES_KIND: Final = Kind(
+    name="login_failures",
+    fields=(Field("expires", "int"),),
+    indexes=(Index("login_failures_expires", ("expires", "id")),),
+)
+KINDS: Final = (
+    USER_KIND,
+    API_TOKEN_KIND,
+    CREDENTIAL_KIND,
+    ENROLMENT_KIND,
+    SIGNING_KEY_KIND,
+    LOGIN_FAILURES_KIND,
+)
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _user: Final = msgspec.msgpack.Decoder(User)
 _api_token: Final = msgspec.msgpack.Decoder(ApiToken)
 _credential: Final = msgspec.msgpack.Decoder(AgentCredential)
 _enrolment: Final = msgspec.msgpack.Decoder(Enrolment)
+_signing_key: Final = msgspec.msgpack.Decoder(SigningKey)
+_login_failures: Final = msgspec.msgpack.Decoder(LoginFailures)
 
-Record = User | ApiToken | AgentCredential | Enrolment
+Record = User | ApiToken | AgentCredential | Enrolment | SigningKey | LoginFailures
 
 
 def to_entity(record: Record) -> Entity:
@@ -121,6 +172,10 @@ def _place(record: Record) -> tuple[Kind, dict[str, IndexValue]]:
             return CREDENTIAL_KIND, {"agent": record.agent_id if record.revoked_at is None else None}
         case Enrolment():
             return ENROLMENT_KIND, {"expires": record.expires_at}
+        case SigningKey():
+            return SIGNING_KEY_KIND, {}
+        case LoginFailures():
+            return LOGIN_FAILURES_KIND, {"expires": record.expires_at}
 
 
 def to_user(entity: Entity) -> User:
@@ -141,3 +196,13 @@ def to_credential(entity: Entity) -> AgentCredential:
 def to_enrolment(entity: Entity) -> Enrolment:
     """Return the enrolment an entity holds."""
     return _enrolment.decode(entity.hot)
+
+
+def to_signing_key(entity: Entity) -> SigningKey:
+    """Return the signing key an entity holds."""
+    return _signing_key.decode(entity.hot)
+
+
+def to_login_failures(entity: Entity) -> LoginFailures:
+    """Return the counter an entity holds."""
+    return _login_failures.decode(entity.hot)

@@ -17,13 +17,20 @@ from joserfc import jwt
 from joserfc.errors import JoseError
 from joserfc.jwk import OKPKey
 
-from mcp_control.kernel.errors import InvalidToken, StoreUnavailable
+from mcp_control.kernel.changes import Change
+from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import Conflict, InvalidToken, OutcomeUnknown, StoreUnavailable
+from mcp_control.kernel.ids import IdSource
+from mcp_control.security.records import SIGNING_KEY_KIND, SigningKey, to_entity, to_signing_key
+from mcp_control.storage.ports import Store
 
 ALGORITHM: Final = "Ed25519"
 TYPE: Final = "at+jwt"
 MAX_BYTES: Final = 8 * 1024
 MIN_SECRET_CHARS: Final = 32
 _KEY_FILE: Final = "jwt-key"
+_SHARED_KEY: Final = "access-token"
+_TRIES: Final = 10
 _HEADERS: Final = frozenset({"alg", "typ", "kid"})
 
 
@@ -40,7 +47,7 @@ class AccessTokens:
     """Issues and verifies access tokens.
 
     Args:
-        seed: the 32 bytes of the Ed25519 private key, from `signing_seed`.
+        seed: the 32 bytes of the Ed25519 private key, from `signing_seed` or `shared_seed`.
         life_seconds: how long a token holds, 300 to 900.
         leeway_seconds: what clocks may differ, at most 30.
     """
@@ -117,22 +124,60 @@ class AccessTokens:
         return Claims(subject, epoch, claims["jti"], (expires + self._leeway) * 1000)
 
 
-def signing_seed(secret: str | None, folder: Path) -> bytes:
-    """Return the private key: derived from the operator's secret when there is one, else from a file made for it in the data folder.
+def secret_seed(secret: str) -> bytes:
+    """Return the private key that the operator's secret leads to.
 
     Args:
         secret: `JWT_SECRET`; at least 32 characters. Several servers with the same secret accept each other's tokens.
-        folder: the data folder, which exists; the file has mode 0600.
 
     Raises:
-        StoreUnavailable: the secret is too short or the key file cannot be trusted; the message says what to do.
+        StoreUnavailable: the secret is too weak; the message says what to do.
+    """
+    if len(secret) < MIN_SECRET_CHARS or len(set(secret)) < 8:
+        raise StoreUnavailable(
+            f"JWT_SECRET is too weak: give at least {MIN_SECRET_CHARS} random characters, for example from `openssl rand -hex 32`"
+        )
+    return HKDF(SHA256(), 32, salt=None, info=b"mcp-control access token Ed25519 v1").derive(secret.encode())
+
+
+async def shared_seed(store: Store, ids: IdSource, clock: Clock) -> bytes:
+    """Return the private key of all servers of a store; the first one that starts makes it, and of several at once one.
+
+    Args:
+        store: open, with the kinds of this component.
+        ids: where the key's random bytes come from.
+
+    Raises:
+        StoreUnavailable, OutcomeUnknown, StorageFull, Overloaded: as `Store.get` and `Store.commit`.
+    """
+    doubt: OutcomeUnknown | None = None
+    for _ in range(_TRIES):
+        (found,) = await store.get(SIGNING_KEY_KIND.name, [_SHARED_KEY])
+        if found is not None:
+            return to_signing_key(found).seed
+        made = SigningKey(id=_SHARED_KEY, version=1, seed=ids.bytes16() + ids.bytes16(), created_at=clock.now())
+        try:
+            (problem,) = await store.commit([Change(writes=(to_entity(made),))])
+        except OutcomeUnknown as error:
+            doubt = error
+            continue
+        if problem is not None and not isinstance(problem, Conflict):
+            raise problem
+    raise doubt or StoreUnavailable("the store gives no signing key")
+
+
+def signing_seed(secret: str | None, folder: Path) -> bytes:
+    """Return the private key of a single server: from the operator's secret when there is one, else from a file in the data folder.
+
+    Args:
+        secret: `JWT_SECRET`, see `secret_seed`.
+        folder: the data folder, which exists; the file is made when it is absent and has mode 0600.
+
+    Raises:
+        StoreUnavailable: the secret is too weak or the key file cannot be trusted; the message says what to do.
     """
     if secret is not None:
-        if len(secret) < MIN_SECRET_CHARS or len(set(secret)) < 8:
-            raise StoreUnavailable(
-                f"JWT_SECRET is too weak: give at least {MIN_SECRET_CHARS} random characters, for example from `openssl rand -hex 32`"
-            )
-        return HKDF(SHA256(), 32, salt=None, info=b"mcp-control access token Ed25519 v1").derive(secret.encode())
+        return secret_seed(secret)
     path = folder / _KEY_FILE
     with contextlib.suppress(FileNotFoundError):
         return _read_key(path)
