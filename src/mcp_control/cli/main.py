@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from mcp_control import __version__
-from mcp_control.cli import agents, artifacts, events, pipelines, profiles, runs, system, tasks
+from mcp_control.cli import agents, artifacts, backup, events, pipelines, profiles, runs, system, tasks
 from mcp_control.cli.demo import demo
 from mcp_control.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, tell, told
 from mcp_control.cli.options import NO_INPUT, YES
@@ -83,6 +83,7 @@ for noun in (
     artifacts.app,
     events.app,
     system.settings_app,
+    backup.app,
 ):
     for one in list(noun.registered_commands):
         if one.name == "ls" and one.callback is not None:

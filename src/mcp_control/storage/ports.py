@@ -5,6 +5,7 @@ Adapters never read a clock to decide anything: moments come in as arguments. On
 """
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -206,4 +207,87 @@ class Blobs(Protocol):
 
     def local_path(self, sha256: str) -> Path | None:
         """Return the file that holds the blob, for programs on the same machine; None where there is no such file."""
+        ...
+
+
+class Snapshot(Protocol):
+    """A store as it was at one moment, whatever is written to it meanwhile.
+
+    Attributes:
+        kinds: what is kept in it, as the store was last told.
+        newest_seq: the newest `seq` given until then, 0 when there was none.
+    """
+
+    @property
+    def kinds(self) -> Sequence[Kind]:
+        """See above."""
+        ...
+
+    @property
+    def newest_seq(self) -> int:
+        """See above."""
+        ...
+
+    def entities(self, kind: str) -> AsyncIterator[Sequence[Entity]]:
+        """Return all entities of a kind in the order of their ids (as bytes), in pages of a few MiB, with every cold part and piece."""
+        ...
+
+    def facts(self, after: int = 0) -> AsyncIterator[Sequence[StoredFact]]:
+        """Return the facts with `seq > after` in order, in pages."""
+        ...
+
+
+class Loading(Protocol):
+    """A store that is being filled from elsewhere. It takes the place of the old one with `finish`, and not before."""
+
+    async def put(self, kind: str, entities: Sequence[Entity]) -> None:
+        """Write entities exactly as they are: `version` is the version they have then. Those that are there are replaced whole."""
+        ...
+
+    async def drop(self, kind: str, ids: Sequence[str]) -> None:
+        """Remove entities; absent ones are ignored."""
+        ...
+
+    async def append(self, facts: Sequence[StoredFact]) -> None:
+        """Write facts with the places they have; each call goes on where the one before ended."""
+        ...
+
+    def loaded(self) -> AbstractAsyncContextManager[Snapshot]:
+        """Read what was written so far; what is written meanwhile may or may not be seen."""
+        ...
+
+    async def finish(self, newest_seq: int) -> None:
+        """Make it the store, durably; the next fact gets `newest_seq + 1`."""
+        ...
+
+
+class Archive(Protocol):
+    """A store as a whole, apart from any server: for backups, restores and moves. Not for the event loop of a server."""
+
+    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        """Open the store for reading, also while servers use it.
+
+        Raises:
+            StoreUnavailable: there is no store, or it cannot be read.
+        """
+        ...
+
+    def loading(self, kinds: Sequence[Kind], *, replace: bool) -> AbstractAsyncContextManager[Loading]:
+        """Begin to fill the store; leaving without `finish` leaves the old one, or one that no server opens.
+
+        Args:
+            kinds: declarations of everything that will be written.
+            replace: whether a store that is not empty may be replaced.
+
+        Raises:
+            StoreUnavailable: a server uses the store, or it is not empty and `replace` is false.
+        """
+        ...
+
+    def resting(self) -> AbstractAsyncContextManager[None]:
+        """Make sure that no server uses the store.
+
+        Raises:
+            StoreUnavailable: one does.
+        """
         ...

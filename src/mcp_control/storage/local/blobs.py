@@ -60,12 +60,16 @@ class _Upload:
 class FolderBlobs:
     """A `Blobs` in the folder `blobs` of the data folder, which is made when absent.
 
-    Whoever creates it holds the data folder's lock: leftovers of uploads that broke off are removed.
+    Args:
+        directory: the data folder.
+        owner: whether the data folder's lock is held: then leftovers of uploads that broke off are removed. Others may read only.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, owner: bool = True) -> None:
         self._root = directory / "blobs"
         self._incoming = self._root / "incoming"
+        if not owner:
+            return
         for folder in (directory, self._root, self._incoming):  # `parents=True` would make parents that others may read
             folder.mkdir(mode=0o700, exist_ok=True)
         for leftover in self._incoming.iterdir():

@@ -1,0 +1,1 @@
+"""Stores and runs as files: backups, restores, moves between stores, bundles of single runs."""
