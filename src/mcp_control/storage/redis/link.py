@@ -1,0 +1,123 @@
+"""The one way to Redis of a server: every call through one breaker and one time limit."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+import structlog
+from redis.exceptions import RedisError
+
+from mcp_control.storage.redis.breaker import Breaker
+from mcp_control.storage.redis.connection import RedisClient, disconnect
+
+T = TypeVar("T")
+_log = structlog.get_logger(__name__)
+_CALL_SECONDS: Final = 0.05
+_PROBE_SECONDS: Final = 1.0
+_LATE: Final = 0.2
+_GRANTED: Final = 20
+
+
+class RedisTrouble(Exception):
+    """Redis did not answer, not in time, or with an error; or it is left alone for the moment. Never reaches a caller of the product."""
+
+
+class RedisLink:
+    """Calls Redis for queue, bus and cache of one server.
+
+    After three failures in a row calls are refused at once, and a task of its own tries until Redis accepts writes within the limit again.
+
+    Args:
+        client: see `connect`. Closed with the link.
+        namespace: what the probe's key begins with.
+        seconds: how long a call may take.
+    """
+
+    def __init__(
+        self, client: RedisClient, namespace: str, breaker: Breaker, *, seconds: float = _CALL_SECONDS
+    ) -> None:
+        self.client = client
+        self.breaker = breaker
+        self._probe_key = f"{namespace}:probe"
+        self._seconds = seconds
+        self._healing: asyncio.Task[None] | None = None
+        self._available = asyncio.Event()
+        self._available.set()
+
+    async def call(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do some work with the client and return what it returns. Raises RedisTrouble."""
+        if not self.breaker.allows():
+            raise RedisTrouble("left alone after failures")
+        try:
+            async with _Within(self._seconds):
+                result = await work()
+        except (RedisError, OSError) as error:  # OSError: also TimeoutError
+            if self.breaker.failed():
+                _log.warning("redis-unavailable", error=type(error).__name__, detail=str(error))
+                self._available.clear()
+                self._healing = asyncio.create_task(self._heal(), name="redis-probe")
+            raise RedisTrouble(f"{type(error).__name__}: {error}") from error
+        self.breaker.succeeded()
+        return result
+
+    async def available(self) -> None:
+        """Wait until calls are allowed."""
+        await self._available.wait()
+
+    async def close(self) -> None:
+        """End the probing and close the client. Calling it twice is a no-op."""
+        if self._healing is not None:
+            self._healing.cancel()
+            await asyncio.wait([self._healing])
+        await disconnect(self.client)
+
+    async def _heal(self) -> None:
+        while self.breaker.state != "closed":
+            await asyncio.sleep(self.breaker.wait())
+            if self.breaker.probe():
+                self.breaker.probed(await self._probe())
+        _log.info("redis-available")
+        self._available.set()
+
+    async def _probe(self) -> bool:
+        try:
+            async with asyncio.timeout(_PROBE_SECONDS):
+                await self._write()  # connects, and finds the master or the nodes
+            async with _Within(self._seconds):
+                await self._write()
+        except (RedisError, OSError):
+            return False
+        return True
+
+    async def _write(self) -> None:
+        """A write: a Redis that is full answers everything else."""
+        await self.client.set(self._probe_key, b"1", px=1000)
+
+
+class _Within:
+    """Raises TimeoutError after so many seconds in which the event loop ran; a server that is busy itself is no fault of Redis."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._scope = asyncio.timeout(None)
+        self._granted = 0
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._scope.__aenter__()
+        self._arm()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        self._timer.cancel()
+        await self._scope.__aexit__(*raised)
+
+    def _arm(self) -> None:
+        self._due = self._loop.time() + self._seconds
+        self._timer = self._loop.call_at(self._due, self._over)
+
+    def _over(self) -> None:
+        if self._loop.time() - self._due > self._seconds * _LATE and self._granted < _GRANTED:
+            self._granted += 1
+            self._arm()
+        else:
+            self._scope.reschedule(self._loop.time())
