@@ -48,12 +48,48 @@ def test_prefixed_name_wins_over_the_plain_one() -> None:
     assert loaded.settings.log.level == "debug"
 
 
-@pytest.mark.parametrize("name", ["MONGODB_URI", "REDIS_URL"])
-def test_stores_that_are_not_supported_are_refused_by_name(name: str) -> None:
-    """A server that would silently keep its data elsewhere does not start."""
-    with pytest.raises(SettingsError, match=name):
-        load(environ={name: "x://y"})
-    assert load(environ={name: ""}).settings.port == 8640
+def test_addresses_of_databases_have_their_usual_names_and_stay_hidden() -> None:
+    """MONGODB_URI and REDIS_URL make a cluster node; no view of the settings shows their passwords."""
+    environ = {
+        "MONGODB_URI": "mongodb://me:canary@a:1,b:2/db?replicaSet=x",
+        "REDIS_URL": "rediss://:canary@c:3/0",
+        "MCP_CONTROL_REDIS__NAMESPACE": "blue",
+    }
+    loaded = load(environ=environ)
+    mongo, redis = loaded.settings.mongo, loaded.settings.redis
+    assert mongo.uri is not None
+    assert redis.url is not None
+    assert (mongo.uri.get_secret_value(), redis.url.get_secret_value()) == (
+        environ["MONGODB_URI"],
+        environ["REDIS_URL"],
+    )
+    assert (mongo.allow_single_member, redis.namespace, redis.timeout_seconds) == (False, "blue", 0.05)
+    assert "canary" not in repr(loaded) + str(loaded.sources()) + loaded.model_dump_json()
+    origins = {source.name: source.origin for source in loaded.sources()}
+    assert origins["mongo.uri"] == origins["redis.url"] == "environment"
+
+
+def test_redis_without_mongodb_is_refused_with_the_reason() -> None:
+    """Who sets REDIS_URL alone expects a cluster, and would not get one."""
+    with pytest.raises(SettingsError, match=r"needs no Redis.*mongo\.uri"):
+        load(environ={"REDIS_URL": "redis://localhost"})
+    settings = load(environ={"REDIS_URL": "", "MONGODB_URI": ""}).settings
+    assert (settings.redis.url, settings.mongo.uri) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"mongo.uri": "postgres://me:canary@h"}, "mongo.uri"),
+        ({"mongo.uri": "mongodb://h", "redis.url": "http://:canary@h"}, "redis.url"),
+    ],
+)
+def test_an_address_of_another_kind_is_refused_without_its_password(flags: dict[str, object], says: str) -> None:
+    """The answer names the setting and what it begins with, not its value."""
+    with pytest.raises(SettingsError, match=says) as caught:
+        load(flags, {})
+    assert "begins with" in str(caught.value)
+    assert "canary" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +102,8 @@ def test_stores_that_are_not_supported_are_refused_by_name(name: str) -> None:
         ({"host": "0.0.0.0"}, "TLS"),
         ({"host": "::"}, "TLS"),
         ({"host": "example.org"}, "TLS"),
+        ({"redis.namespace": "a b"}, "redis.namespace"),
+        ({"cluster.advertise": "here"}, "cluster.advertise"),
         ({"tls_cert": "/a.pem"}, "go together"),
     ],
 )
@@ -150,7 +188,7 @@ def _attributes(path: Path) -> set[str]:
 def test_no_setting_is_without_effect() -> None:
     """Every setting is read by a part of the server that may read settings; one that does nothing would deceive who sets it."""
     readers = [PACKAGE / "app.py", *(PACKAGE / "api").glob("*.py"), *(PACKAGE / "cli").glob("*.py")]
-    read = set().union(*map(_attributes, [*readers, PACKAGE / "configuration" / "settings.py"]))
+    read = set().union(*map(_attributes, [*readers, *(PACKAGE / "configuration").glob("*.py")]))
     names = [source.name for source in load(environ={}).sources()]
     assert [name for name in names if not set(name.split(".")) <= read] == []
     assert "no_such_setting" not in read

@@ -1,4 +1,6 @@
-"""The settings of a server: defaults < TOML file < environment (`MCP_CONTROL_*`, `JWT_SECRET`, `LOG_LEVEL`) < flags.
+"""The settings of a server: defaults < TOML file < environment < flags.
+
+The environment is `MCP_CONTROL_*`, and `JWT_SECRET`, `LOG_LEVEL`, `MONGODB_URI` and `REDIS_URL` under their usual names.
 
 A nested setting is written `[limits] max_body_bytes = …` in the file and `MCP_CONTROL_LIMITS__MAX_BODY_BYTES` in the environment.
 """
@@ -11,119 +13,45 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as SourceError
 from typing_extensions import override
+
+from mcp_control.configuration.groups import (
+    Cluster,
+    Leases,
+    Limits,
+    Log,
+    Mongo,
+    Names,
+    Overload,
+    Queues,
+    Redis,
+    Retention,
+    Security,
+)
 
 PREFIX: Final = "MCP_CONTROL_"
 Origin = Literal["default", "file", "environment", "flag"]
 
 # Plain names that deployments of this kind of server know already.
-_PLAIN: Final = {"JWT_SECRET": ("security", "jwt_secret"), "LOG_LEVEL": ("log", "level")}
-_NOT_YET: Final = {
-    "MONGODB_URI": "MongoDB is not supported yet: unset MONGODB_URI, the server keeps its data in its data folder",
-    "REDIS_URL": "Redis is not supported yet: unset REDIS_URL, one server needs none",
+_PLAIN: Final = {
+    "JWT_SECRET": ("security", "jwt_secret"),
+    "LOG_LEVEL": ("log", "level"),
+    "MONGODB_URI": ("mongo", "uri"),
+    "REDIS_URL": ("redis", "url"),
 }
-
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Days = Annotated[float, Field(gt=0, le=36_500)]
-Count = Annotated[int, Field(ge=1)]
-Bytes = Annotated[int, Field(ge=1024)]
-
-
-def _split(value: object) -> object:
-    """A list in the environment is written with commas."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class SettingsError(Exception):
     """The settings cannot be used; the message names each setting, where it came from and what is wrong."""
-
-
-class _Group(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-
-class Limits(_Group):
-    """What one request or thing may take."""
-
-    max_body_bytes: Bytes = Field(default=1 << 20, description="largest request body, except for artifact uploads")
-    max_header_bytes: Bytes = Field(default=16 * 1024, description="largest request header block")
-    body_timeout_seconds: Seconds = Field(default=30.0, description="how long a request body may stall")
-    header_timeout_seconds: Seconds = Field(default=10.0, description="how long a request header may take")
-    max_artifact_bytes: Bytes = Field(default=10 << 30, description="largest artifact")
-    max_frame_bytes: Bytes = Field(default=1 << 20, description="largest WebSocket frame")
-
-
-class Retention(_Group):
-    """How long things are kept after they ended."""
-
-    events_days: Days = Field(default=7.0, description="events older than this are removed")
-    events_count: Count = Field(default=1_000_000, description="events beyond this many are removed, oldest first")
-    tasks_days: Days = Field(default=30.0, description="finished tasks older than this are removed")
-    runs_days: Days = Field(default=30.0, description="finished runs older than this are removed, with their artifacts")
-    interval_seconds: Seconds = Field(default=60.0, description="how often ended things are looked for")
-
-
-class Leases(_Group):
-    """Ends the leases of silent agents. How long an agent may be silent is its own: 2 s to 1 h, 30 s unless it says so."""
-
-    sweep_seconds: Seconds = Field(default=0.5, description="how often ended leases are looked for")
-
-
-class Overload(_Group):
-    """When new work is shed to keep accepted work moving; submits go first, completions and heartbeats last."""
-
-    max_queued_tasks: Count = Field(default=2_000_000, description="waiting tasks beyond which submits are refused")
-    max_requests: Count = Field(default=1000, description="submits handled at once")
-    max_connections: Count = Field(default=5000, description="open WebSocket and event-stream connections")
-    loop_lag_seconds: Seconds = Field(default=0.5, description="event-loop lag beyond which submits are refused")
-    retry_after_seconds: Seconds = Field(default=1.0, description="what a refused caller is told to wait")
-
-
-class Queues(_Group):
-    """Sizes of the queues inside the server."""
-
-    store_changes: Count = Field(default=20_000, description="changes that may wait for a commit")
-    subscriber_events: Count = Field(
-        default=1000, description="events that may wait for one subscriber before it must read anew"
-    )
-    agent_bytes: Bytes = Field(
-        default=8 << 20, description="bytes that may wait for one agent before its connection is closed"
-    )
-
-
-class Security(_Group):
-    """Logins and tokens."""
-
-    jwt_secret: SecretStr | None = Field(
-        default=None,
-        description="secret the token key is derived from; without it a key file is made in the data folder",
-    )
-    token_seconds: Annotated[int, Field(ge=300, le=900)] = Field(default=600, description="life of an access token")
-    leeway_seconds: Annotated[int, Field(ge=0, le=30)] = Field(
-        default=10, description="clock difference accepted in access tokens"
-    )
-    password_memory_kib: Annotated[int, Field(ge=19_456)] = Field(
-        default=46 * 1024, description="argon2id memory per hash"
-    )
-    allowed_origins: Names = Field(default=(), description="browser origins that may open /ws; none by default")
-    allowed_hosts: Names = Field(default=(), description="Host names answered, without port; any by default")
-
-
-class Log(_Group):
-    """What is logged and how."""
-
-    level: Literal["debug", "info", "warning", "error", "critical"] = Field(
-        default="info", description="least severe level logged"
-    )
-    format: Literal["auto", "json", "console"] = Field(
-        default="auto", description="auto: console on a terminal, else JSON lines"
-    )
 
 
 class Settings(BaseSettings):
@@ -165,6 +93,9 @@ class Settings(BaseSettings):
     overload: Overload = Overload()
     queues: Queues = Queues()
     security: Security = Security()
+    mongo: Mongo = Mongo()
+    redis: Redis = Redis()
+    cluster: Cluster = Cluster()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -175,6 +106,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"listening on {self.host} without TLS would send credentials in the clear: "
                 "set tls_cert and tls_key, or allow_insecure_bind behind a proxy that speaks TLS"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _redis_serves_a_cluster(self) -> Self:
+        if self.redis.url is not None and self.mongo.uri is None:
+            raise ValueError(
+                "redis.url (REDIS_URL) is set and mongo.uri (MONGODB_URI) is not: a single server keeps its data in its folder "
+                "and needs no Redis; unset redis.url, or set mongo.uri to run a cluster"
             )
         return self
 
@@ -236,9 +176,6 @@ def load(
         SettingsError: something is unknown, wrong or unsafe.
     """
     env = dict(os.environ if environ is None else environ)
-    refused = [text for name, text in _NOT_YET.items() if env.get(name)]
-    if refused:
-        raise SettingsError("; ".join(refused))
     layers: list[tuple[Origin, dict[str, Any]]] = [
         ("file", _from_file(file, env)),
         ("environment", _from_environment(env)),

@@ -1,0 +1,155 @@
+"""The groups of settings: names, bounds, defaults, and the help that the command line and the docs show."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import NoDecode
+
+_MONGO_SCHEMES: Final = ("mongodb://", "mongodb+srv://")
+_REDIS_SCHEMES: Final = ("redis://", "rediss://", "redis+sentinel://", "redis+cluster://")
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Days = Annotated[float, Field(gt=0, le=36_500)]
+Count = Annotated[int, Field(ge=1)]
+Bytes = Annotated[int, Field(ge=1024)]
+
+
+def _split(value: object) -> object:
+    """A list in the environment is written with commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Limits(_Group):
+    """What one request or thing may take."""
+
+    max_body_bytes: Bytes = Field(default=1 << 20, description="largest request body, except for artifact uploads")
+    max_header_bytes: Bytes = Field(default=16 * 1024, description="largest request header block")
+    body_timeout_seconds: Seconds = Field(default=30.0, description="how long a request body may stall")
+    header_timeout_seconds: Seconds = Field(default=10.0, description="how long a request header may take")
+    max_artifact_bytes: Bytes = Field(default=10 << 30, description="largest artifact")
+    max_frame_bytes: Bytes = Field(default=1 << 20, description="largest WebSocket frame")
+
+
+class Retention(_Group):
+    """How long things are kept after they ended."""
+
+    events_days: Days = Field(default=7.0, description="events older than this are removed")
+    events_count: Count = Field(default=1_000_000, description="events beyond this many are removed, oldest first")
+    tasks_days: Days = Field(default=30.0, description="finished tasks older than this are removed")
+    runs_days: Days = Field(default=30.0, description="finished runs older than this are removed, with their artifacts")
+    interval_seconds: Seconds = Field(default=60.0, description="how often ended things are looked for")
+
+
+class Leases(_Group):
+    """Ends the leases of silent agents. How long an agent may be silent is its own: 2 s to 1 h, 30 s unless it says so."""
+
+    sweep_seconds: Seconds = Field(default=0.5, description="how often ended leases are looked for")
+
+
+class Overload(_Group):
+    """When new work is shed to keep accepted work moving; submits go first, completions and heartbeats last."""
+
+    max_queued_tasks: Count = Field(default=2_000_000, description="waiting tasks beyond which submits are refused")
+    max_requests: Count = Field(default=1000, description="submits handled at once")
+    max_connections: Count = Field(default=5000, description="open WebSocket and event-stream connections")
+    loop_lag_seconds: Seconds = Field(default=0.5, description="event-loop lag beyond which submits are refused")
+    retry_after_seconds: Seconds = Field(default=1.0, description="what a refused caller is told to wait")
+
+
+class Queues(_Group):
+    """Sizes of the queues inside the server."""
+
+    store_changes: Count = Field(default=20_000, description="changes that may wait for a commit")
+    subscriber_events: Count = Field(
+        default=1000, description="events that may wait for one subscriber before it must read anew"
+    )
+    agent_bytes: Bytes = Field(
+        default=8 << 20, description="bytes that may wait for one agent before its connection is closed"
+    )
+
+
+class Security(_Group):
+    """Logins and tokens."""
+
+    jwt_secret: SecretStr | None = Field(
+        default=None,
+        description="secret the token key is derived from; without it a key file is made in the data folder",
+    )
+    token_seconds: Annotated[int, Field(ge=300, le=900)] = Field(default=600, description="life of an access token")
+    leeway_seconds: Annotated[int, Field(ge=0, le=30)] = Field(
+        default=10, description="clock difference accepted in access tokens"
+    )
+    password_memory_kib: Annotated[int, Field(ge=19_456)] = Field(
+        default=46 * 1024, description="argon2id memory per hash"
+    )
+    allowed_origins: Names = Field(default=(), description="browser origins that may open /ws; none by default")
+    allowed_hosts: Names = Field(default=(), description="Host names answered, without port; any by default")
+
+
+def _with_scheme(schemes: tuple[str, ...]) -> AfterValidator:
+    """The address of a database begins with one of these; it may hold a password, so the answer does not repeat it."""
+
+    def check(address: SecretStr | None) -> SecretStr | None:
+        if address is None or not address.get_secret_value():
+            return None
+        if not address.get_secret_value().startswith(schemes):
+            raise ValueError(f"begins with none of {', '.join(schemes)}")
+        return address
+
+    return AfterValidator(check)
+
+
+class Mongo(_Group):
+    """The store that the servers of a cluster share."""
+
+    uri: Annotated[SecretStr | None, _with_scheme(_MONGO_SCHEMES)] = Field(
+        default=None,
+        description="MongoDB replica set that holds the data (also MONGODB_URI); unset: one server, data in its folder",
+    )
+    allow_single_member: bool = Field(
+        default=False, description="accept a replica set of fewer than three members, for trials: losing one loses data"
+    )
+
+
+class Redis(_Group):
+    """What makes a cluster quick: wake-ups, the order of waiting tasks, shared counters. Nothing is lost with it."""
+
+    url: Annotated[SecretStr | None, _with_scheme(_REDIS_SCHEMES)] = Field(
+        default=None, description="Redis server, Sentinels or cluster (also REDIS_URL); unset: slower, but complete"
+    )
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
+        default="mcp", description="first part of all keys; each product that shares a Redis has its own"
+    )
+    timeout_seconds: Annotated[float, Field(ge=0.005, le=5)] = Field(
+        default=0.05, description="how long one Redis call may take before the server goes on without"
+    )
+
+
+class Cluster(_Group):
+    """Servers that share one store."""
+
+    leader_seconds: Annotated[float, Field(ge=0.5, le=300)] = Field(
+        default=5.0,
+        description="how often the leader renews its lease; after three times that another server takes over",
+    )
+    advertise: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = Field(
+        default="", description="URL under which this server is reached, shown in status; empty: where it listens"
+    )
+
+
+class Log(_Group):
+    """What is logged and how."""
+
+    level: Literal["debug", "info", "warning", "error", "critical"] = Field(
+        default="info", description="least severe level logged"
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="auto: console on a terminal, else JSON lines"
+    )
