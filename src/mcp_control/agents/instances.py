@@ -1,5 +1,6 @@
 """Running instances of agents: their sessions' leases, heartbeats, and their end."""
 
+from contextlib import suppress
 from typing import Final
 
 from msgspec.structs import replace
@@ -16,6 +17,7 @@ from mcp_control.security.model import Actor
 from mcp_control.storage.ports import Store
 
 STALL_LEASES: Final = 2
+_REMOTE_MAX: Final = 5000
 
 
 class Instances:
@@ -51,7 +53,7 @@ class Instances:
         lease_ms = round(agent.spec.lease_seconds * 1000)
         instance: Instance | None = None
         if instance_id is not None:
-            instance = await self._instance(instance_id)
+            instance = await self.read(instance_id)
             if instance is not None and (instance.agent_id != agent.id or instance.ended_at is not None):
                 instance = None
         if instance is None:
@@ -73,6 +75,7 @@ class Instances:
             slots=agent.spec.slots,
             software=software,
             address=address,
+            server=self._registry.server,
         )
         saved, entity = write_instance(instance)
         await self._registry.commit(Change(writes=[entity]))
@@ -82,9 +85,38 @@ class Instances:
         """Record that an agent has a live session."""
         await self._registry.restate(session.agent.id, last_beat_at=self._clock.now())
 
-    async def disconnected(self, agent_id: str) -> None:
+    async def disconnected(self, session: Session) -> None:
         """Record that a session of an agent is gone."""
-        await self._registry.restate(agent_id)
+        if self._registry.server:
+            await self._part(session.instance.id)
+        await self._registry.restate(session.agent.id)
+
+    async def _part(self, instance_id: str) -> None:
+        """Record that an instance is connected to no server, unless it has gone to another one."""
+        for _ in range(TRIES):
+            instance = await self.read(instance_id)
+            if instance is None or instance.ended_at is not None or instance.server != self._registry.server:
+                return
+            _, entity = write_instance(replace(instance, server=""))
+            with suppress(Conflict):
+                await self._registry.commit(Change(writes=[entity]))
+                return
+
+    async def connected_here(self, instance_id: str) -> bool:
+        """Say whether the store has an instance as live and connected to this server."""
+        instance = await self.read(instance_id)
+        return instance is not None and instance.ended_at is None and instance.server == self._registry.server
+
+    async def remote(self) -> dict[str, list[Instance]]:
+        """Return the live instances that are connected to other servers, by agent."""
+        found = await self._store.find(
+            "instance", Query(where=[Where("lease_until", "gt", 0)], order="lease_until", limit=_REMOTE_MAX)
+        )
+        remote: dict[str, list[Instance]] = {}
+        for instance in map(read_instance, found):
+            if instance.server not in ("", self._registry.server):
+                remote.setdefault(instance.agent_id, []).append(instance)
+        return remote
 
     async def beat(self, session: Session, beat: Beat) -> None:
         """Renew a session's lease and keep what the heartbeat says.
@@ -107,7 +139,7 @@ class Instances:
             try:
                 await self._registry.commit(Change(writes=[entity]))
             except Conflict:
-                stored = await self._instance(before.id)
+                stored = await self.read(before.id)
                 if stored is None or stored.ended_at is not None:
                     raise LeaseSuperseded("the session's lease has ended") from None
                 session.instance = stored
@@ -130,7 +162,7 @@ class Instances:
         """
         now = self._clock.now()
         for _ in range(TRIES):
-            instance = await self._instance(instance_id)
+            instance = await self.read(instance_id)
             if instance is None or instance.ended_at is not None:
                 self._gone(instance_id)
                 return True
@@ -159,6 +191,7 @@ class Instances:
         )
         return [read_instance(entity) for entity in found]
 
-    async def _instance(self, instance_id: str) -> Instance | None:
+    async def read(self, instance_id: str) -> Instance | None:
+        """Return an instance as the store has it."""
         entity = (await self._store.get("instance", [instance_id]))[0]
         return None if entity is None else read_instance(entity)

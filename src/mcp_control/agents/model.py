@@ -124,7 +124,10 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A running process of an agent and its session. `ended_at` set means that its lease is over and its tasks were queued again."""
+    """A running process of an agent and its session. `ended_at` set means that its lease is over and its tasks were queued again.
+
+    `server` is the id of the server it is connected to, where several share the store; empty while it is connected to none.
+    """
 
     id: str
     version: int
@@ -139,6 +142,7 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots: int = 1
     software: str = ""
     address: str = ""
+    server: str = ""
     ended_at: int | None = None
     end_reason: str = ""
 

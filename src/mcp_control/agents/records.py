@@ -35,9 +35,10 @@ def read_agent(entity: Entity) -> Agent:
 
 
 def write_instance(instance: Instance) -> tuple[Instance, Entity]:
-    """Return the instance as it is after this write, and its entity. An ended instance leaves the lease index."""
+    """Return the instance as it is after this write, and its entity. An ended instance leaves the indexes."""
     after = replace(instance, version=instance.version + 1)
-    index = {"agent": after.agent_id, "lease_until": None if after.ended_at is not None else after.lease_until}
+    live = after.ended_at is None
+    index = {"agent": after.agent_id if live else None, "lease_until": after.lease_until if live else None}
     return after, Entity("instance", after.id, instance.version, index, _encode(after))
 
 

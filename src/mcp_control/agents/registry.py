@@ -1,27 +1,36 @@
 """The registry: every agent that is not retired, in memory, and the one place where agents are written."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
 
-from mcp_control.agents.model import Agent, AgentSpec
-from mcp_control.agents.records import read_agent, write_agent
+from mcp_control.agents.model import Agent, AgentSpec, Instance
+from mcp_control.agents.records import read_agent, read_instance, write_agent
 from mcp_control.agents.registration import settle
 from mcp_control.agents.sessions import Sessions
 from mcp_control.events.log import fact
-from mcp_control.kernel.changes import Change, Entity, Fact, Query
+from mcp_control.kernel.changes import Change, Entity, Fact, Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
 from mcp_control.storage.ports import Store
 
 TRIES: Final = 10
+_INSTANCES_MAX: Final = 1000
 
 
 class Registry:
-    """Reads and writes agents; every write carries the version it read, so a stale copy ends in `Conflict`."""
+    """Reads and writes agents; every write carries the version it read, so a stale copy ends in `Conflict`.
 
-    def __init__(self, store: Store, clock: Clock, sessions: Sessions) -> None:
+    Args:
+        server: id of this server where several share the store; it then hears from the facts what the others wrote. Empty on a single one.
+    """
+
+    def __init__(self, store: Store, clock: Clock, sessions: Sessions, server: str = "") -> None:
+        self.server = server
+        self._stale: set[str] = set()
+        self._refreshing: asyncio.Task[None] | None = None
         self._store = store
         self._clock = clock
         self._agents: dict[str, Agent] = {}
@@ -81,6 +90,52 @@ class Registry:
         if entity is not None:
             self._remember(read_agent(entity))
 
+    def heard(self, facts: Sequence[StoredFact]) -> None:
+        """Read agents again of which other servers may have written. Called with all facts, on the loop."""
+        if not self.server:
+            return
+        self._stale.update(stored.fact.subject for stored in facts if stored.fact.type.startswith("agent."))
+        if self._stale and self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh())
+
+    async def _refresh(self) -> None:
+        try:
+            while self._stale:
+                ids, self._stale = list(self._stale), set()
+                try:
+                    found = await self._store.get("agent", ids)
+                except Problem:
+                    self._stale.update(ids)  # with the next fact
+                    return
+                for entity in found:
+                    if entity is not None:
+                        self._newer(read_agent(entity))
+        finally:
+            self._refreshing = None
+
+    def _newer(self, agent: Agent) -> None:
+        """Take over an agent just read, unless a newer one is known."""
+        known = self._agents.get(agent.id)
+        if known is None or known.version < agent.version:
+            self._remember(agent)
+            self.sessions.refresh(agent)
+
+    async def fetch(self, agent_id: str) -> Agent | None:
+        """Return an agent as the store has it, retired or not; None where there is none."""
+        entity = (await self._store.get("agent", [agent_id]))[0]
+        if entity is None:
+            return None
+        agent = read_agent(entity)
+        self._newer(agent)
+        return agent
+
+    async def elsewhere(self, agent_id: str) -> list[Instance]:
+        """Return the live instances of an agent that are connected to other servers, where it has none here."""
+        if not self.server or self.sessions.of_agent(agent_id):
+            return []
+        found = await self._store.find("instance", Query(where=[Where("agent", "eq", agent_id)], limit=_INSTANCES_MAX))
+        return [one for one in map(read_instance, found) if one.server not in ("", self.server)]
+
     def count(self, agent_id: str, outcome: str) -> None:
         """Add to an agent's figures; they are written with its next change."""
         row = self._counts.setdefault(agent_id, [0, 0, 0])
@@ -97,7 +152,7 @@ class Registry:
             counted = replace(
                 agent, completed=agent.completed + completed, failed=agent.failed + failed, lost=agent.lost + lost
             )
-            after = self.settled(counted, now)
+            after = self.settled(counted, now, await self.elsewhere(agent_id))
             if after == agent:
                 # A beat alone is kept with the instance; writing the agent too would double the cost of every heartbeat.
                 return
@@ -117,12 +172,13 @@ class Registry:
                 continue
             return
 
-    def settled(self, agent: Agent, now: int) -> Agent:
-        """Return the agent in the state that orders and sessions put it in."""
+    def settled(self, agent: Agent, now: int, elsewhere: Sequence[Instance] = ()) -> Agent:
+        """Return the agent in the state that orders, its sessions here and its instances elsewhere put it in."""
         sessions = self.sessions.of_agent(agent.id)
         free = sum(session.slots - len(session.held) for session in sessions)
+        free += sum(instance.slots - len(instance.beat.running) for instance in elsewhere)
         stalled = bool(sessions) and all(session.stalled for session in sessions)
-        state = settle(agent, live=bool(sessions), free=free, stalled=stalled)
+        state = settle(agent, live=bool(sessions) or bool(elsewhere), free=free, stalled=stalled)
         return agent if state is agent.state else replace(agent, state=state, state_at=now)
 
     def _remember(self, agent: Agent) -> None:

@@ -1,12 +1,13 @@
 """AgentManager: registration, discovery, health and orders for agents (seed, "Agent Management Service")."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
 
 from mcp_control.agents.instances import Instances
-from mcp_control.agents.model import Agent, AgentKind, AgentSpec, AgentState, AgentView, Drain
+from mcp_control.agents.model import Agent, AgentKind, AgentSpec, AgentState, AgentView, Drain, Instance
 from mcp_control.agents.records import read_agent, view_agent
 from mcp_control.agents.registration import check
 from mcp_control.agents.registry import TRIES, Registry, agent_fact
@@ -28,6 +29,8 @@ from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
+
+_LOOK_SECONDS: Final = 0.5
 
 
 class AgentFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,15 +60,36 @@ class AgentEdit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class AgentManager:
-    """Knows every agent. Keeps those that are not retired in memory; every write carries the version it read."""
+    """Knows every agent. Keeps those that are not retired in memory; every write carries the version it read.
 
-    def __init__(self, store: Store, clock: Clock, ids: IdSource, sessions: Sessions, grace_ms: int = 5000) -> None:
+    Args:
+        server: id of this server where several share the store; see `Registry`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        ids: IdSource,
+        sessions: Sessions,
+        grace_ms: int = 5000,
+        server: str = "",
+    ) -> None:
         self._store = store
         self._clock = clock
         self._ids = ids
         self.sessions = sessions
-        self.registry = Registry(store, clock, sessions)
+        self._remote: dict[str, list[Instance]] = {}
+        self._looked_at = 0.0
+        self.registry = Registry(store, clock, sessions, server)
         self.instances = Instances(store, clock, ids, self.registry, grace_ms)
+
+    async def look(self) -> None:
+        """Learn which instances are connected to other servers; what `view` tells of them is at most half a second old."""
+        now = self._clock.monotonic()
+        if self.registry.server and now - self._looked_at > _LOOK_SECONDS:
+            self._looked_at = now
+            self._remote = await self.instances.remote()
 
     async def session_of(self, actor: Actor, spec: AgentSpec) -> Agent:
         """Return the agent that opens a session with this specification, which becomes its own where it differs.
@@ -76,8 +100,8 @@ class AgentManager:
         """
         agent = self.registry.by_id(actor.id)
         if agent is None:
-            entity = (await self._store.get("agent", [actor.id]))[0]
-            if entity is not None and read_agent(entity).retired_at is not None:
+            agent = await self.registry.fetch(actor.id)
+            if agent is not None and agent.retired_at is not None:
                 raise AgentSuspended("the agent is retired")
         if agent is None or spec.name != agent.spec.name:
             raise Forbidden("the credential is not that of this agent")
@@ -120,7 +144,10 @@ class AgentManager:
             extra = also(agent) if also else ()
             try:
                 saved = await self.registry.save(agent, [agent_fact(kind, agent, actor.id, now)], extra)
-            except Duplicate:
+            except Duplicate as problem:
+                known = str(problem.data["existing"])
+                if before is None and self.registry.by_id(known) is None and await self.registry.fetch(known):
+                    continue  # another server registered it a moment ago
                 raise NameTaken(f"an agent named {spec.name} exists") from None
             except Conflict:
                 await self.registry.reload(agent.id)
@@ -138,6 +165,7 @@ class AgentManager:
 
     async def get(self, actor: Actor, id_or_name: str) -> Agent:
         """Return an agent by id or name, retired ones by id. Raises NotFound."""
+        await self.look()
         try:
             return self.find(actor, id_or_name)
         except NotFound:
@@ -151,6 +179,7 @@ class AgentManager:
     ) -> Page[AgentView]:
         """Return a page of agents that match, by `created` (id), `name` or `last_beat`."""
         allow(actor, "agents.list")
+        await self.look()
         rows = self.registry.registered(actor.tenant)
         if wanted.state is AgentState.RETIRED:
             found = await self._store.find("agent", Query(where=[Where("state", "eq", "retired")], limit=5000))
@@ -178,13 +207,18 @@ class AgentManager:
     def view(self, agent: Agent) -> AgentView:
         """Return an agent as callers see it, with the state its sessions show right now."""
         sessions = self.sessions.of_agent(agent.id)
+        here = {session.instance.id for session in sessions}
+        remote = [instance for instance in self._remote.get(agent.id, ()) if instance.id not in here]
         # An agent that polls is not busy because it is between two polls.
         free = sum(max(0, session.slots - len(session.held)) for session in sessions if session.accepting)
         running = sum(len(session.held) for session in sessions)
+        if agent.drain is None and agent.quarantine is None:
+            free += sum(max(0, instance.slots - len(instance.beat.running)) for instance in remote)
+        running += sum(len(instance.beat.running) for instance in remote)
         state = agent.state
-        if state in (AgentState.ONLINE, AgentState.BUSY) and sessions:
+        if state in (AgentState.ONLINE, AgentState.BUSY) and (sessions or remote):
             state = AgentState.ONLINE if free else AgentState.BUSY
-        return view_agent(agent, state, free, running, [session.instance for session in sessions])
+        return view_agent(agent, state, free, running, [*(session.instance for session in sessions), *remote])
 
     async def edit(self, actor: Actor, agent_id: str, edit: AgentEdit, version: int) -> Agent:
         """Change what a person may change. Raises VersionConflict unless `version` is the current one."""
@@ -239,7 +273,7 @@ class AgentManager:
                 after, kind = replace(agent, retired_at=now, drain=agent.drain or order), "agent.retired"
             if after == agent:
                 return agent
-            after = self.registry.settled(after, now)
+            after = self.registry.settled(after, now, await self.registry.elsewhere(agent.id))
             try:
                 return await self.registry.save(after, [agent_fact(kind, after, actor.id, now, note=note)])
             except Conflict:

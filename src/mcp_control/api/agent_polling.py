@@ -54,12 +54,24 @@ class Pollers:
         self._by_instance = {key: kept for key, kept in self._by_instance.items() if live.get(key) is kept[0]}
         self._by_instance[session.instance.id] = (session, outbox)
 
-    def get(self, call: Call) -> tuple[Session, PollOutbox]:
-        """Return the session of the path. Raises LeaseSuperseded where it has ended, Forbidden where it is another agent's."""
+    async def get(self, call: Call) -> tuple[Session, PollOutbox]:
+        """Return the session of the path, taken over from another server where it was opened there.
+
+        Raises:
+            LeaseSuperseded: it has ended. Forbidden: it is another agent's.
+        """
         instance_id = call.params["instance_id"]
         found = self._by_instance.get(instance_id)
         if found is None or call.services.agents.sessions.get(instance_id) is not found[0]:
-            raise LeaseSuperseded("this session is over; say hello again")
+            if not call.services.agents.registry.server:
+                raise LeaseSuperseded("this session is over; say hello again")
+            outbox = PollOutbox()
+            client = call.scope["client"]
+            session = await call.services.sessions.resume(
+                call.actor, instance_id, outbox.send, address=client[0] if client else ""
+            )
+            self.add(call, session, outbox)
+            return session, outbox
         if found[0].agent.id != call.actor.id:
             raise Forbidden("this session is that of another agent")
         return found
@@ -85,14 +97,14 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
         """Wait for work."""
         query = call.query(_CLAIM)
         await call.read()
-        session, outbox = pollers.get(call)
+        session, outbox = await pollers.get(call)
         tasks, cancel = await call.until_gone(outbox.claim(session, call.services.dispatcher, query.limit, query.wait))
         return reply(Claimed(tasks=tasks, cancel=cancel))
 
     async def heartbeat(call: Call) -> Reply:
         """Keep the session alive."""
         beat = (await call.decode(_BEAT)).beat
-        session, outbox = pollers.get(call)
+        session, outbox = await pollers.get(call)
         acknowledged = await call.services.sessions.heartbeat(session, beat)
         outbox.heard(session, beat.running)
         return reply(acknowledged)
@@ -100,7 +112,7 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
     async def report(call: Call) -> Reply:
         """Report what happened to tasks; a single refused result is answered as the problem itself."""
         given = await call.decode(_REPORT)
-        session, _ = pollers.get(call)
+        session, _ = await pollers.get(call)
         ack = await call.services.sessions.report(session, given)
         if len(given.done) == 1 and len(ack.refused) == 1:
             refused = ack.refused[0]
@@ -109,7 +121,7 @@ def endpoints(pollers: Pollers) -> tuple[Endpoint, ...]:
 
     async def close_session(call: Call) -> Reply:
         """End the session in good order; what it still holds is queued again."""
-        session, _ = pollers.get(call)
+        session, _ = await pollers.get(call)
         await call.services.sessions.leave(session)
         return NO_CONTENT
 

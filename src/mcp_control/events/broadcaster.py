@@ -347,7 +347,6 @@ class Broadcaster:
 
     async def _check(self, after: int) -> None:
         oldest, newest = await self._store.trim_facts(0, _KEEP_ALL, 0)
-        self.newest = max(self.newest, newest)
         if after > newest or after + 1 < oldest:
             raise _expired()
 

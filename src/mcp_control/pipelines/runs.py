@@ -89,25 +89,32 @@ class Plans:
 
 
 class Runs:
-    """Loads runs, decides, proposes advances and hears how their commit ended."""
+    """Loads runs, decides, proposes advances and hears how their commit ended.
 
-    def __init__(self, store: Store, plans: Plans, capacity: int = 2000) -> None:
+    Args:
+        shared: other servers move runs on too, so that a copy in memory may be stale.
+    """
+
+    def __init__(self, store: Store, plans: Plans, capacity: int = 2000, shared: bool = False) -> None:
+        self._shared = shared
         self._store = store
         self._plans = plans
         self._capacity = capacity
         self._active: OrderedDict[str, Active] = OrderedDict()
         self._proposals: dict[int, _Proposal] = {}
 
-    async def load(self, run_id: str) -> Active | None:
-        """Return a run, from memory while it is active."""
+    async def load(self, run_id: str, *, fresh: bool = False) -> Active | None:
+        """Return a run, from memory while it is active. `fresh`: as the store has it, whoever moved it."""
         active = self._active.get(run_id)
-        if active is not None:
+        if active is not None and not (fresh and self._shared):
             self._active.move_to_end(run_id)
             return active
         entity = (await self._store.get("run", [run_id]))[0]
         if entity is None:
             return None
         run = read_run(entity)
+        if active is not None and active.run.version >= run.version:
+            return active
         active = Active(run, await self._plans.load(run.pipeline_id), Material())
         # Another call may have loaded or advanced it meanwhile.
         known = self._active.get(run_id)
@@ -253,6 +260,10 @@ class Runs:
         run = active.run
         try:
             decision = await self.decide(active, run, finished, now)
+            if decision.run is run and self._shared and (newer := await self.load(run_id, fresh=True)) is not None:
+                # Nothing follows from what may be a stale copy.
+                active, run = newer, newer.run
+                decision = await self.decide(active, run, finished, now)
         except (LookupError, ValueError, TypeError, AssertionError) as error:
             _log.error("pipelines.decision_failed", run=run_id, error=repr(error))
             decision = Decision(run=broken(run, f"{type(error).__name__}: {error}", now))

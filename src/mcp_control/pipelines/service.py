@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Duplicate, FieldError, IdempotencyMismatch, Invalid, NotFound, Problem
 from mcp_control.kernel.ids import IdSource
@@ -21,6 +21,7 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.model import (
+    RUN_FINAL,
     Pipeline,
     PipelineSpec,
     PipelineView,
@@ -47,6 +48,7 @@ _TRIES: Final = 10
 _SCANNED_MAX: Final = 5000
 WAIT_MAX_SECONDS: Final = 60.0
 _ACTIVE: Final = [RunState.PENDING.value, RunState.RUNNING.value, RunState.PAUSED.value]
+_ENDED: Final = frozenset(f"run.{state.value}" for state in RUN_FINAL)
 _HEAL_RUNS: Final = 20
 _HEAL_TASKS: Final = 500
 _INSIDE_MAX: Final = 64
@@ -58,14 +60,16 @@ Ask = Callable[[Plan, Run, int], Run]
 class PipelineEngine:
     """Executes definitions and moves runs on when their tasks end; implements `tasks.followers.Follower`."""
 
-    def __init__(self, store: Store, clock: Clock, ids: IdSource, tasks: Settler, catalogue: Catalogue) -> None:
+    def __init__(
+        self, store: Store, clock: Clock, ids: IdSource, tasks: Settler, catalogue: Catalogue, shared: bool = False
+    ) -> None:
         self._store = store
         self._clock = clock
         self._ids = ids
         self._tasks = tasks
         self._catalogue = catalogue
         self._plans = Plans(store)
-        self._runs = Runs(store, self._plans)
+        self._runs = Runs(store, self._plans, shared=shared)
         self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
         self._healed = ""
 
@@ -240,7 +244,7 @@ class PipelineEngine:
 
     async def _load(self, actor: Actor, run_id: str, action: str = "runs.get") -> Active:
         allow(actor, action, run_id)
-        active = await self._runs.load(run_id)
+        active = await self._runs.load(run_id, fresh=True)
         if active is None or active.run.tenant != actor.tenant:
             raise NotFound("no such run")
         return active
@@ -332,9 +336,20 @@ class PipelineEngine:
         """See `Follower.settled`."""
         run = self._runs.settled(run_id, advance, ok)
         if run is not None and run.final:
-            for future in self._waiting.pop(run_id, ()):
-                if not future.done():
-                    future.set_result(None)
+            self._ended(run_id)
+
+    def heard(self, facts: Sequence[StoredFact]) -> None:
+        """Hear that runs ended, by whatever server. Called with all facts, on the loop."""
+        if not self._waiting:
+            return
+        for stored in facts:
+            if stored.fact.type in _ENDED:
+                self._ended(stored.fact.subject)
+
+    def _ended(self, run_id: str) -> None:
+        for future in self._waiting.pop(run_id, ()):
+            if not future.done():
+                future.set_result(None)
 
     # --- for the janitor ------------------------------------------------------------------------------------------
 

@@ -5,17 +5,20 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from msgspec.structs import replace
+
 from mcp_control.agents.model import PROTOCOL_VERSION, Beat
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Frame, Session
 from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import LeaseSuperseded, Problem
+from mcp_control.kernel.errors import Forbidden, LeaseSuperseded, Problem
 from mcp_control.security.model import Actor
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
 from mcp_control.tasks.reports import deciding, gather
 from mcp_control.tasks.settling import Settler
@@ -47,7 +50,10 @@ class AgentSessions:
         settler: Settler,
         dispatcher: Dispatcher,
         chance: Callable[[], float] = random.random,
+        peers: Peers | None = None,
     ) -> None:
+        self._peers = peers or Peers(None)
+        self._missing: dict[str, set[str]] = {}
         self._store = store
         self._clock = clock
         self._manager = manager
@@ -95,6 +101,7 @@ class AgentSessions:
         self._manager.sessions.add(session)
         try:
             await self._manager.instances.connected(session)
+            self._peers.opened(instance.id)
             unknown = [task.id for task in held if task.id not in known]
             if unknown:
                 found = await self._ledger.load_with_payload(unknown)
@@ -112,14 +119,49 @@ class AgentSessions:
             raise
         return session
 
+    async def resume(
+        self, actor: Actor, instance_id: str, send: Callable[[Sequence[Frame]], None], *, address: str = ""
+    ) -> Session:
+        """Take over the session of a polling agent from another server, as when a load balancer sends its next request here.
+
+        Raises:
+            LeaseSuperseded: there is no such session any more.
+            Forbidden: it is another agent's.
+        """
+        instance = await self._manager.instances.read(instance_id)
+        if instance is None or instance.ended_at is not None:
+            raise LeaseSuperseded("this session is over; say hello again")
+        if instance.agent_id != actor.id:
+            raise Forbidden("this session is that of another agent")
+        agent = self._manager.registry.by_id(actor.id) or await self._manager.registry.fetch(actor.id)
+        if agent is None:
+            raise LeaseSuperseded("this session is over; say hello again")
+        beat = replace(instance.beat, running=[task.id for task in await self.held_by(instance_id)])
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            agent=agent.spec,
+            instance_id=instance_id,
+            software=instance.software,
+            beat=beat,
+        )
+        return await self.connect(actor, hello, send, address=address, allowance=0)
+
+    async def taken_over(self, ids: Sequence[str]) -> None:
+        """Hear that instances were opened or ended by another server; a session here that is no longer the live one is dropped."""
+        for instance_id in ids:
+            session = self._manager.sessions.get(instance_id)
+            if session is None or await self._manager.instances.connected_here(instance_id):
+                continue
+            if self._manager.sessions.get(instance_id) is session:
+                self._manager.sessions.drop(instance_id)
+
     async def held_by(self, instance_id: str) -> list[Task]:
         """Return the tasks whose lease an instance holds."""
         found = await self._store.find("task", Query(where=[Where("holder", "eq", instance_id)], limit=_HELD_MAX))
-        tasks = await self._ledger.load([entity.id for entity in found])
         return [
             task
-            for task in tasks
-            if task is not None and task.lease is not None and task.lease.instance_id == instance_id
+            for task in self._ledger.read(found)
+            if task.lease is not None and task.lease.instance_id == instance_id
         ]
 
     async def heartbeat(self, session: Session, beat: Beat) -> BeatAck:
@@ -130,12 +172,37 @@ class AgentSessions:
         """
         self._current(session)
         await self._manager.instances.beat(session, beat)
+        if self._ledger.shared:
+            await self._compare(session, beat)
         gone = [task_id for task_id in beat.running if task_id not in session.held]
         running = [task_id for task_id in beat.running if task_id in session.held]
-        cancel = [task.id for task in await self._ledger.load(running) if task is not None and task.cancel is not None]
+        cancel = [
+            task.id
+            for task in await self._ledger.load(running, fresh=True)
+            if task is not None and task.cancel is not None
+        ]
         agent = session.agent
         drain = agent.drain is not None or agent.retired_at is not None
         return BeatAck(lease_ms=session.instance.lease_ms, gone=gone, cancel=cancel, drain=drain)
+
+    async def _compare(self, session: Session, beat: Beat) -> None:
+        """Set right what a session holds by what the store says: another server may have had this instance's session a moment ago."""
+        instance_id = session.instance.id
+        before = set(session.held)
+        stored = {task.id: task for task in await self.held_by(instance_id)}
+        gone = (before & session.held) - stored.keys()
+        # A slot may be reserved for a task on its way into the store: only what is missing twice is gone.
+        for task_id in gone & self._missing.pop(instance_id, set()):
+            self._dispatcher.unreserve(session, task_id)
+        if gone:
+            self._missing[instance_id] = gone
+        unheard = [task_id for task_id in stored if task_id not in session.held]
+        session.held.update(unheard)
+        if missing := [task_id for task_id in unheard if task_id not in beat.running]:
+            found = await self._ledger.load_with_payload(missing)
+            again = [assignment(task, payload) for task, payload in filter(None, found) if task.lease is not None]
+            if again:
+                session.send([Tasks(tasks=again)])
 
     async def report(self, session: Session, report: Report) -> Ack:
         """Record what an agent reports; durable on return but for what is refused. `retry` in the answer: send it again."""
@@ -213,9 +280,10 @@ class AgentSessions:
 
     async def disconnected(self, session: Session) -> None:
         """Hear that a connection is gone. Its leases live on until they end: the instance may come back."""
+        self._missing.pop(session.instance.id, None)
         if self._manager.sessions.get(session.instance.id) is session:
             self._manager.sessions.drop(session.instance.id)
-            await self._manager.instances.disconnected(session.agent.id)
+            await self._manager.instances.disconnected(session)
 
     async def take_back(self, instance_id: str, now: int) -> int:
         """Queue again everything an instance holds, then end it; returns how many tasks that were.
@@ -226,6 +294,7 @@ class AgentSessions:
         self.silence(instance_id)
         taken = await self._lose(instance_id, now)
         if await self._manager.instances.end(instance_id, "lease-expired", unless_alive_at=now):
+            self._peers.opened(instance_id)
             # What was on its way to it meanwhile.
             taken += await self._lose(instance_id, now)
         return taken

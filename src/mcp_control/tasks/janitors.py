@@ -9,6 +9,7 @@ import structlog
 from mcp_control.agents.service import AgentManager
 from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
 from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
@@ -66,8 +67,33 @@ class LeaseKeeper:
         self._monotonic = clock.monotonic()
         self.holds = 0
 
+    def silence(self) -> int:
+        """Give nothing new to instances connected here whose lease is over, whoever ends it; returns how many there are."""
+        now = self._clock.now()
+        silent = [
+            session
+            for session in self._manager.sessions.all()
+            if not session.stalled and session.instance.lease_until < now
+        ]
+        for session in silent:
+            self._agents.silence(session.instance.id)
+        return len(silent)
+
+    def hold(self, reason: str) -> None:
+        """Let every lease run a full term from now on: nobody could have renewed theirs, or the time cannot be trusted."""
+        self._held_from = self._clock.now()
+        self.holds += 1
+        _log.warning("leases.held", reason=reason)
+
     async def once(self) -> int:
         """End overdue leases; returns how many tasks were queued again."""
+        try:
+            return await self._end_overdue()
+        except StoreUnavailable:
+            self.hold("store-unavailable")
+            raise
+
+    async def _end_overdue(self) -> int:
         now = self._guarded()
         taken = 0
         overdue = await self._manager.instances.overdue(now)
@@ -90,9 +116,7 @@ class LeaseKeeper:
         drift = (now - self._wall) - (monotonic - self._monotonic) * 1000
         self._wall, self._monotonic = now, monotonic
         if abs(drift) > _JUMP_MS:
-            self._held_from = now
-            self.holds += 1
-            _log.warning("clock.jumped", milliseconds=round(drift))
+            self.hold("clock-jumped")
         return now
 
 

@@ -211,6 +211,9 @@ class Waiters:
     def __init__(self) -> None:
         self._waiting: dict[str, list[asyncio.Future[None]]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
     def expect(self, task_id: str) -> asyncio.Future[None]:
         """Return a future that is done when the task has become final."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

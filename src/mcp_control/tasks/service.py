@@ -10,7 +10,7 @@ import msgspec
 from mcp_control.agents.matching import misfit
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
-from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import (
     Duplicate,
@@ -33,7 +33,17 @@ from mcp_control.tasks.explain import Seen, explain
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Decide, Group, Intent, Ledger, Waiters
-from mcp_control.tasks.model import Explanation, Links, LogChunk, Origin, Task, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.model import (
+    FINAL_STATES,
+    Explanation,
+    Links,
+    LogChunk,
+    Origin,
+    Task,
+    TaskSpec,
+    TaskState,
+    TaskView,
+)
 from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import check, digest_of, priority_number
@@ -41,6 +51,7 @@ from mcp_control.tasks.verbs import cancelling, editing, pinning
 
 WAIT_MAX_SECONDS: Final = 60.0
 _SCANNED_MAX: Final = 5000
+_ENDED: Final = frozenset(f"task.{state.value}" for state in FINAL_STATES)
 
 
 class Submitted(msgspec.Struct, frozen=True):
@@ -151,7 +162,7 @@ class TaskOrchestrator:
         return results
 
     async def _repeated(self, actor: Actor, spec: TaskSpec, duplicate: Duplicate) -> Submitted | Problem:
-        found = (await self._ledger.load([str(duplicate.data["existing"])]))[0]
+        found = (await self._ledger.load([str(duplicate.data["existing"])], fresh=True))[0]
         if found is None:
             return duplicate
         if found.digest != digest_of(spec):
@@ -178,7 +189,7 @@ class TaskOrchestrator:
         allow(actor, "tasks.get")
         now = self._clock.now()
         if not cold:
-            tasks = await self._ledger.load(ids)
+            tasks = await self._ledger.load(ids, fresh=True)
             return [view(task, now) if task and task.tenant == actor.tenant else None for task in tasks]
         views: builtins.list[TaskView | None] = []
         for entity in await self._store.get("task", ids, cold):
@@ -192,10 +203,17 @@ class TaskOrchestrator:
     async def one(self, actor: Actor, task_id: str) -> Task:
         """Return a task. Raises NotFound, the same for one that is not there and one of another tenant."""
         allow(actor, "tasks.get", task_id)
-        task = (await self._ledger.load([task_id]))[0]
+        task = (await self._ledger.load([task_id], fresh=True))[0]
         if task is None or task.tenant != actor.tenant:
             raise NotFound("no such task")
         return task
+
+    def heard(self, facts: Sequence[StoredFact]) -> None:
+        """Hear that tasks became final, by whatever server. Called with all facts, on the loop."""
+        if self._waiters:
+            for stored in facts:
+                if stored.fact.type in _ENDED:
+                    self._waiters.ended(stored.fact.subject)
 
     async def wait(self, actor: Actor, task_id: str, seconds: float) -> None:
         """Return when the task is final, or after so many seconds. Raises NotFound."""
@@ -339,6 +357,7 @@ class TaskOrchestrator:
         """Return the first reason why a task is not running."""
         allow(actor, "tasks.explain", task_id)
         task = await self.one(actor, task_id)
+        await self._manager.look()
         agents = [
             Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at)
             for agent in self._manager.registry.registered(actor.tenant)
