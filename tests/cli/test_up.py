@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.techdeck.synthetic import generate
@@ -118,3 +119,20 @@ def _lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize(("level", "heard"), [("info", True), ("warning", False)])
+def test_local_agents_log_as_their_server_does(own: Cli, tmp_path: Path, level: str, heard: bool) -> None:
+    """Form and level of the settings file hold for the agents as well."""
+    config = tmp_path / "config.toml"
+    config.write_text(f'[log]\nlevel = "{level}"\nformat = "console"\n')
+    up = own.background(
+        "up", "--json", "--data", str(tmp_path / "data"), "--port", "0", "--agents", "1", "--config", str(config)
+    )
+    assert up.stdout is not None
+    assert up.stdout.readline()
+    up.terminate()
+    _, errors = up.communicate(timeout=30)
+    assert up.returncode == 0
+    assert not any(line.startswith("{") for line in errors.splitlines())
+    assert ("[mcp_control.agent]" in errors) == heard

@@ -3,7 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(name="agents", help="Who does the work: list, start, drain, retire.", no_args_is_help=True)
 COLUMNS = ("id", "name", "state", "running", "slots", "completed", "failed", "last_beat_at")
 WIDE = ("kind", "instances", "lost", "cpu_percent", "memory_mb", "labels", "version", "note")
+LogLevel = Literal["debug", "info", "warning", "error", "critical"]
+LogFormat = Literal["auto", "json", "console"]
 Name = Annotated[str, typer.Argument(help="Name, id, or the end of an id.")]
 Note = Annotated[str, typer.Option("--note", help="Why, for those who look later.", show_default=False)]
 
@@ -76,8 +78,16 @@ def start(
         float | None,
         typer.Option("--drain-seconds", min=0, help="How long SIGTERM lets tasks in hand go on.", show_default=False),
     ] = None,
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="Least severe level logged.")] = "info",
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="How; auto is console on a terminal, else json.")
+    ] = "auto",
 ) -> None:
     """Run an agent here until Ctrl-C or SIGTERM, which let it finish first."""
+    import structlog
+
+    from mcp_control.monitoring.logs import configure
+
     tether.hold()
     agent = load(target)
     if name:
@@ -86,6 +96,8 @@ def start(
         agent.slots = slots
     if drain_seconds is not None:
         agent.drain_seconds = drain_seconds
+    if not structlog.is_configured():  # by the agent's own module
+        configure(log_level, log_format)
     agent.run()
 
 

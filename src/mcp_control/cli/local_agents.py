@@ -17,6 +17,7 @@ import structlog
 from mcp_control.api.services import Services
 from mcp_control.cli.errors import DENIED, USAGE
 from mcp_control.cli.tether import Tether
+from mcp_control.configuration.groups import Log
 from mcp_control.kernel.errors import NotFound, Problem
 from mcp_control.sdk.profiles import ENROLMENT_VARIABLE, FOLDER_VARIABLE, URL_VARIABLE, Profiles
 from mcp_control.security.model import Actor
@@ -41,13 +42,15 @@ class LocalAgents:
 
     Args:
         folder: where the children keep their credentials, so that neither a new port nor the person's own profile matters to them.
+        log: how they log; as the server does.
     """
 
-    def __init__(self, agents: Sequence[LocalAgent], services: Services, url: str, folder: Path) -> None:
+    def __init__(self, agents: Sequence[LocalAgent], services: Services, url: str, folder: Path, log: Log) -> None:
         self._agents = agents
         self._services = services
         self._url = url
         self._folder = folder
+        self._log = log
         self._tether = Tether()
         self._ending = False
         self._processes: dict[str, Process] = {}
@@ -130,6 +133,7 @@ class LocalAgents:
             sys.executable,
             *("-m", "mcp_control.cli.main", "agents", "start", agent.target),
             *("--name", agent.name, "--drain-seconds", f"{DRAIN_SECONDS:g}"),
+            *("--log-level", self._log.level, "--log-format", self._log.format),
             stdin=DEVNULL,
             stdout=sys.stderr.fileno(),
             env=self._tether.environ(**more),

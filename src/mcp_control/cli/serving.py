@@ -84,7 +84,8 @@ class _Server:
             say(f"the plugin {name} is left out: {why}")
         count = self._settings.agents
         wanted = [LocalAgent(f"{name}-{n}", target) for name, target in targets for n in range(1, count + 1)]
-        self._agents = LocalAgents(wanted, there.services, url, self._settings.data / "local-agents")
+        folder = self._settings.data / "local-agents"
+        self._agents = LocalAgents(wanted, there.services, url, folder, self._settings.log)
         self._on_signals(there)
         self._agents.start()
         all_there = await self._agents.connected(AGENTS_SECONDS)

@@ -19,7 +19,16 @@ _PR_SET_PDEATHSIG: Final = 1
 _SECOND_AFTER: Final = 1.0
 _KILL_AFTER: Final = 4.0
 # What a child has no use for, and must not know.
-_KEPT_BACK: Final = ("JWT_SECRET", "MCP_CONTROL_TOKEN", "MCP_CONTROL_SECURITY__JWT_SECRET", VARIABLE)
+_KEPT_BACK: Final = (
+    "JWT_SECRET",
+    "MONGODB_URI",
+    "REDIS_URL",
+    "MCP_CONTROL_MONGO__URI",
+    "MCP_CONTROL_REDIS__URL",
+    "MCP_CONTROL_TOKEN",
+    "MCP_CONTROL_SECURITY__JWT_SECRET",
+    VARIABLE,
+)
 
 
 class Tether:
