@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,27 +11,30 @@ from typing import Final
 import structlog
 
 from mcp_control import __version__
-from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND, AgentState
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
 from mcp_control.api.app import ControlApp
 from mcp_control.api.assembly import application, routes
 from mcp_control.api.network import NetworkServer, listening, on_signals
-from mcp_control.api.services import Services
+from mcp_control.api.services import Cluster, Services
 from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.artifacts.service import Artifacts
+from mcp_control.backend import Around, Backend, backend
 from mcp_control.configuration.settings import Settings
+from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.events.retention import EventRetention
 from mcp_control.kernel.changes import StoredFact
-from mcp_control.kernel.clock import SystemClock
 from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
-from mcp_control.monitoring.health import OK, Finding, Health
+from mcp_control.member import Member
+from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
+from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.retention import RunRetention
@@ -41,22 +43,19 @@ from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
-from mcp_control.security.model import DEFAULT_TENANT, SYSTEM
+from mcp_control.security.model import SYSTEM
 from mcp_control.security.passwords import Passwords
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.security.throttle import LoginThrottle
-from mcp_control.security.tokens import AccessTokens, signing_seed
+from mcp_control.security.tokens import AccessTokens, shared_seed, signing_seed
 from mcp_control.security.verified import VerifiedCache
-from mcp_control.storage.local.blobs import FolderBlobs
-from mcp_control.storage.local.queue import LocalQueue
-from mcp_control.storage.ports import Store
-from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
-from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
+from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND, Task
+from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
@@ -71,10 +70,11 @@ KINDS: Final = (
     PIPELINE_KIND,
     RUN_KIND,
     *ARTIFACT_KINDS,
+    *COORDINATION_KINDS,
     *SECURITY_KINDS,
 )
 _DAY_MS: Final = 86_400_000
-Around = Callable[[Store], Store]
+Once = Callable[[int], Awaitable[object]]
 
 
 @dataclass
@@ -132,10 +132,10 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         StoreUnavailable: the data folder cannot be used; the message says what to do.
     """
     async with AsyncExitStack() as stack:
-        clock = SystemClock()
+        name = settings.node or socket.gethostname()
+        base = await stack.enter_async_context(backend(settings, name, fate.fatal, around))
+        clock, store, queue, shared = base.clock, base.store, base.queue, base.shared
         ids = IdSource(clock)
-        disk = SqliteStore(settings.data, fatal=fate.fatal, max_waiting=settings.queues.store_changes)
-        store: Store = disk if around is None else around(disk)
         plugins = Plugins(settings.plugins)
         offered = plugins.pipelines()
         types = {stage.uses for _, spec in offered for stage in spec.spec.stages}
@@ -148,19 +148,24 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         )
         figures = TaskFigures(metrics, clock)
 
-        def committed(facts: Sequence[StoredFact]) -> None:
-            broadcaster.committed(facts)
-            figures.heard(facts)
+        hearing: list[Callable[[Sequence[StoredFact]], None]] = [broadcaster.committed, figures.heard]
 
-        await store.open(KINDS, committed)
-        stack.push_async_callback(store.close)
+        def committed(facts: Sequence[StoredFact]) -> None:
+            for hear in hearing:
+                hear(facts)
+
+        await base.open(KINDS, committed)
         await broadcaster.start()
         stack.callback(broadcaster.close)
 
         verified = VerifiedCache()
         secret = settings.security.jwt_secret
+        if secret is None and shared:
+            seed = await shared_seed(store, ids, clock)
+        else:
+            seed = signing_seed(None if secret is None else secret.get_secret_value(), settings.data)
         tokens = AccessTokens(
-            signing_seed(None if secret is None else secret.get_secret_value(), settings.data),
+            seed,
             life_seconds=settings.security.token_seconds,
             leeway_seconds=settings.security.leeway_seconds,
         )
@@ -177,19 +182,22 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         credentials = Credentials(store, clock, ids, verified)
 
         sessions = Sessions()
-        manager = AgentManager(store, clock, ids, sessions)
+        manager = AgentManager(store, clock, ids, sessions, server=base.server)
         await manager.registry.start()
-        ledger = Ledger(store)
+        ledger = Ledger(store, shared=shared)
+        peers = Peers(base.bus, base.server)
 
         async def hand_out(pairs: list[tuple[str, Session]]) -> None:
             await settler.handing.hand_out(pairs)
 
-        queue = LocalQueue()
-        dispatcher = Dispatcher(queue, sessions, hand_out)
-        settler = Settler(ledger, sessions, dispatcher, clock, ids, await generation_of(store))
+        async def look_up(task_id: str) -> Task | None:
+            return (await ledger.load([task_id], fresh=True))[0]
+
+        dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up)
+        settler = Settler(ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers)
         stack.push_async_callback(settler.handing.close)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
-        agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher)
+        agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, peers=peers)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
         catalogue = Catalogue(
@@ -198,11 +206,11 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ids,
             lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
         )
-        engine = PipelineEngine(store, clock, ids, settler, catalogue)
+        engine = PipelineEngine(store, clock, ids, settler, catalogue, shared)
         settler.follower = engine
-        artifacts = Artifacts(
-            store, FolderBlobs(settings.data), clock, ids, max_bytes=settings.limits.max_artifact_bytes
-        )
+        artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=settings.limits.max_artifact_bytes)
+        if shared:
+            hearing += [manager.registry.heard, tasks.heard, engine.heard]
 
         overload = settings.overload
         limits = Limits(
@@ -211,7 +219,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             queued=overload.max_queued_tasks,
             after=overload.retry_after_seconds,
         )
-        gate = Gate(lambda: disk.waiting, metrics.shed, limits)
+        gate = Gate(base.waiting, metrics.shed, limits)
 
         async def look_at_lanes(_: int) -> None:
             figures.look(await queue.depths(), dispatcher)
@@ -226,30 +234,13 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         stack.push_async_callback(lag.stop)
         health = Health()
 
-        async def writable() -> Finding:
-            return OK if disk.writable else Finding("failed", "takes no writes")
-
-        async def complete() -> Finding:
-            left_out = ", ".join(f"{name} {why}" for name, why in plugins.failed.items())
-            return Finding("degraded", left_out) if left_out else OK
-
-        async def kept() -> Finding:
-            broken = ", ".join(f"{name} {count} times" for name, count in metrics.violations().items())
-            return Finding("degraded", f"broken promises: {broken}") if broken else OK
-
-        async def steady() -> Finding:
-            return Finding("degraded", "it jumped; leases hold one term longer") if lease_keeper.holding else OK
-
-        health.add("store", writable)
-        health.add("clock", steady, critical=False)
-        health.add("invariants", kept, critical=False)
-        health.add("plugins", complete, critical=False)
-        _watch(metrics, disk, broadcaster, manager, reconciler, lease_keeper)
+        watch_health(health, base, plugins, metrics, lease_keeper)
+        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper)
         metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,
             version=__version__,
-            node=settings.node or socket.gethostname(),
+            node=name,
             clock=clock,
             ids=ids,
             gate=gate,
@@ -268,6 +259,13 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             dispatcher=dispatcher,
             pipelines=engine,
             artifacts=artifacts,
+            cluster=Cluster(
+                store=base.kind,
+                server=base.server,
+                nodes=base.nodes,
+                leadership=base.leadership,
+                queue=base.queue_state,
+            ),
         )
         one_time_password = await accounts.ensure_administrator()
         for name, spec in offered:
@@ -275,16 +273,16 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
                 await engine.create(SYSTEM, spec)
             except (Invalid, InvalidPipeline) as problem:
                 plugins.leave_out(name, f"its pipeline {spec.metadata.name}: {problem.detail}")
-        await reconciler.rebuild()
+        if not shared:
+            await reconciler.rebuild()
 
         keep = settings.retention
         events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
         old_runs = RunRetention(store, artifacts, round(keep.runs_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
-        for name, seconds, once in (
+        one_server: list[tuple[str, float, Once]] = [
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
-            ("lanes", 0.25, look_at_lanes),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("events-retention", keep.interval_seconds, events.once),
@@ -294,32 +292,33 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
-        ):
-            stack.push_async_callback(every(seconds, once, name=name, clock=clock).stop)
+        ]
+        every_server: list[tuple[str, float, Once]] = [("lanes", 0.25, look_at_lanes)]
+        if shared:
+            member = Member(
+                base, peers, dispatcher, agent_sessions, settler, lease_keeper, reconciler, services.sockets
+            )
+            one_server.append(("refill", 0.5, member.refill))
+            every_server += [
+                ("other-lanes", 0.5, member.look),
+                ("silence", 0.5, member.silence),
+                ("cut-off", 1.0, member.cut_off),
+            ]
+            stack.push_async_callback(_stopped, [asyncio.create_task(peers.run(member.heard))])
+        loops = [*every_server, *((loop, pace, _led(base, once)) for loop, pace, once in one_server)]
+        for loop, pace, once in loops:
+            stack.push_async_callback(every(pace, once, name=loop, clock=clock).stop)
         stack.push_async_callback(_stopped, [asyncio.create_task(dispatcher.run())])
         yield Control(application(services), services, one_time_password)
 
 
-def _watch(
-    metrics: Metrics,
-    store: SqliteStore,
-    broadcaster: Broadcaster,
-    manager: AgentManager,
-    reconciler: Reconciler,
-    lease_keeper: LeaseKeeper,
-) -> None:
-    """Show what is read when the figures are."""
+def _led(base: Backend, once: Once) -> Once:
+    """Do something on the server that leads alone."""
 
-    def agents() -> dict[str, float]:
-        return dict(Counter(agent.state.value for agent in manager.registry.registered(DEFAULT_TENANT)))
+    async def guarded(now: int) -> object:
+        return await once(now) if base.leading else None
 
-    metrics.watch_states("agents", "agents, by state", [state.value for state in AgentState], agents)
-    metrics.watch("store_waiting", "changes that wait for a commit", lambda: store.waiting)
-    metrics.watch("sessions", "connected agent instances", lambda: len(manager.sessions))
-    metrics.watch("subscriptions", "open event subscriptions", lambda: broadcaster.subscribers)
-    metrics.watch_total("facts", "facts recorded", lambda: broadcaster.newest)
-    metrics.watch_total("orphans", "tasks whose holder had ended without them", lambda: reconciler.orphans)
-    metrics.watch_total("clock_holds", "times a clock jump made leases hold longer", lambda: lease_keeper.holds)
+    return guarded
 
 
 async def _stopped(loops: list[asyncio.Task[None]]) -> None:

@@ -52,9 +52,9 @@ class AgentSocket:
         # A batch of assignments may be large, and an agent that takes it is not slow.
         limit = self._services.settings.queues.agent_bytes
         outbox = Outbox(send, close_extension(scope), limit, self._services.body_stall_seconds)
-        await _Connection(
-            self._services, self._by_instance, header, actor, client[0] if client else "", receive, outbox
-        ).run()
+        address = client[0] if client else ""
+        with self._services.sockets.one(outbox):
+            await _Connection(self._services, self._by_instance, header, actor, address, receive, outbox).run()
 
 
 class _Connection:

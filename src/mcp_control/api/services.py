@@ -1,11 +1,15 @@
 """What the handlers call: every component, as the composition root made them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from mcp_control.agents.service import AgentManager
 from mcp_control.api.admission import Gate
+from mcp_control.api.open_sockets import OpenSockets
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.configuration.settings import Settings
+from mcp_control.coordination.leadership import Leadership
+from mcp_control.coordination.nodes import Nodes
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.ids import IdSource
@@ -20,6 +24,24 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.service import TaskOrchestrator
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What a server knows of the others.
+
+    Attributes:
+        store: `sqlite` or `mongodb`.
+        server: id of this one; empty for a single server.
+        nodes, leadership: None for a single server.
+        queue: says where waiting tasks are taken from: `memory`, `redis` or `store`.
+    """
+
+    store: str
+    server: str
+    nodes: Nodes | None
+    leadership: Leadership | None
+    queue: Callable[[], str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +73,8 @@ class Services:
     dispatcher: Dispatcher
     pipelines: PipelineEngine
     artifacts: Artifacts
+    cluster: Cluster
+    sockets: OpenSockets = field(default_factory=OpenSockets)
 
     @property
     def body_stall_seconds(self) -> float:

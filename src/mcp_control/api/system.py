@@ -1,5 +1,6 @@
 """Routes about the server itself: health, status, lanes, metrics."""
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Final
 
@@ -7,8 +8,9 @@ import msgspec
 
 from mcp_control.api.call import Call, Reply, reply
 from mcp_control.api.routing import Endpoint
-from mcp_control.api.services import Services
+from mcp_control.api.services import Cluster, Services
 from mcp_control.kernel.changes import Where
+from mcp_control.kernel.clock import to_datetime
 from mcp_control.monitoring.health import HealthReport
 from mcp_control.monitoring.metrics import CONTENT_TYPE
 from mcp_control.pipelines.model import RunState
@@ -39,6 +41,25 @@ class Lanes(msgspec.Struct, frozen=True, kw_only=True):
     next_cursor: str | None = None
 
 
+class ServerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A server of the cluster. `url` is empty where it does not say how it is reached."""
+
+    id: str
+    name: str
+    url: str
+    version: str
+    started_at: datetime
+    leader: bool
+
+
+class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the data is, where waiting tasks are taken from (`memory`, `redis`, `store`), and the servers; none for a single one."""
+
+    store: str
+    queue: str
+    servers: list[ServerView]
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The server at a glance. Counts of tasks and runs end at 100,000 per state; `problems` says in words what is wrong."""
 
@@ -51,6 +72,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     runs: dict[str, int]
     lanes: list[LaneView]
     problems: list[str]
+    cluster: ClusterView
 
 
 class PluginView(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +110,7 @@ async def status(call: Call) -> Reply:
     services = call.services
     allow(call.actor, "system.status")
     health = await services.health.report()
+    await services.agents.look()
     agents: dict[str, int] = {}
     for agent in services.agents.registry.registered(call.actor.tenant):
         state = services.agents.view(agent).state.value
@@ -109,8 +132,26 @@ async def status(call: Call) -> Reply:
                 *(f"{part.name}: {part.detail}" for part in health.components if part.state != "ok"),
                 *_stuck(services),
             ],
+            cluster=await _cluster(services.cluster),
         )
     )
+
+
+async def _cluster(cluster: Cluster) -> ClusterView:
+    leader = "" if cluster.leadership is None else cluster.leadership.holder
+    nodes = [] if cluster.nodes is None else await cluster.nodes.all()
+    servers = [
+        ServerView(
+            id=node.id,
+            name=node.name,
+            url=node.url,
+            version=node.software,
+            started_at=to_datetime(node.started_at),
+            leader=node.id == leader,
+        )
+        for node in nodes
+    ]
+    return ClusterView(store=cluster.store, queue=cluster.queue(), servers=servers)
 
 
 def _stuck(services: Services) -> list[str]:

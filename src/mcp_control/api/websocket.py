@@ -121,9 +121,9 @@ class EventSocket:
         allow(actor, "events.list")
         await receive()
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
-        await _Connection(
-            services, actor, receive, Outbox(send, close_extension(scope), stall=services.body_stall_seconds)
-        ).run()
+        outbox = Outbox(send, close_extension(scope), stall=services.body_stall_seconds)
+        with services.sockets.one(outbox):
+            await _Connection(services, actor, receive, outbox).run()
 
 
 class _Connection:
