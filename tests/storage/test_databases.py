@@ -47,7 +47,7 @@ def test_a_command_fails_as_often_as_it_is_told_to(mongo_set: MongoSet, mongo_ur
         with pytest.raises(PyMongoError):
             table.insert_one({})
         table.insert_one({})
-        mongo_set.fail_command("insert", times="alwaysOn", errorCode=96)
+        mongo_set.fail_command("insert", times=None, errorCode=96)
         mongo_set.heal()
         table.insert_one({})
 

@@ -177,11 +177,19 @@ class BlobInfo(msgspec.Struct, frozen=True, gc=False):
     size: int
 
 
+class StoredBlob(msgspec.Struct, frozen=True, gc=False):
+    """A blob as it lies in the store: its name, its size, and when it was last put (wall time of the storage, milliseconds)."""
+
+    sha256: str
+    size: int
+    stored_at: int
+
+
 class Blobs(Protocol):
     """Large immutable bytes, named by their SHA-256."""
 
     async def put(self, chunks: AsyncIterator[bytes], limit: int) -> BlobInfo:
-        """Store a stream durably; equal content is stored once. A stream that breaks off leaves nothing.
+        """Store a stream durably; equal content is stored once, and counts as stored anew. A stream that breaks off leaves nothing.
 
         Raises:
             PayloadTooLarge: more than `limit` bytes came.
@@ -201,8 +209,20 @@ class Blobs(Protocol):
         """Return its size, None when it is absent."""
         ...
 
-    async def delete(self, sha256: str) -> None:
-        """Remove a blob; absent ones are ignored."""
+    async def delete(self, sha256: str, before: int | None = None) -> bool:
+        """Remove a blob; absent ones are ignored.
+
+        With `before` one that was put at or after that moment stays, atomically: whoever put it may be about to name it. Returns whether
+        it is gone.
+        """
+        ...
+
+    async def names(self, after: str, limit: int) -> list[StoredBlob]:
+        """Return the blobs whose name comes after `after`, in the order of their names, at most `limit`."""
+        ...
+
+    async def sweep(self, before: int) -> None:
+        """Remove what uploads left that broke off, with their server, before that moment."""
         ...
 
     def local_path(self, sha256: str) -> Path | None:

@@ -73,7 +73,7 @@ async def test_absent_blobs(blobs_factory: BlobsFactory) -> None:
     blobs = await blobs_factory()
     assert await blobs.stat(_ABSENT) is None
     assert blobs.local_path(_ABSENT) is None
-    await blobs.delete(_ABSENT)
+    assert await blobs.delete(_ABSENT)
     with pytest.raises(NotFound):
         await _bytes(blobs, _ABSENT)
 
@@ -84,7 +84,7 @@ async def test_only_a_digest_names_a_blob(blobs_factory: BlobsFactory, name: str
     blobs = await blobs_factory()
     assert await blobs.stat(name) is None
     assert blobs.local_path(name) is None
-    await blobs.delete(name)
+    assert await blobs.delete(name)
     with pytest.raises(NotFound):
         await _bytes(blobs, name)
 
@@ -93,8 +93,43 @@ async def test_a_deleted_blob_is_gone_and_can_be_put_again(blobs_factory: BlobsF
     """Deleting removes the bytes; the same content may come again."""
     blobs = await blobs_factory()
     info = await blobs.put(_stream([b"abc"]), 10)
-    await blobs.delete(info.sha256)
+    assert await blobs.delete(info.sha256)
     assert await blobs.stat(info.sha256) is None
     assert await blobs.put(_stream([b"abc"]), 10) == info
     path = blobs.local_path(info.sha256)
     assert path is None or await asyncio.to_thread(path.read_bytes) == b"abc"
+
+
+async def test_a_blob_put_since_a_moment_is_spared(blobs_factory: BlobsFactory) -> None:
+    """Putting it again makes it young again, so a deletion that looks at its age leaves it to whoever put it."""
+    blobs = await blobs_factory()
+    info = await blobs.put(_stream([b"abc"]), 10)
+    (first,) = await blobs.names("", 10)
+    assert not await blobs.delete(info.sha256, before=first.stored_at)
+    while (second := (await blobs.names("", 10))[0]).stored_at <= first.stored_at:
+        await blobs.put(_stream([b"abc"]), 10)
+    assert not await blobs.delete(info.sha256, before=second.stored_at)
+    assert await _bytes(blobs, info.sha256) == b"abc"
+    assert await blobs.delete(info.sha256, before=second.stored_at + 1)
+    assert await blobs.stat(info.sha256) is None
+    assert await blobs.delete(info.sha256, before=0)
+
+
+async def test_blobs_are_listed_by_name_page_by_page(blobs_factory: BlobsFactory) -> None:
+    """Every blob once, in order, with its size; broken-off uploads and deleted blobs are not among them."""
+    blobs = await blobs_factory()
+    assert await blobs.names("", 10) == []
+    infos = [await blobs.put(_stream([b"%d" % number]), 10) for number in range(7)]
+    with pytest.raises(ConnectionResetError):
+        await blobs.put(_stream([b"x"], ConnectionResetError()), 10)
+    await blobs.delete(infos.pop().sha256)
+    await blobs.sweep(0)
+    wanted = sorted((info.sha256, info.size) for info in infos)
+    listed: list[tuple[str, int]] = []
+    while page := await blobs.names(listed[-1][0] if listed else "", 4):
+        assert len(page) <= 4
+        listed.extend((blob.sha256, blob.size) for blob in page)
+    assert listed == wanted
+    moments = [blob.stored_at for blob in await blobs.names("", 10)]
+    assert max(moments) - min(moments) < 60_000
+    assert min(moments) > 1_600_000_000_000

@@ -145,18 +145,21 @@ class MongoSet:
         """Let a frozen member go on."""
         self._members[index].resume()
 
-    def fail_command(self, *commands: str, times: int | str = 1, member: int | None = None, **data: Any) -> None:
+    def fail_command(
+        self, *commands: str, times: int | None = 1, skip: int = 0, member: int | None = None, **data: Any
+    ) -> None:
         """Make commands fail on a member, the primary by default (MongoDB's fail point `failCommand`).
 
         Args:
             commands: names (`insert`, `commitTransaction`).
-            times: how often; `"alwaysOn"` until `clear_failures`.
+            times: how often; None until `clear_failures`.
+            skip: how many are let through first; then all fail until `clear_failures`.
             member: its index.
             data: what happens: `closeConnection=True`, `errorCode=91`, `writeConcernError={…}`, `blockConnection=True, blockTimeMS=500`,
                 `errorLabels=[…]`.
         """
         index = self.primary() if member is None else member
-        mode: object = times if isinstance(times, str) else {"times": times}
+        mode: object = {"skip": skip} if skip else {"times": times} if times else "alwaysOn"
         self._failing.add(index)
         self.command(
             index, "configureFailPoint", "failCommand", mode=mode, data={"failCommands": list(commands), **data}

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from mcp_control.kernel.errors import NotFound, PayloadTooLarge, StorageFull
-from mcp_control.storage.ports import BlobInfo
+from mcp_control.storage.ports import BlobInfo, StoredBlob
 
 T = TypeVar("T")
 _CHUNK: Final = 1 << 20
+_INCOMING: Final = "incoming"
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -47,7 +48,9 @@ class _Upload:
         if not place.parent.exists():
             place.parent.mkdir(mode=0o700, exist_ok=True)
             _sync_folder(root)
-        if not place.exists():
+        if place.exists():
+            os.utime(place)  # stored anew, see `Blobs.delete`
+        else:
             self.path.rename(place)
         _sync_folder(place.parent)  # also where it was there: whoever renamed it may not have come this far yet
         return BlobInfo(digest, self.size)
@@ -67,7 +70,7 @@ class FolderBlobs:
 
     def __init__(self, directory: Path, *, owner: bool = True) -> None:
         self._root = directory / "blobs"
-        self._incoming = self._root / "incoming"
+        self._incoming = self._root / _INCOMING
         if not owner:
             return
         for folder in (directory, self._root, self._incoming):  # `parents=True` would make parents that others may read
@@ -126,20 +129,50 @@ class FolderBlobs:
                 return BlobInfo(sha256, (await asyncio.to_thread(path.stat)).st_size)
         return None
 
-    async def delete(self, sha256: str) -> None:
+    async def delete(self, sha256: str, before: int | None = None) -> bool:
         """See `Blobs.delete`."""
         path = self._known(sha256)
-        if path is not None:
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+        return path is None or await asyncio.to_thread(_delete, path, before)
+
+    async def names(self, after: str, limit: int) -> list[StoredBlob]:
+        """See `Blobs.names`."""
+        return await asyncio.to_thread(self._names, after, limit)
+
+    async def sweep(self, before: int) -> None:
+        """See `Blobs.sweep`. What an earlier server left is removed at the start; this one's uploads clear up after themselves."""
 
     def local_path(self, sha256: str) -> Path | None:
         """See `Blobs.local_path`."""
         path = self._known(sha256)
         return path if path is not None and path.exists() else None
 
+    def _names(self, after: str, limit: int) -> list[StoredBlob]:
+        found: list[StoredBlob] = []
+        for folder in sorted(path.name for path in self._root.iterdir() if path.name != _INCOMING):
+            if folder < after[:2]:
+                continue
+            for rest in sorted(os.listdir(self._root / folder)):
+                if len(found) == limit:
+                    return found
+                if folder + rest > after:
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        status = _place(self._root, folder + rest).stat()
+                        found.append(StoredBlob(folder + rest, status.st_size, status.st_mtime_ns // 1_000_000))
+        return found
+
     def _known(self, sha256: str) -> Path | None:
         """Return where the blob lies; None for what is no digest, which keeps other paths out of reach."""
         return _place(self._root, sha256) if _DIGEST.fullmatch(sha256) else None
+
+
+def _delete(path: Path, before: int | None) -> bool:
+    try:
+        if before is not None and path.stat().st_mtime_ns // 1_000_000 >= before:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    return True
 
 
 async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
