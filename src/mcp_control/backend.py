@@ -46,13 +46,13 @@ class Backend:
         leadership, nodes, resilient: None for a single server; `resilient` also without Redis.
     """
 
-    def __init__(self, store: Store, queue: Queue, bus: Bus | None, cache: Cache, blobs: Blobs, clock: Clock) -> None:
+    def __init__(self, store: Store, queue: Queue, bus: Bus | None, cache: Cache, blobs: Blobs | None, clock: Clock) -> None:
         self.kind: Literal["sqlite", "mongodb"] = "sqlite"
         self.store = store
         self.queue = queue
         self.bus = bus
         self.cache = cache
-        self.blobs = blobs
+        self._blobs = blobs
         self.clock = clock
         self.server = ""
         self.waiting: Callable[[], int] = lambda: 0
@@ -67,6 +67,13 @@ class Backend:
     def shared(self) -> bool:
         """Whether other servers use the same store."""
         return self.nodes is not None
+
+    @property
+    def blobs(self) -> Blobs:
+        """Where artifacts are; those of a shared store once it is open."""
+        if self._blobs is None:
+            raise RuntimeError("the store is not open")
+        return self._blobs
 
     def queue_state(self) -> str:
         """Say where waiting tasks are taken from: `memory`, `redis` or `store`."""
@@ -142,7 +149,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     clock = StoreClock(system, mongo.offset_ms)
     claims = StoreQueue(store, clock)
     local_bus, local_cache = LocalBus(), LocalCache(clock)
-    made = Backend(store, claims, local_bus, local_cache, GridFsBlobs(mongo.database), clock)
+    made = Backend(store, claims, local_bus, local_cache, None, clock)
     if settings.redis.url is not None:
         namespace = settings.redis.namespace
         client = connect(settings.redis.url.get_secret_value(), seconds=settings.redis.timeout_seconds)
@@ -185,6 +192,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         stack.push_async_callback(announcer.close)
         mongo.announce = announcer.put
         await store.open(kinds, committed)
+        made._blobs = GridFsBlobs(mongo.database)
         await clock.once()
         await nodes.once()
         await lead(0)

@@ -10,11 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import uvloop
 
@@ -24,6 +25,9 @@ from mcp_control.configuration.settings import Settings, load
 from mcp_control.monitoring.logs import configure
 
 START_SECONDS = 20.0
+PREFIX: Final = "servertest_"
+_MONGODB: Final = "MCP_TEST_MONGODB"
+_REDIS: Final = "MCP_TEST_REDIS"
 
 
 @dataclass
@@ -62,8 +66,34 @@ def settings_for(folder: Path, given: Mapping[str, object]) -> Settings:
         "log.level": "error",
         "plugins": (),
     }
+    flags |= databases_for(folder)
     flags |= {name.replace("__", "."): value for name, value in given.items()}
     return load(flags, environ={}, file=_nothing(folder)).settings
+
+
+def databases_for(folder: Path) -> dict[str, object]:
+    """Return settings for the databases that `on_databases` named: one of its own for each data folder; empty outside of it."""
+    mongodb, redis = os.environ.get(_MONGODB), os.environ.get(_REDIS)
+    if mongodb is None:
+        return {}
+    # The folder stands for the data, so that a server that is started again finds what it had.
+    name = f"{PREFIX}{blake2b(str(folder.absolute()).encode(), digest_size=8).hexdigest()}"
+    return {"mongo.uri": mongodb.replace("DATABASE", name), "redis.url": redis, "redis.namespace": name}
+
+
+@contextmanager
+def on_databases(mongodb: str, redis: str) -> Iterator[None]:
+    """Let every server that is started in this block keep its data in these databases instead of its folder.
+
+    Args:
+        mongodb: URI with `DATABASE` where the name of the database goes.
+        redis: URL.
+    """
+    os.environ[_MONGODB], os.environ[_REDIS] = mongodb, redis
+    try:
+        yield
+    finally:
+        del os.environ[_MONGODB], os.environ[_REDIS]
 
 
 def _nothing(folder: Path) -> Path:
