@@ -10,7 +10,7 @@ from typing import Any, Final
 from redis.exceptions import RedisError
 
 from mcp_control.storage.ports import Bus
-from mcp_control.storage.redis.link import RedisLink, RedisTrouble
+from mcp_control.storage.redis.link import RedisLink, RedisTrouble, stop
 
 _QUIET_SECONDS: Final = 2.0
 _FIRST_PAUSE: Final = 0.05
@@ -69,9 +69,7 @@ class RedisBus:
     async def close(self) -> None:
         """See `Bus.close`."""
         self._closed = True
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait([self._listening])
+        await stop(self._listening)
         await self._local.close()
 
     async def _listen(self) -> None:
@@ -80,7 +78,8 @@ class RedisBus:
             subscription: Any = self._link.client.pubsub()
             connects = self.connects
             try:
-                await subscription.psubscribe(f"{_literal(self._prefix)}*")
+                async with asyncio.timeout(_QUIET_SECONDS):
+                    await subscription.psubscribe(f"{_literal(self._prefix)}*")
                 await self._hear(subscription)
             except (RedisError, OSError):
                 pass

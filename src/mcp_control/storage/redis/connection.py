@@ -28,7 +28,7 @@ _SCHEMES: Final = {
 _SENTINEL_OPTIONS: Final = {"sentinel_username": "username", "sentinel_password": "password"}
 _TLS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 _SECONDS: Final = 1.0
-_CONNECTIONS: Final = 64
+_CONNECTIONS: Final = 256
 
 
 def connect(url: str, *, seconds: float = _SECONDS) -> RedisClient:
@@ -38,7 +38,7 @@ def connect(url: str, *, seconds: float = _SECONDS) -> RedisClient:
 
     Args:
         url: see above.
-        seconds: the most that connecting or one answer may take. `RedisLink` ends calls much earlier; this bounds probes and discovery.
+        seconds: the most that connecting may take, and asking Sentinels. `RedisLink` bounds all that is done with the client.
 
     Raises:
         ValueError: the URL cannot be used. The message holds nothing of it, since it may hold a password.
@@ -58,7 +58,8 @@ def connect(url: str, *, seconds: float = _SECONDS) -> RedisClient:
         raise ValueError(f"the Redis URL has options that are not known: {', '.join(unknown)}")
     common: dict[str, Any] = {
         **_credentials(parts),
-        "socket_timeout": seconds,
+        # No limit on single reads and writes: redis-py would use `asyncio.wait_for`, which in Python 3.11 loses cancellations.
+        "socket_timeout": None,
         "socket_connect_timeout": seconds,
         "protocol": 2,  # the scripts answer in bytes; and nothing has to be agreed on when connecting
         "driver_info": None,
@@ -97,7 +98,10 @@ def _by_sentinel(
         raise ValueError("the Redis URL names no service: redis+sentinel://host:26379/service")
     own = {name: value for name, value in common.items() if name not in ("username", "password")}
     # A Sentinel that hangs must leave time for the others.
-    own |= {"socket_timeout": common["socket_timeout"] / 4, "socket_connect_timeout": common["socket_timeout"] / 4}
+    own |= {
+        "socket_timeout": common["socket_connect_timeout"] / 4,
+        "socket_connect_timeout": common["socket_connect_timeout"] / 4,
+    }
     own |= {name: options[option] for option, name in _SENTINEL_OPTIONS.items() if option in options}
     manager = Sentinel(hosts, sentinel_kwargs=own)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
     client: Redis = manager.master_for(path[0], db=_database(path[1:]), **common)

@@ -16,6 +16,8 @@ _CALL_SECONDS: Final = 0.05
 _PROBE_SECONDS: Final = 1.0
 _LATE: Final = 0.2
 _GRANTED: Final = 20
+_CANCEL_SECONDS: Final = 0.1
+_AT_ONCE: Final = 32
 
 
 class RedisTrouble(Exception):
@@ -43,13 +45,14 @@ class RedisLink:
         self._healing: asyncio.Task[None] | None = None
         self._available = asyncio.Event()
         self._available.set()
+        self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do some work with the client and return what it returns. Raises RedisTrouble."""
         if not self.breaker.allows():
             raise RedisTrouble("left alone after failures")
         try:
-            async with _Within(self._seconds):
+            async with _Within(self._seconds), self._room:
                 result = await work()
         except (RedisError, OSError) as error:  # OSError: also TimeoutError
             if self.breaker.failed():
@@ -66,9 +69,7 @@ class RedisLink:
 
     async def close(self) -> None:
         """End the probing and close the client. Calling it twice is a no-op."""
-        if self._healing is not None:
-            self._healing.cancel()
-            await asyncio.wait([self._healing])
+        await stop(self._healing)
         await disconnect(self.client)
 
     async def _heal(self) -> None:
@@ -94,8 +95,18 @@ class RedisLink:
         await self.client.set(self._probe_key, b"1", px=1000)
 
 
+async def stop(task: "asyncio.Task[None] | None") -> None:
+    """Cancel a task and wait until it has ended, also where a library loses the first cancellation."""
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_SECONDS)
+
+
 class _Within:
-    """Raises TimeoutError after so many seconds in which the event loop ran; a server that is busy itself is no fault of Redis."""
+    """Raises TimeoutError after so many seconds in which the event loop ran; a server that is busy itself is no fault of Redis.
+
+    A cancellation that redis-py lost on the way is raised again at the end.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -104,12 +115,16 @@ class _Within:
 
     async def __aenter__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._cancelling = self._task.cancelling() if self._task else 0
         await self._scope.__aenter__()
         self._arm()
 
     async def __aexit__(self, *raised: Any) -> None:
         self._timer.cancel()
         await self._scope.__aexit__(*raised)
+        if raised[0] is None and self._task is not None and self._task.cancelling() > self._cancelling:
+            raise asyncio.CancelledError
 
     def _arm(self) -> None:
         self._due = self._loop.time() + self._seconds

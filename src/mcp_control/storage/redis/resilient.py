@@ -9,7 +9,7 @@ import structlog
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
 from mcp_control.storage.ports import Depth, Queue, Queued
-from mcp_control.storage.redis.link import RedisLink, RedisTrouble
+from mcp_control.storage.redis.link import RedisLink, RedisTrouble, stop
 from mcp_control.storage.redis.queue import RedisQueue
 
 _log = structlog.get_logger(__name__)
@@ -156,9 +156,7 @@ class ResilientQueue:
 
     async def close(self) -> None:
         """Stop telling Redis what it lacks. The link is closed by who made it."""
-        if self._telling is not None:
-            self._telling.cancel()
-            await asyncio.wait([self._telling])
+        await stop(self._telling)
 
     async def _trusted(self, age: float) -> bool:
         """Say whether Redis answers and holds everything, as of at most so many seconds ago."""
