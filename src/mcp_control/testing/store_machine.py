@@ -28,7 +28,7 @@ from mcp_control.kernel.changes import (
 )
 from mcp_control.kernel.errors import Conflict, Duplicate, Problem
 from mcp_control.storage.ports import Store
-from mcp_control.testing.store_conformance import StoreFactory
+from mcp_control.testing.store_conformance import StoreFactory, told
 
 _numbers: Final = itertools.count()
 _FIELDS: Final = ("state", "due", "name")
@@ -190,20 +190,26 @@ class _Machine(RuleBasedStateMachine):
         found = self.loop.run_until_complete(self.store.get(self.kind.name, ids, ["payload", "output"]))
         assert found == [self.model.rows.get(name) for name in ids]
 
+    def settle(self) -> None:
+        self.loop.run_until_complete(told(self.heard, len(self.model.facts)))
+
     @rule()
     def read_facts(self) -> None:
+        self.settle()
         expected = [StoredFact(self.first + at, fact) for at, fact in enumerate(self.model.facts, 1)]
         assert self.heard == expected
         assert self.loop.run_until_complete(self.store.facts(self.first, 10_000)) == expected
 
     @rule()
     def reopen(self) -> None:
+        self.settle()
         self.loop.run_until_complete(self.store.close())
         self.open()
 
     def finish(self) -> None:
         if hasattr(self, "store"):
             self.get([f"i{n}" for n in range(6)])
+            self.settle()
             self.loop.run_until_complete(self.store.close())
             self.loop.close()
 

@@ -1,0 +1,1 @@
+"""The store and the blobs on MongoDB: one replica set that many servers share."""

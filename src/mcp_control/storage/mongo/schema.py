@@ -1,0 +1,145 @@
+"""Collections and indexes made from the declarations of kinds, and their migration by expand and contract.
+
+Opening only adds: a server of the version before, which may still run, finds everything it needs. What no declaration names any more is
+removed by `contract`, once all servers are of the new version. Every step can be repeated, so a server that died in the middle, or several
+that start at once, do no harm. The store's own collections begin with `store.`, which no kind can.
+
+A unique index holds documents that have all its fields: to MongoDB two missing values are equal, to the port nulls never collide.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+from bson.binary import Binary
+from pymongo.errors import OperationFailure
+
+from mcp_control.kernel.changes import Index, Kind
+from mcp_control.kernel.errors import StoreUnavailable
+from mcp_control.storage.mongo.client import Database, Document
+from mcp_control.storage.mongo.documents import Shape
+
+META: Final = "store.meta"
+FACTS: Final = "store.facts"
+PENDING: Final = "store.pending"
+LAYOUT: Final = 1  # counts changes of the store's own collections
+_DUPLICATE_KEY: Final = 11000
+_EXISTS: Final = 48
+_AT_ONCE: Final = 4  # kinds migrated side by side
+
+
+def index_name(index: Index) -> str:
+    """Return the name of an index: one whose fields changed is another, so that both can be there for a while."""
+    return f"{index.name}:{','.join(index.fields)}" + (":unique" if index.unique else "")
+
+
+def declared_name(name: str) -> str:
+    """Return the declared name of an index from its name in MongoDB."""
+    return name.partition(":")[0]
+
+
+def index_specs(shape: Shape) -> list[Document]:
+    """Return the indexes of a kind as `createIndexes` takes them. Rows whose first field is null are left out."""
+    return [
+        {
+            "name": index_name(index),
+            "key": {shape.path(name): 1 for name in index.fields},
+            "partialFilterExpression": {
+                shape.path(name): {"$exists": True}
+                for name in (index.fields if index.unique else index.fields[:1])
+                if name != "id"
+            },
+            **({"unique": True} if index.unique else {}),
+        }
+        for index in shape.kind.indexes
+    ]
+
+
+async def migrate(database: Database, shapes: Sequence[Shape]) -> None:
+    """Bring collections and indexes up to the declarations.
+
+    Raises:
+        StoreUnavailable: a newer server wrote this database, a field changed its type, or stored documents break a new unique index.
+    """
+    meta = database[META]
+    known = {document["_id"]: document async for document in meta.find({})}
+    layout = known.get("layout", {}).get("n", 0)
+    if layout > LAYOUT:
+        raise StoreUnavailable(
+            f"the database was written by a newer version (layout {layout}, this one knows {LAYOUT}); upgrade the server"
+        )
+    if layout < LAYOUT:
+        await _own_collections(database)
+        await meta.update_one({"_id": "layout"}, {"$max": {"n": LAYOUT}}, upsert=True)
+    turns = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(shape: Shape) -> None:
+        async with turns:
+            await _migrate_kind(database, shape, known.get(f"kind:{shape.name}"))
+
+    await asyncio.gather(*map(one, shapes))
+
+
+async def _own_collections(database: Database) -> None:
+    await _create_indexes(database, PENDING, [{"name": "ts", "key": {"ts": 1}}])
+    specs: list[Document] = [
+        {"name": "last", "key": {"last": 1}, "unique": True},
+        {"name": "src", "key": {"src": 1}, "unique": True},
+    ]
+    await _create_indexes(database, FACTS, specs)
+
+
+async def _migrate_kind(database: Database, shape: Shape, known: Document | None) -> None:
+    kind = shape.kind
+    if known is not None:
+        old = msgspec.json.decode(known["declared"], type=Kind)
+        if old == kind:
+            return
+        before = {field.name: field.type for field in old.fields}
+        for field in kind.fields:
+            if before.get(field.name, field.type) != field.type:
+                raise StoreUnavailable(
+                    f"field {field.name} of {kind.name} was {before[field.name]} and is declared {field.type}; give it a new name"
+                )
+    specs = index_specs(shape)
+    if specs:
+        await _create_indexes(database, shape.name, specs)
+    else:
+        await _create_collection(database, shape.name)
+    if shape.cold:
+        await _create_collection(database, shape.parts)
+    declared = Binary(msgspec.json.encode(kind))
+    await database[META].update_one({"_id": f"kind:{kind.name}"}, {"$set": {"declared": declared}}, upsert=True)
+
+
+async def contract(database: Database, shapes: Sequence[Shape]) -> list[str]:
+    """Drop the indexes that no declaration names any more, and return their names. For when no older server runs any longer."""
+    dropped: list[str] = []
+    for shape in shapes:
+        wanted = {"_id_", *map(index_name, shape.kind.indexes)}
+        async for found in await database[shape.name].list_indexes():
+            if found["name"] not in wanted:
+                await database[shape.name].drop_index(found["name"])
+                dropped.append(f"{shape.name}.{found['name']}")
+    return dropped
+
+
+async def _create_collection(database: Database, name: str) -> None:
+    try:
+        await database.command({"create": name})
+    except OperationFailure as error:
+        if error.code != _EXISTS:
+            raise
+
+
+async def _create_indexes(database: Database, collection: str, specs: list[Document]) -> None:
+    try:
+        await database.command({"createIndexes": collection, "indexes": specs})
+    except OperationFailure as error:
+        if error.code == _DUPLICATE_KEY:
+            name = next((spec["name"] for spec in specs if str(spec["name"]) in str(error)), "")
+            raise StoreUnavailable(
+                f"stored {collection} rows break the new unique index {declared_name(name)}".rstrip()
+            ) from None
+        raise

@@ -1,0 +1,337 @@
+"""Group commit: calls that come while one transaction runs become the next (docs/decisions/0001-group-commit.md).
+
+A transaction that is interrupted is repeated until the caller's time is up; one whose commit was sent is never repeated, only its commit
+is, which MongoDB answers alike however often it is asked. What no answer could be had for is `OutcomeUnknown`.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import pymongo
+import structlog
+from bson.errors import BSONError
+from bson.objectid import ObjectId
+from bson.timestamp import Timestamp
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import DocumentTooLarge, OperationFailure, PyMongoError
+from pymongo.read_preferences import ReadPreference
+
+from mcp_control.kernel.changes import Change, IndexValue
+from mcp_control.kernel.errors import OutcomeUnknown, Overloaded, Problem, StoreUnavailable
+from mcp_control.storage.mongo.batch import (
+    Place,
+    Plan,
+    Prepared,
+    Row,
+    Shapes,
+    Value,
+    assume,
+    decide,
+    pack,
+    prepare,
+    questions,
+)
+from mcp_control.storage.mongo.client import BUDGET, MAJORITY, SNAPSHOT, Client, Database, Document, unavailable
+from mcp_control.storage.mongo.commands import steps
+from mcp_control.storage.mongo.schema import PENDING
+
+_log = structlog.get_logger(__name__)
+_DUPLICATE_KEY: Final = 11000
+_BATCH_BYTES: Final = 8 << 20
+_PAUSE: Final = 0.002  # before a transaction is repeated, doubled each time
+_LONGEST_PAUSE: Final = 0.1
+_TRANSIENT: Final = "TransientTransactionError"
+
+Outcomes = list[Problem | None]
+
+
+class _Call:
+    """One waiting `commit` call."""
+
+    __slots__ = ("future", "items", "size", "writes")
+
+    def __init__(self, items: list[Prepared], future: "asyncio.Future[Outcomes]") -> None:
+        self.items = items
+        self.future = future
+        self.writes = sum(len(item.change.writes) + len(item.change.deletes) or 1 for item in items)
+        self.size = sum(item.size for item in items)
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class _AssumptionFailedError(Exception):
+    """An entity is not at the version that a plan took for granted, or a unique value is taken."""
+
+
+class _InterruptedError(Exception):
+    """The transaction was taken back and can be repeated; `problem` is what to say when there is no time for it."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+class GroupCommit:
+    """Merges commit calls into transactions.
+
+    Args:
+        client: what the database was reached through.
+        database: where the collections are.
+        shapes: the kinds that may be written.
+        max_waiting: changes that may wait; more raise Overloaded.
+        batch_writes: entity writes after which a transaction takes no further calls. A call is never split.
+        wrote: called when a transaction with facts is durable.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        database: Database,
+        shapes: Shapes,
+        *,
+        max_waiting: int,
+        batch_writes: int,
+        wrote: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._database = database
+        self._shapes = shapes
+        self._max_waiting = max_waiting
+        self._batch_writes = batch_writes
+        self._wrote = wrote
+        self._loop = asyncio.get_running_loop()
+        self._session: AsyncClientSession = client.start_session(causal_consistency=False)
+        self._waiting: deque[_Call] = deque()
+        self._waiting_changes = 0
+        self._running: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Changes that are queued behind the one transaction under way."""
+        return self._waiting_changes
+
+    @property
+    def session_id(self) -> bytes:
+        """The id of the session in which all transactions run."""
+        return bytes(self._session.session_id["id"])
+
+    def submit(self, changes: Sequence[Change]) -> "asyncio.Future[Outcomes]":
+        """Queue changes; the future gets their outcomes when they are durable.
+
+        Raises:
+            ValueError, OverflowError: a change could not be stored.
+            Overloaded, StoreUnavailable: nothing was queued.
+        """
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+        if self._waiting_changes and self._waiting_changes + len(changes) > self._max_waiting:
+            raise Overloaded("too many changes wait for MongoDB", retry_after=1)
+        call = _Call([prepare(self._shapes, change) for change in changes], self._loop.create_future())
+        self._waiting.append(call)
+        self._waiting_changes += len(changes)
+        if self._running is None:
+            self._running = asyncio.create_task(self._run(), name="mongo-commit")
+        return call.future
+
+    async def close(self) -> None:
+        """Finish what waits, accept nothing more."""
+        self._closed = True
+        if self._running is not None:
+            await asyncio.wait([self._running])
+        await self._session.end_session()
+
+    # --- batches --------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                await asyncio.sleep(0)  # callers that were just answered may have more for this transaction
+                calls = self._take()
+                try:
+                    await self._one(calls)
+                except Exception as error:
+                    _log.error("commit-failed", error=str(error), exc_info=True)
+                    self._fail(calls, OutcomeUnknown("the store failed; the change may have happened"))
+        finally:
+            self._running = None
+
+    def _take(self) -> list[_Call]:
+        calls: list[_Call] = []
+        writes = size = 0
+        while self._waiting and writes < self._batch_writes and size < _BATCH_BYTES:
+            call = self._waiting.popleft()
+            self._waiting_changes -= len(call.items)
+            calls.append(call)
+            writes += call.writes
+            size += call.size
+        return calls
+
+    async def _one(self, calls: list[_Call]) -> None:
+        """Commit a batch, however many tries it takes, and answer its callers."""
+        items = [item for call in calls for item in call.items]
+        deadline = self._loop.time() + BUDGET
+        pause = _PAUSE
+        exact = False
+        while True:
+            try:
+                outcomes = await self._attempt(items, exact, deadline)
+            except _AssumptionFailedError:
+                exact = True
+                continue
+            except _InterruptedError as interrupted:
+                if self._loop.time() + pause < deadline:
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  spreads servers, protects nothing
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                    continue
+                self._fail(calls, interrupted.problem)
+                self._fail(self._take_all(), interrupted.problem)  # they have waited as long already
+                return
+            except (OutcomeUnknown, StoreUnavailable) as problem:
+                self._fail(calls, problem)
+                return
+            except (OperationFailure, BSONError, DocumentTooLarge, OverflowError, ValueError) as error:
+                await self._refused(calls, error)
+                return
+            at = 0
+            for call in calls:
+                if not call.future.done():
+                    call.future.set_result(outcomes[at : at + len(call.items)])
+                at += len(call.items)
+            return
+
+    async def _refused(self, calls: list[_Call], error: Exception) -> None:
+        """Something in the batch cannot be stored: find out which call it is."""
+        if len(calls) > 1:
+            for call in calls:
+                await self._one([call])
+        elif isinstance(error, PyMongoError) and not isinstance(error, (BSONError, DocumentTooLarge)):
+            self._fail(calls, unavailable(error))
+        else:
+            calls[0].fail(ValueError(f"a change cannot be stored in MongoDB: {error}"))
+
+    def _take_all(self) -> list[_Call]:
+        calls = [*self._waiting]
+        self._waiting.clear()
+        self._waiting_changes = 0
+        return calls
+
+    def _fail(self, calls: list[_Call], error: Problem) -> None:
+        for call in calls:  # each its own, since raising adds a traceback
+            call.fail(type(error)(error.detail, retry_after=error.retry_after))
+
+    # --- one transaction ------------------------------------------------------------------------------------------
+
+    async def _attempt(self, items: list[Prepared], exact: bool, deadline: float) -> Outcomes:
+        plan = None if exact else assume(self._shapes, items)
+        if plan is not None and not plan.operations and not plan.facts:
+            raise _AssumptionFailedError  # all conflict with each other: look before saying so
+        session = self._session
+        await session.start_transaction(SNAPSHOT, MAJORITY, ReadPreference.PRIMARY)
+        try:
+            with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
+                if plan is None:
+                    plan = await self._decide(items)
+                for step in steps(self._shapes, plan):
+                    await self._write(step.command, step.expected, plan.exact)
+                if plan.facts:
+                    pending = {
+                        "_id": ObjectId(),
+                        "ts": Timestamp(0, 0),
+                        "n": plan.count,
+                        "at": plan.at,
+                        "d": pack(plan.facts, plan.count),
+                    }
+                    await self._write({"insert": PENDING, "documents": [pending]}, 1, plan.exact)
+        except BaseException as error:
+            await self._abort()
+            if isinstance(error, PyMongoError):
+                raise self._translated(error, exact=plan is not None and plan.exact) from error
+            raise
+        await self._commit(deadline)
+        if plan.facts:
+            self._wrote()
+        return plan.outcomes
+
+    async def _write(self, command: Document, expected: int | None, exact: bool) -> None:
+        answer = await self._database.command(command, session=self._session)
+        for error in answer.get("writeErrors", ()):
+            raise OperationFailure(str(error.get("errmsg")), error.get("code"), error)
+        if expected is not None and answer["n"] != expected:
+            if exact:
+                raise _InterruptedError(StoreUnavailable("an entity changed while it was being written", retry_after=1))
+            raise _AssumptionFailedError
+
+    def _translated(self, error: PyMongoError, *, exact: bool) -> Exception:
+        if isinstance(error, OperationFailure) and error.code == _DUPLICATE_KEY:
+            if not exact:
+                return _AssumptionFailedError()
+            return _InterruptedError(
+                StoreUnavailable("a unique index that is not declared any more refuses a value; contract the store")
+            )
+        if (
+            error.has_error_label(_TRANSIENT)
+            or error.timeout
+            or not isinstance(error, (OperationFailure, BSONError, DocumentTooLarge))
+        ):
+            return _InterruptedError(unavailable(error))
+        return error
+
+    async def _abort(self) -> None:
+        if not self._session.in_transaction:
+            return
+        with pymongo.timeout(1.0):
+            try:
+                await self._session.abort_transaction()
+            except PyMongoError as error:  # the next transaction of this session ends it
+                _log.info("abort-failed", error=type(error).__name__)
+
+    async def _commit(self, deadline: float) -> None:
+        while True:
+            try:
+                with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
+                    await self._session.commit_transaction()
+            except PyMongoError as error:
+                if error.has_error_label(_TRANSIENT):
+                    raise _InterruptedError(unavailable(error)) from error
+                if self._loop.time() + _PAUSE >= deadline:
+                    raise OutcomeUnknown(
+                        "MongoDB did not confirm the commit; it may have happened", retry_after=1
+                    ) from error
+                await asyncio.sleep(_PAUSE)
+            else:
+                return
+
+    # --- what the exact way must know -----------------------------------------------------------------------------
+
+    async def _decide(self, items: list[Prepared]) -> Plan:
+        named, values = questions(self._shapes, items)
+        rows: dict[Place, Row] = {}
+        for kind, ids in named.items():
+            async for found in self._find(kind, {"_id": {"$in": [*ids]}}):
+                rows[kind, found["_id"]] = found["v"], found.get("i", {})
+        return decide(self._shapes, items, rows, await self._holders(values))
+
+    async def _holders(self, values: set[Value]) -> dict[Value, str]:
+        holders: dict[Value, str] = {}
+        by_index: dict[tuple[str, str], set[tuple[IndexValue, ...]]] = {}
+        for kind, name, taken in values:
+            by_index.setdefault((kind, name), set()).add(taken)
+        for (kind, name), wanted in by_index.items():
+            shape = self._shapes[kind]
+            index = next(one for one in shape.uniques if one.name == name)
+            paths = [shape.path(field) for field in index.fields]
+            any_of = [{path: {"$eq": value} for path, value in zip(paths, one, strict=True)} for one in wanted]
+            async for found in self._find(kind, {"$or": any_of}):
+                held = shape.unique_values(index, found["_id"], found.get("i", {}))
+                if held is not None:
+                    holders[kind, name, held] = found["_id"]
+        return holders
+
+    def _find(self, kind: str, condition: Document) -> Any:
+        return self._database[kind].find(condition, {"v": 1, "i": 1}, session=self._session)
