@@ -2,11 +2,15 @@
 
 import asyncio
 import hashlib
+import os
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mcp_control.artifacts.orphans import OrphanPass
 from mcp_control.artifacts.service import KINDS, ArtifactFilter, Artifacts, NewArtifact, view
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.kernel.changes import Change, Query
@@ -48,6 +52,8 @@ class Disturbed:
         self.stat = blobs.stat
         self.delete = blobs.delete
         self.local_path = blobs.local_path
+        self.names = blobs.names
+        self.sweep = blobs.sweep
 
     async def put(self, chunks: AsyncIterator[bytes], limit: int) -> BlobInfo:
         info = await self._blobs.put(chunks, limit)
@@ -78,7 +84,7 @@ class World:
     """A store, blobs and the service over them."""
 
     def __init__(self, folder: Path) -> None:
-        self.clock = FakeClock()
+        self.clock = FakeClock(round(time.time() * 1000))  # files have real times
         self.store = SqliteStore(folder, fatal=_fatal)
         self.unsure = Unsure(self.store)
         self.blobs = Disturbed(FolderBlobs(folder))
@@ -260,6 +266,73 @@ async def test_sweep_finishes_what_a_crash_left(world: World) -> None:
     assert await world.artifacts.once(world.clock.now()) == 1
     assert world.files() == []
     assert await world.artifacts.once(world.clock.now()) == 0
+
+
+async def test_blobs_that_nothing_names_are_removed_after_an_hour(world: World) -> None:
+    """What an upload left whose artifact never came goes; what is named or young stays, and a pass comes once an hour."""
+    kept = await world.artifacts.upload(ADMIN, NewArtifact(name="a"), stream(DATA))
+    orphan = await world.blobs.put(stream(b"orphan"), 100)
+    assert await world.artifacts.once(world.clock.now()) == 0
+    world.clock.advance(3599)
+    assert await world.artifacts.once(world.clock.now()) == 0
+    world.clock.advance(3601)
+    young = await world.blobs.put(stream(b"young"), 100)
+    os.utime(path_of(world, young.sha256), (world.clock.now() / 1000,) * 2)
+    assert await world.artifacts.once(world.clock.now()) == 1
+    assert {path.parent.name + path.name for path in world.files()} == {kept.sha256, young.sha256}
+    assert await world.blobs.stat(orphan.sha256) is None
+    assert await joined((await world.artifacts.content(ADMIN, kept.id))[1]) == DATA
+
+
+def path_of(world: World, sha256: str) -> Path:
+    path = world.blobs.local_path(sha256)
+    assert path is not None
+    return path
+
+
+async def test_the_sweep_spares_a_blob_whose_upload_is_under_way(world: World) -> None:
+    """However old the bytes are: an upload that found them there already will name them."""
+    world.blobs.put_done = asyncio.Event()
+    upload = asyncio.create_task(world.artifacts.upload(ADMIN, NewArtifact(name="b"), stream(DATA)))
+    await asyncio.wait_for(world.blobs.put_done.wait(), 10)
+    assert await world.artifacts.once(world.clock.now() + 60_000) == 0
+    world.blobs.go_on.set()
+    artifact = await upload
+    os.utime(path_of(world, DIGEST), (1, 1))
+    assert await world.artifacts.once(world.clock.now() + 7_200_000) == 0
+    assert await joined((await world.artifacts.content(ADMIN, artifact.id))[1]) == DATA
+
+
+async def test_the_pass_over_many_blobs_goes_on_where_it_stopped(world: World) -> None:
+    """Each call goes a bounded way; together they see every blob."""
+    blobs: Any = world.blobs
+    look = OrphanPass(world.store, blobs, blobs.delete, page=3, pages=2)
+    for number in range(20):
+        await world.blobs.put(stream(b"%d" % number), 100)
+    now = world.clock.now() + 7_200_000
+    assert [await look.once(now) for _ in range(5)] == [6, 6, 6, 2, 0]
+    assert world.files() == []
+
+
+async def test_servers_that_share_blobs_spare_what_another_one_just_put(world: World) -> None:
+    """Deleting the last name leaves young bytes to the sweep, since an upload on another server may count on them."""
+    store: Any = world.unsure
+    blobs: Any = world.blobs
+    here, there = (Artifacts(store, blobs, world.clock, IdSource(world.clock), shared=True) for _ in range(2))
+    first = await here.upload(ADMIN, NewArtifact(name="a"), stream(DATA))
+    os.utime(path_of(world, DIGEST), (1, 1))
+    world.blobs.put_done = asyncio.Event()
+    upload = asyncio.create_task(there.upload(ADMIN, NewArtifact(name="b"), stream(DATA)))
+    await asyncio.wait_for(world.blobs.put_done.wait(), 10)
+    await here.delete(ADMIN, first.id)
+    world.blobs.go_on.set()
+    second = await upload
+    assert await joined((await here.content(ADMIN, second.id))[1]) == DATA
+    await there.delete(ADMIN, second.id)
+    assert len(world.files()) == 1
+    world.clock.advance(601)
+    assert await here.once(world.clock.now()) == 2
+    assert world.files() == []
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 A blob has no owner: its references are the artifacts that name its SHA-256. Deleting writes a note in the same change (`blob_check`);
 the blob goes when nothing refers to it any more and no upload of the same bytes is under way. A crash in between leaves the note, and
-the next sweep acts on it.
+the next sweep acts on it. Where several servers share the blobs, an upload under way on another one shows only by the age of its blob: a
+young one stays for now.
 """
 
 import asyncio
+import builtins
 import contextlib
 import re
 from collections import Counter
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from msgspec.structs import replace
 
 from mcp_control.artifacts.model import ARTIFACT_KIND, Artifact, ArtifactView, Role
+from mcp_control.artifacts.orphans import OrphanPass
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Change, Entity, Field, Index, IndexValue, Key, Kind, Query, Where
 from mcp_control.kernel.clock import Clock, to_datetime
@@ -69,9 +73,19 @@ class Artifacts:
 
     Args:
         max_bytes: largest artifact.
+        shared: whether other servers use the same blobs.
     """
 
-    def __init__(self, store: Store, blobs: Blobs, clock: Clock, ids: IdSource, *, max_bytes: int = 10 << 30) -> None:
+    def __init__(
+        self,
+        store: Store,
+        blobs: Blobs,
+        clock: Clock,
+        ids: IdSource,
+        *,
+        max_bytes: int = 10 << 30,
+        shared: bool = False,
+    ) -> None:
         self._store = store
         self._blobs = blobs
         self._clock = clock
@@ -79,6 +93,8 @@ class Artifacts:
         self._max_bytes = max_bytes
         self._pinned: Counter[str] = Counter()
         self._removing = asyncio.Lock()
+        self._shared = shared
+        self._orphans = OrphanPass(store, blobs, self._remove_unused)
 
     async def upload(
         self, actor: Actor, new: NewArtifact, chunks: AsyncIterator[bytes], sha256: str | None = None
@@ -98,6 +114,40 @@ class Artifacts:
         """
         allow(actor, "artifacts.create")
         check(new)
+        now = self._clock.now()
+        artifact = Artifact(
+            id=self._ids.new("art"),
+            version=1,
+            tenant=actor.tenant,
+            name=new.name,
+            sha256="",
+            size=0,
+            media_type=new.media_type,
+            role=new.role,
+            rows=new.rows,
+            run_id=new.run_id,
+            stage=new.stage,
+            task_id=new.task_id,
+            created_at=now,
+            created_by=actor.id,
+        )
+        (stored,) = await self._keep(actor, [artifact], chunks, sha256)
+        return stored
+
+    async def adopt(self, actor: Actor, artifacts: Sequence[Artifact], chunks: AsyncIterator[bytes]) -> None:
+        """Store artifacts that were made elsewhere, under the ids they have; all of them have the same bytes.
+
+        Raises:
+            Invalid: the bytes are not those they name.
+            Conflict: one of the ids is taken, or the same bytes were being removed just now.
+            PayloadTooLarge, StorageFull: nothing was stored.
+        """
+        allow(actor, "artifacts.create")
+        await self._keep(actor, artifacts, chunks, artifacts[0].sha256)
+
+    async def _keep(
+        self, actor: Actor, artifacts: Sequence[Artifact], chunks: AsyncIterator[bytes], sha256: str | None
+    ) -> builtins.list[Artifact]:
         blob = await self._blobs.put(chunks, self._max_bytes)
         # From here to the end of the commit the blob must not be removed as unused. Nothing awaits between `put` and this line.
         self._pinned[blob.sha256] += 1
@@ -109,7 +159,8 @@ class Artifacts:
             async with self._removing:  # whoever was removing these bytes has finished
                 if await self._blobs.stat(blob.sha256) is None:
                     raise Conflict("the same content was being deleted: repeat the upload", retry_after=0.1)
-            artifact = await self._record(actor, new, blob.sha256, blob.size)
+            stored = [replace(artifact, sha256=blob.sha256, size=blob.size) for artifact in artifacts]
+            await self._record(actor, stored)
         except OutcomeUnknown:  # the artifact may be there, so its bytes stay
             self._unpin(blob.sha256)
             raise
@@ -119,7 +170,7 @@ class Artifacts:
                 await asyncio.shield(self._remove_unused(blob.sha256))
             raise
         self._unpin(blob.sha256)
-        return artifact
+        return stored
 
     async def get(self, actor: Actor, id: str) -> Artifact:
         """Return an artifact. Raises NotFound, also for another tenant's."""
@@ -202,10 +253,10 @@ class Artifacts:
         return removed
 
     async def once(self, now: int) -> int:
-        """Act on the notes that deletions left and that were not settled at once; returns how many were."""
+        """Act on the notes that deletions left, and look for blobs that nothing names; returns how many were settled."""
         due = Query(where=(Where("due", "le", now - GRACE_MS),), order="due", limit=_PAGE)
         notes = await self._store.find(BLOB_CHECK_KIND.name, due)
-        return await self._settle([(note.id, note.hot.decode()) for note in notes])
+        return await self._settle([(note.id, note.hot.decode()) for note in notes]) + await self._orphans.once(now)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -216,45 +267,40 @@ class Artifacts:
             raise NotFound("there is no such artifact")
         return artifact
 
-    async def _record(self, actor: Actor, new: NewArtifact, sha256: str, size: int) -> Artifact:
+    async def _record(self, actor: Actor, artifacts: Sequence[Artifact]) -> None:
         now = self._clock.now()
-        artifact = Artifact(
-            id=self._ids.new("art"),
-            version=1,
-            tenant=actor.tenant,
-            name=new.name,
-            sha256=sha256,
-            size=size,
-            media_type=new.media_type,
-            role=new.role,
-            rows=new.rows,
-            run_id=new.run_id,
-            stage=new.stage,
-            task_id=new.task_id,
-            created_at=now,
-            created_by=actor.id,
-        )
-        index: dict[str, IndexValue] = {
-            "tenant": actor.tenant,
-            "sha256": sha256,
-            "run": new.run_id,
-            "name": new.name,
-            "created": now,
-        }
-        created = fact(
-            "artifact.created",
-            artifact.id,
-            actor.id,
-            now,
-            {"name": new.name, "size": size, "sha256": sha256, "role": new.role, "stage": new.stage},
-            tenant=actor.tenant,
-            run=new.run_id or "",
-        )
-        entity = Entity(ARTIFACT_KIND.name, artifact.id, 0, index, _encode(artifact))
-        (problem,) = await self._store.commit([Change(writes=(entity,), facts=(created,))])
+        writes = []
+        facts = []
+        for artifact in artifacts:
+            index: dict[str, IndexValue] = {
+                "tenant": artifact.tenant,
+                "sha256": artifact.sha256,
+                "run": artifact.run_id,
+                "name": artifact.name,
+                "created": artifact.created_at,
+            }
+            writes.append(Entity(ARTIFACT_KIND.name, artifact.id, 0, index, _encode(artifact)))
+            data = {
+                "name": artifact.name,
+                "size": artifact.size,
+                "sha256": artifact.sha256,
+                "role": artifact.role,
+                "stage": artifact.stage,
+            }
+            facts.append(
+                fact(
+                    "artifact.created",
+                    artifact.id,
+                    actor.id,
+                    now,
+                    data,
+                    tenant=artifact.tenant,
+                    run=artifact.run_id or "",
+                )
+            )
+        (problem,) = await self._store.commit([Change(writes=writes, facts=facts)])
         if problem is not None:
             raise problem
-        return artifact
 
     def _removal(self, actor: Actor, artifact: Artifact) -> Change:
         now = self._clock.now()
@@ -279,8 +325,15 @@ class Artifacts:
             await self._store.commit([Change(deletes=tuple(Key(BLOB_CHECK_KIND.name, note) for note in settled))])
         return len(settled)
 
-    async def _remove_unused(self, sha256: str) -> bool:
-        """Remove the blob if nothing refers to it; say whether that is settled (an upload under way leaves it open)."""
+    async def _remove_unused(self, sha256: str, before: int | None = None) -> bool:
+        """Remove the blob if nothing refers to it; say whether that is settled (an upload under way leaves it open).
+
+        Args:
+            sha256: its name.
+            before: a blob that was stored since then stays.
+        """
+        if before is None and self._shared:
+            before = self._clock.now() - GRACE_MS
         async with self._removing:
             if self._pinned[sha256]:
                 return False
@@ -288,8 +341,7 @@ class Artifacts:
                 return True
             if self._pinned[sha256]:  # began while we counted
                 return False
-            await self._blobs.delete(sha256)
-            return True
+            return await self._blobs.delete(sha256, before)
 
     def _unpin(self, sha256: str) -> None:
         self._pinned[sha256] -= 1
@@ -315,6 +367,11 @@ def check(new: NewArtifact) -> None:
         wrong("rows", "out-of-range", "0 to 2^53")
     if errors:
         raise Invalid(errors[0].detail, errors=errors)
+
+
+def read(entity: Entity) -> Artifact:
+    """Return the artifact in a stored entity."""
+    return _decode(entity.hot)
 
 
 def view(artifact: Artifact) -> ArtifactView:
