@@ -7,9 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, Final
 
-from redis.exceptions import RedisError
-
 from mcp_control.storage.ports import Bus
+from mcp_control.storage.redis.connection import FAILURES
 from mcp_control.storage.redis.link import RedisLink, RedisTrouble, stop
 
 _QUIET_SECONDS: Final = 2.0
@@ -81,11 +80,11 @@ class RedisBus:
                 async with asyncio.timeout(_QUIET_SECONDS):
                     await subscription.psubscribe(f"{_literal(self._prefix)}*")
                 await self._hear(subscription)
-            except (RedisError, OSError):
+            except FAILURES:
                 pass
             finally:
                 self._heard.clear()
-                with suppress(RedisError, OSError):
+                with suppress(*FAILURES):
                     await subscription.aclose()
             pause = _FIRST_PAUSE if self.connects > connects else min(pause * 2, _LONGEST_PAUSE)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  spreads servers, is no secret

@@ -16,9 +16,12 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisClusterException, RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
 RedisClient = Redis | RedisCluster
+FAILURES: Final = (RedisError, RedisClusterException, OSError)
+"""All that a client raises for trouble with Redis; OSError holds TimeoutError."""
 
 _SCHEMES: Final = {
     f"{scheme}{kind}": (kind, scheme == "rediss")

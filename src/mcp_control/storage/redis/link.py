@@ -5,10 +5,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import structlog
-from redis.exceptions import RedisError
-
 from mcp_control.storage.redis.breaker import Breaker
-from mcp_control.storage.redis.connection import RedisClient, disconnect
+from mcp_control.storage.redis.connection import FAILURES, RedisClient, disconnect
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
@@ -54,7 +52,7 @@ class RedisLink:
         try:
             async with _Within(self._seconds), self._room:
                 result = await work()
-        except (RedisError, OSError) as error:  # OSError: also TimeoutError
+        except FAILURES as error:
             if self.breaker.failed():
                 _log.warning("redis-unavailable", error=type(error).__name__, detail=str(error))
                 self._available.clear()
@@ -86,7 +84,7 @@ class RedisLink:
                 await self._write()  # connects, and finds the master or the nodes
             async with _Within(self._seconds):
                 await self._write()
-        except (RedisError, OSError):
+        except FAILURES:
             return False
         return True
 

@@ -1,0 +1,158 @@
+"""The breaker decides when Redis is left alone; the link and the URL keep what they promise."""
+
+import asyncio
+import traceback
+
+import pytest
+
+from mcp_control.storage.redis.breaker import Breaker
+from mcp_control.storage.redis.connection import connect, disconnect
+from mcp_control.storage.redis.link import RedisTrouble
+from mcp_control.testing.clock import FakeClock
+from mcp_control.testing.databases import free_ports
+from tests.storage.redis_clients import linked
+
+SECRET = "hunter/2@#"
+
+
+def test_three_failures_in_a_row_open_it() -> None:
+    """A success in between begins the count anew; the third in a row opens it, and calls are refused and counted."""
+    clock = FakeClock()
+    breaker = Breaker(clock)
+    assert [breaker.failed(), breaker.failed()] == [False, False]
+    breaker.succeeded()
+    assert [breaker.failed(), breaker.failed(), breaker.allows()] == [False, False, True]
+    clock.advance(5)
+    assert breaker.failed()
+    assert (breaker.state, breaker.since, breaker.opened, breaker.allows(), breaker.refused) == (
+        "open",
+        clock.now(),
+        1,
+        False,
+        1,
+    )
+
+
+def test_one_probe_after_a_second_then_pauses_of_up_to_five() -> None:
+    """No probe before its time, one at a time, and each failure doubles the pause up to 5 s."""
+    clock = FakeClock()
+    breaker = Breaker(clock)
+    for _ in range(3):
+        breaker.failed()
+    pauses = []
+    for _ in range(5):
+        pauses.append(breaker.wait())
+        clock.advance(breaker.wait() - 0.001)
+        assert not breaker.probe()
+        clock.advance(0.001)
+        assert breaker.probe()
+        assert (breaker.state, breaker.probe(), breaker.allows()) == ("half-open", False, False)
+        breaker.probed(False)
+    assert pauses == [1, 2, 4, 5, 5]
+
+
+def test_a_probe_that_succeeds_closes_it_and_the_next_pause_is_short_again() -> None:
+    """It forgets its failures, and late answers of calls from before change nothing while it is open."""
+    clock = FakeClock()
+    breaker = Breaker(clock)
+    for _ in range(3):
+        breaker.failed()
+    breaker.succeeded()
+    assert breaker.state == "open"
+    for success in (False, True):
+        clock.advance(breaker.wait())
+        assert breaker.probe()
+        breaker.probed(success)
+    assert (breaker.state, breaker.failures, breaker.since) == ("closed", 0, clock.now())
+    assert [breaker.failed() for _ in range(3)] == [False, False, True]
+    assert breaker.wait() == 1
+
+
+async def test_nobody_there_is_trouble_at_once_and_then_refused() -> None:
+    """Calls to a port where nobody listens raise RedisTrouble quickly, and after three Redis is left alone."""
+    [port] = free_ports(1)
+    link = await linked(f"redis://127.0.0.1:{port}", "t", seconds=0.05)
+    for _ in range(5):
+        with pytest.raises(RedisTrouble):
+            await link.call(lambda: link.client.execute_command("GET", "x"))
+    assert (link.breaker.state, link.breaker.refused) == ("open", 2)
+
+
+async def test_a_server_that_is_busy_itself_is_no_fault_of_redis(redis_url: str) -> None:
+    """A call during which the event loop stood still for longer than the limit succeeds."""
+    link = await linked(redis_url, "t", seconds=0.05)
+    loop = asyncio.get_running_loop()
+
+    def stand_still() -> None:
+        until = loop.time() + 0.15
+        while loop.time() < until:
+            sum(range(1000))
+
+    await link.call(lambda: link.client.execute_command("PING"))
+    for _ in range(3):
+        loop.call_soon(stand_still)
+        await link.call(lambda: link.client.execute_command("SET", "k", "v"))
+    assert (link.breaker.state, link.breaker.failures) == ("closed", 0)
+
+
+async def test_a_cancelled_call_is_cancelled_and_no_failure(redis_url: str) -> None:
+    """Cancelling ends a call whatever it waits for, is not counted, and the link works on."""
+    link = await linked(redis_url, "t")
+    for steps in range(12):
+        call = asyncio.ensure_future(link.call(lambda: link.client.execute_command("BLPOP", "nothing", 0)))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert (link.breaker.state, link.breaker.failures) == ("closed", 0)
+    assert await link.call(lambda: link.client.execute_command("PING")) in (True, b"PONG")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://127.0.0.1",
+        "rediss://user:pass@host:6380/3?ssl_ca_certs=/etc/ca.pem",
+        "redis://[::1]:6379/0",
+        "redis+sentinel://one:26379,two/main/2?sentinel_password=x",
+        "rediss+sentinel://:p@one,two,three/main",
+        "redis+cluster://a:7000,b:7001,c",
+        "rediss+cluster://user:p%40ss@a",
+    ],
+)
+async def test_every_form_of_the_url_gives_a_client(url: str) -> None:
+    """One server, Sentinel and cluster, with and without TLS and credentials; nothing is sent for it."""
+    await disconnect(connect(url))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:{0}@host",
+        "redis://:{0}@",
+        "redis://:{0}@host:port",
+        "redis://:{0}@host/name",
+        "redis://:{0}@host/0?{0}=1",
+        "redis://a:{0}@one,two",
+        "redis+sentinel://:{0}@one,two",
+        "redis+cluster://:{0}@one:x",
+        "{0}",
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_without_showing_it(url: str) -> None:
+    """The error says what is wrong and holds no part of the password."""
+    with pytest.raises(ValueError, match="Redis URL") as refused:
+        connect(url.format(SECRET))
+    assert not any(part in "".join(traceback.format_exception(refused.value)) for part in ("hunter", "2@#"))
+
+
+async def test_credentials_show_neither_in_errors_nor_in_what_is_printed() -> None:
+    """Neither the client nor its errors show the password."""
+    [port] = free_ports(1)
+    for scheme, path in (("redis", ""), ("redis+sentinel", "/service"), ("redis+cluster", "")):
+        link = await linked(f"{scheme}://someone:correct-horse@127.0.0.1:{port}{path}", "t", seconds=1)
+        with pytest.raises(RedisTrouble) as trouble:
+            await link.call(lambda link=link: link.client.execute_command("GET", "x"))  # type: ignore[misc]  # bound now
+        shown = "".join(traceback.format_exception(trouble.value)) + repr(link.client) + repr(vars(link))
+        assert "correct-horse" not in shown
