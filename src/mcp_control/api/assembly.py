@@ -2,7 +2,7 @@
 
 import functools
 
-from mcp_control.api import agents, artifacts, asyncapi, auth, docs, events, pipelines, runs, system, tasks
+from mcp_control.api import agents, artifacts, asyncapi, auth, bundles, docs, events, pipelines, runs, system, tasks
 from mcp_control.api.agent_polling import Pollers
 from mcp_control.api.agent_polling import endpoints as polling
 from mcp_control.api.agent_socket import AgentSocket
@@ -22,6 +22,7 @@ def routes(version: str) -> tuple[Endpoint, ...]:
         *tasks.ENDPOINTS,
         *pipelines.ENDPOINTS,
         *runs.ENDPOINTS,
+        *bundles.ENDPOINTS,
         *artifacts.ENDPOINTS,
         *events.ENDPOINTS,
         *system.ENDPOINTS,

@@ -1,6 +1,7 @@
 """Backups: writing one of a store in use, and reading one back with everything checked."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,7 @@ from mcp_control.archive.rows import (
 from mcp_control.artifacts.model import ARTIFACT_KIND
 from mcp_control.kernel.changes import Entity, StoredFact
 from mcp_control.kernel.errors import NotFound
-from mcp_control.storage.ports import Archive, Blobs, Snapshot
+from mcp_control.storage.ports import Archive, Blobs
 
 Progress = Callable[[str], None]
 """Told what goes on, in a few words, now and then."""
@@ -54,6 +55,76 @@ class BlobPiece(msgspec.Struct, frozen=True):
 Part = Header | EntityPage | FactPage | BlobPiece | Manifest
 
 
+class Parts:
+    """Writes the parts of a backup after its header, and counts them for the manifest."""
+
+    def __init__(self, file: ContainerWriter, header: Header) -> None:
+        self._file = file
+        self._kinds = {kind.name: KindDigest(kind.name) for kind in header.kinds}
+        self._pages = dict.fromkeys(self._kinds, 0)
+        self._facts = FactDigest()
+        self._fact_pages = 0
+        self._blobs: list[BlobEntry] = []
+        self._missing: list[str] = []
+        file.plain("header.json", _json(header))
+
+    def entities(self, kind: str, page: Sequence[Entity]) -> int:
+        """Write entities of a kind; returns how many of it there are now."""
+        rows = [pack_entity(entity) for entity in page]
+        digest = self._kinds[kind]
+        for row in rows:
+            digest.add(row)
+        self._pages[kind] += 1
+        self._file.packed(f"entities/{kind}/{self._pages[kind]:08d}.zst", pack_page(rows))
+        return digest.total.count
+
+    def facts(self, page: Sequence[StoredFact]) -> int:
+        """Write facts; returns how many there are now."""
+        self._facts.add(page)
+        self._fact_pages += 1
+        self._file.packed(f"facts/{self._fact_pages:08d}.zst", pack_facts(page))
+        return self._facts.total.count
+
+    async def blob(self, digest: str, chunks: AsyncIterator[bytes]) -> None:
+        """Write a blob in pieces; one that is not there is noted as missing. Compresses in a thread."""
+        number = size = 0
+        buffer = bytearray()
+
+        async def piece(length: int) -> None:
+            nonlocal number
+            number += 1
+            name = f"blobs/{digest}/{number:06d}.zst"
+            await asyncio.to_thread(self._file.packed, name, bytes(buffer[:length]))
+            del buffer[:length]
+
+        try:
+            async for chunk in chunks:
+                buffer += chunk
+                size += len(chunk)
+                while len(buffer) > _PIECE_BYTES:
+                    await piece(_PIECE_BYTES)
+        except NotFound:
+            if number:
+                raise
+            self._missing.append(digest)
+            return
+        await piece(len(buffer))
+        self._blobs.append(BlobEntry(sha256=digest, size=size))
+
+    def seal(self, *, blobs_left_out: bool = False) -> Manifest:
+        """Write the manifest, after which nothing may follow."""
+        manifest = Manifest(
+            kinds=[digest.total for digest in self._kinds.values()],
+            facts=self._facts.total,
+            blobs=self._blobs,
+            blobs_left_out=blobs_left_out,
+            blobs_missing=self._missing,
+            members=self._file.members,
+        )
+        self._file.seal(_json(manifest))
+        return manifest
+
+
 async def create(
     archive: Archive, blobs: Blobs | None, path: Path, *, store: str, product: str, now: int, progress: Progress
 ) -> Manifest:
@@ -82,86 +153,20 @@ async def create(
                 newest_seq=snapshot.newest_seq,
                 kinds=sorted(snapshot.kinds, key=lambda kind: kind.name),
             )
-            file.plain("header.json", _json(header))
-            kinds = []
+            parts = Parts(file, header)
             for kind in header.kinds:
-                digest = KindDigest(kind.name)
-                await _entities(file, snapshot, digest, kind.name, digests, progress)
-                kinds.append(digest.total)
-            facts = await _facts(file, snapshot, progress)
-        entries: list[BlobEntry] = []
-        missing: list[str] = []
-        for number, name in enumerate(sorted(digests) if blobs is not None else (), 1):
+                async for page in snapshot.entities(kind.name):
+                    if kind.name == ARTIFACT_KIND.name:
+                        digests.update(str(entity.index["sha256"]) for entity in page)
+                    progress(f"{kind.name}: {parts.entities(kind.name, page)}")
+            async for facts in snapshot.facts():
+                progress(f"events: {parts.facts(facts)}")
+        # Behind the snapshot, which holds up the store's log. A blob that goes meanwhile belongs to an artifact deleted meanwhile.
+        for number, digest in enumerate(sorted(digests) if blobs is not None else (), 1):
             assert blobs is not None
             progress(f"blob {number} of {len(digests)}")
-            size = await _blob(file, blobs, name)
-            if size is None:
-                missing.append(name)
-            else:
-                entries.append(BlobEntry(sha256=name, size=size))
-        manifest = Manifest(
-            kinds=kinds,
-            facts=facts.total,
-            blobs=entries,
-            blobs_left_out=blobs is None,
-            blobs_missing=missing,
-            members=file.members,
-        )
-        file.seal(_json(manifest))
-    return manifest
-
-
-async def _entities(
-    file: ContainerWriter,
-    snapshot: Snapshot,
-    digest: KindDigest,
-    kind: str,
-    digests: set[str],
-    progress: Progress,
-) -> None:
-    number = 0
-    async for page in snapshot.entities(kind):
-        rows = [pack_entity(entity) for entity in page]
-        for row in rows:
-            digest.add(row)
-        if kind == ARTIFACT_KIND.name:
-            digests.update(str(entity.index["sha256"]) for entity in page)
-        number += 1
-        file.packed(f"entities/{kind}/{number:08d}.zst", pack_page(rows))
-        progress(f"{kind}: {digest.total.count}")
-
-
-async def _facts(file: ContainerWriter, snapshot: Snapshot, progress: Progress) -> FactDigest:
-    digest = FactDigest()
-    number = 0
-    async for page in snapshot.facts():
-        digest.add(page)
-        number += 1
-        file.packed(f"facts/{number:08d}.zst", pack_facts(page))
-        progress(f"events: {digest.total.count}")
-    return digest
-
-
-async def _blob(file: ContainerWriter, blobs: Blobs, digest: str) -> int | None:
-    """Write a blob in pieces and return its size; None when it went meanwhile, which only a blob without artifacts does."""
-    info = await blobs.stat(digest)
-    if info is None:
-        return None
-    number = 0
-    buffer = bytearray()
-    try:
-        async for chunk in blobs.read(digest):
-            buffer += chunk
-            while len(buffer) > _PIECE_BYTES:
-                number += 1
-                file.packed(f"blobs/{digest}/{number:06d}.zst", bytes(buffer[:_PIECE_BYTES]))
-                del buffer[:_PIECE_BYTES]
-    except NotFound:
-        if number == 0:
-            return None
-        raise
-    file.packed(f"blobs/{digest}/{number + 1:06d}.zst", bytes(buffer))
-    return info.size
+            await parts.blob(digest, blobs.read(digest))
+        return parts.seal(blobs_left_out=blobs is None)
 
 
 def read(path: Path) -> Iterator[Part]:

@@ -7,6 +7,7 @@ import msgspec
 from mcp_control.kernel.changes import Kind
 
 BACKUP_FORMAT: Final = 1
+BUNDLE: Final = "bundle"
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +16,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         format: of the file; a program reads its own and older ones.
         product: version of the program that wrote it.
-        store: `sqlite` or `mongodb`.
+        store: `sqlite` or `mongodb`; `bundle` for the bundle of one run.
+        run: id of the run in a bundle.
         created_at: wall milliseconds.
         newest_seq: place of the newest event.
         kinds: what is kept, with its index fields and cold parts.
@@ -24,6 +26,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     format: int = BACKUP_FORMAT
     product: str
     store: str
+    run: str = ""
     created_at: int
     newest_seq: int
     kinds: list[Kind]

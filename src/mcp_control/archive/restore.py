@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from mcp_control.agents.model import INSTANCE_KIND
 from mcp_control.agents.records import read_instance, write_instance
 from mcp_control.archive.backup import BlobPiece, EntityPage, FactPage, Part, Progress, read, verify
-from mcp_control.archive.model import Header, Manifest
+from mcp_control.archive.model import BUNDLE, BackupDamaged, Header, Manifest
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, Kind, StoredFact
 from mcp_control.storage.ports import Archive, Blobs
@@ -54,6 +54,8 @@ async def restore(
         StoreUnavailable: a server uses the store, or it is not empty.
     """
     header, manifest = verify(path, lambda text: progress(f"checking: {text}"))
+    if header.store == BUNDLE:
+        raise BackupDamaged("header.json", "this is the bundle of one run; `mcpctl runs import` reads it")
     known = {kind.name for kind in kinds}
     wanted = [*kinds, *(kind for kind in header.kinds if kind.name not in known)]
     async with archive.loading(wanted, replace=replace_old) as loading:

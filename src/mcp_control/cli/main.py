@@ -10,7 +10,7 @@ from typing import Annotated, Final
 import typer
 
 from mcp_control import __version__
-from mcp_control.cli import agents, artifacts, backup, events, pipelines, profiles, runs, system, tasks
+from mcp_control.cli import agents, artifacts, backup, bundles, events, pipelines, profiles, runs, system, tasks
 from mcp_control.cli.demo import demo
 from mcp_control.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, tell, told
 from mcp_control.cli.options import NO_INPUT, YES
@@ -73,6 +73,8 @@ app.command("up")(up)
 app.command("demo")(demo)
 app.command("status")(system.status)
 app.command("login")(profiles.login)
+runs.app.command("export")(bundles.export)
+runs.app.command("import")(bundles.take_in)
 for noun in (
     profiles.profile_app,
     profiles.tokens_app,
