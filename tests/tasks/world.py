@@ -15,14 +15,16 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.security.model import Actor
+from mcp_control.storage.local.bus import LocalBus
 from mcp_control.storage.local.queue import LocalQueue
-from mcp_control.storage.ports import Store
+from mcp_control.storage.ports import Bus, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
+from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
@@ -33,23 +35,32 @@ KINDS = (TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND)
 
 
 class World:
-    """Everything of the task component, wired as the product wires it."""
+    """Everything of the task component, wired as the product wires it.
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    Args:
+        server: id of the server among those that share store, queue and bus; empty for a single one.
+    """
+
+    def __init__(
+        self, store: Store, clock: Clock, *, server: str = "", queue: Queue | None = None, bus: Bus | None = None
+    ) -> None:
         self.store = store
         self.clock = clock
         self.facts: list[StoredFact] = []
         self.ids = IdSource(clock)
-        self.queue = LocalQueue()
+        self.queue = queue or LocalQueue()
+        self.peers = Peers(bus, server)
         self.sessions = Sessions()
-        self.manager = AgentManager(store, clock, self.ids, self.sessions)
-        self.ledger = Ledger(store)
-        self.dispatcher = Dispatcher(self.queue, self.sessions, self._hand_out)
-        self.settler = Settler(self.ledger, self.sessions, self.dispatcher, clock, self.ids)
+        self.manager = AgentManager(store, clock, self.ids, self.sessions, server=server)
+        self.ledger = Ledger(store, shared=bool(server))
+        self.dispatcher = Dispatcher(self.queue, self.sessions, self._hand_out, self.peers, self._look_up)
+        self.settler = Settler(self.ledger, self.sessions, self.dispatcher, clock, self.ids, peers=self.peers)
         self.tasks = TaskOrchestrator(
             store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
         )
-        self.agents = AgentSessions(store, clock, self.manager, self.ledger, self.settler, self.dispatcher)
+        self.agents = AgentSessions(
+            store, clock, self.manager, self.ledger, self.settler, self.dispatcher, peers=self.peers
+        )
         self.timekeeper = Timekeeper(store, clock, self.settler)
         self.leases = LeaseKeeper(clock, self.manager, self.agents)
         self.reconciler = Reconciler(store, clock, self.ledger, self.settler, self.dispatcher)
@@ -57,6 +68,21 @@ class World:
 
     async def _hand_out(self, pairs: list[tuple[str, Session]]) -> None:
         await self.settler.handing.hand_out(pairs)
+
+    async def _look_up(self, task_id: str) -> Task | None:
+        return (await self.ledger.load([task_id], fresh=True))[0]
+
+    def heard(self, facts: Sequence[StoredFact]) -> None:
+        """Hear what was committed, as every server of a store does."""
+        self.facts.extend(facts)
+        self.manager.registry.heard(facts)
+        self.tasks.heard(facts)
+
+    async def hint(self, hint: Hint) -> None:
+        """Hear what another server says in passing."""
+        await self.dispatcher.heard(hint.lanes)
+        await self.settler.tell_local(hint.cancel)
+        await self.agents.taken_over(hint.opened)
 
     async def submit(self, task_type: str = "echo", **fields: object) -> Task:
         """Submit one task that must be accepted."""
@@ -171,3 +197,34 @@ async def world_at(folder: Path, clock: Clock | None = None, store: Store | None
         running.cancel()
         await world.settler.handing.close()
         await inner.close()
+
+
+@asynccontextmanager
+async def two_servers_at(folder: Path, clock: Clock | None = None) -> AsyncIterator[tuple[World, World]]:
+    """Open two servers in this process that share a store, a queue and a bus."""
+
+    def fatal(problem: Problem) -> None:
+        raise problem
+
+    store, queue, bus = SqliteStore(folder, fatal=fatal), LocalQueue(), LocalBus()
+    given = clock or FakeClock()
+    one, two = (World(store, given, server=name, queue=queue, bus=bus) for name in ("server-1", "server-2"))
+
+    def committed(facts: Sequence[StoredFact]) -> None:
+        one.heard(facts)
+        two.heard(facts)
+
+    await store.open(KINDS, committed)
+    running: list[asyncio.Task[None]] = []
+    for world in (one, two):
+        await world.manager.registry.start()
+        running += [asyncio.create_task(world.dispatcher.run()), asyncio.create_task(world.peers.run(world.hint))]
+    try:
+        yield one, two
+    finally:
+        for each in running:
+            each.cancel()
+        for world in (one, two):
+            await world.settler.handing.close()
+        await bus.close()
+        await store.close()

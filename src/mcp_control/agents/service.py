@@ -80,7 +80,7 @@ class AgentManager:
         self._ids = ids
         self.sessions = sessions
         self._remote: dict[str, list[Instance]] = {}
-        self._looked_at = 0.0
+        self._looked_at = float("-inf")
         self.registry = Registry(store, clock, sessions, server)
         self.instances = Instances(store, clock, ids, self.registry, grace_ms)
 
