@@ -66,6 +66,11 @@ class MongoSet:
         hosts = ",".join(f"{HOST}:{port}" for port in self.ports)
         return f"mongodb://{hosts}/{database}?replicaSet={_SET_NAME}{'&' * bool(options)}{options}"
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of its members."""
+        return [member.pid for member in self._members]
+
     def start_all(self) -> Self:
         """Start and initiate it, and return when it has a primary and all its members follow."""
         for member in self._members:
@@ -184,6 +189,12 @@ class MongoSet:
     def drop(self, database: str) -> None:
         """Remove a database."""
         until(lambda: self._dropped(database), f"database {database} is dropped")
+
+    def drop_all(self, prefix: str) -> None:
+        """Remove all databases whose names begin so."""
+        for name in self._clients[self.primary()].list_database_names():
+            if name.startswith(prefix):
+                self.drop(name)
 
     def _dropped(self, database: str) -> bool:
         with suppress(PyMongoError):

@@ -48,6 +48,11 @@ class RedisServer:
         return f"redis://{HOST}:{self.port}/0"
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._program.pid
+
+    @property
     def alive(self) -> bool:
         """Whether its process runs."""
         return self._program.alive
