@@ -8,8 +8,9 @@ import pytest
 from mcp_control.kernel.changes import Query
 from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidCursor, NotFound, Unroutable
 from mcp_control.tasks.janitors import Retention
+from mcp_control.tasks.listing import TaskFilter
 from mcp_control.tasks.model import LogLine, Origin, TaskSpec, TaskState
-from mcp_control.tasks.service import Submitted, TaskFilter
+from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.wire import Logged
 from mcp_control.testing.clock import FakeClock
 from tests.tasks.world import ADMIN, world_at

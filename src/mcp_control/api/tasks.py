@@ -14,9 +14,10 @@ from mcp_control.api.routing import Endpoint
 from mcp_control.kernel.errors import IdempotencyKeyInvalid, NotFound, Problem, VersionConflict
 from mcp_control.kernel.ids import is_id
 from mcp_control.kernel.paging import Page
+from mcp_control.tasks.listing import TaskFilter
 from mcp_control.tasks.model import Explanation, Task, TaskSpec, TaskState, TaskView
 from mcp_control.tasks.records import view
-from mcp_control.tasks.service import Submitted, TaskEdit, TaskFilter
+from mcp_control.tasks.service import Submitted, TaskEdit
 
 BATCH_MAX: Final = 1000
 
@@ -142,7 +143,8 @@ async def submit_task(call: Call) -> Reply:
     wait = call.query(_WAIT).wait
     spec = with_key(call, await call.decode(_SPEC))
     tasks = call.services.tasks
-    submitted = (await tasks.submit(call.actor, (spec,), call.origin))[0]
+    with call.services.gate.entry(1):
+        submitted = (await tasks.submit(call.actor, (spec,), call.origin))[0]
     if isinstance(submitted, Problem):
         raise submitted
     status = 201 if submitted.created else 200
@@ -169,7 +171,8 @@ async def _one(call: Call, task_id: str) -> TaskView:
 async def submit_batch(call: Call) -> Reply:
     """Submit up to 1,000 tasks; each is accepted or refused on its own."""
     batch = await call.decode(_BATCH)
-    answers = await call.services.tasks.submit(call.actor, batch.tasks, call.origin)
+    with call.services.gate.entry(len(batch.tasks)):
+        answers = await call.services.tasks.submit(call.actor, batch.tasks, call.origin)
     return Reply(200, encode({"items": [_item(answer, call.request_id) for answer in answers]}), (JSON,))
 
 

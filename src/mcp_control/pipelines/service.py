@@ -14,12 +14,13 @@ from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Duplicate, FieldError, IdempotencyMismatch, Invalid, NotFound, Problem
 from mcp_control.kernel.ids import IdSource
-from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.kernel.paging import Page
 from mcp_control.kernel.text import label_errors, range_errors, text_errors
 from mcp_control.pipelines import control
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
+from mcp_control.pipelines.listing import page
 from mcp_control.pipelines.model import (
     RUN_FINAL,
     Pipeline,
@@ -45,7 +46,6 @@ from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import check_key
 
 _TRIES: Final = 10
-_SCANNED_MAX: Final = 5000
 WAIT_MAX_SECONDS: Final = 60.0
 _ACTIVE: Final = [RunState.PENDING.value, RunState.RUNNING.value, RunState.PAUSED.value]
 _ENDED: Final = frozenset(f"run.{state.value}" for state in RUN_FINAL)
@@ -208,29 +208,9 @@ class PipelineEngine:
     ) -> Page[RunView]:
         """Return a page of runs for which all conditions given hold (`pipeline` is a name), newest first unless asked otherwise."""
         allow(actor, "runs.list")
-        where: builtins.list[Where] = []
-        if pipeline is not None:
-            where.append(Where("pipeline", "eq", pipeline))
-        if state is not None:
-            where.append(Where("state", "eq", state.value))
-        scope = "runs/oldest" if oldest_first else "runs"
-        after = None if cursor is None else decode_cursor(scope, cursor, 1)
-        now = self._clock.now()
-        items: builtins.list[RunView] = []
-        for _ in range(_SCANNED_MAX // (limit + 1) + 1):
-            query = Query(where=where, descending=not oldest_first, after=after, limit=limit + 1)
-            rows = await self._store.find("run", query)
-            for row in rows:
-                run = read_run(row)
-                if run.tenant != actor.tenant:
-                    continue
-                if len(items) == limit:
-                    return Page(items=items, next_cursor=encode_cursor(scope, [items[-1].id]))
-                items.append(run_view(run, await self._plans.load(run.pipeline_id), now))
-            if len(rows) <= limit:
-                return Page(items=items)
-            after = [rows[-1].id]
-        return Page(items=items, next_cursor=encode_cursor(scope, after or []))
+        return await page(
+            self._store, self._plans, actor.tenant, self._clock.now(), state, pipeline, cursor, limit, oldest_first
+        )
 
     async def output(self, actor: Actor, run_id: str, stage: str) -> bytes:
         """Return the output of a stage as JSON. Raises NotFound while there is none."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import builtins
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -23,7 +23,7 @@ from mcp_control.kernel.errors import (
     Unroutable,
 )
 from mcp_control.kernel.ids import IdSource
-from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.kernel.paging import Page
 from mcp_control.kernel.text import label_errors, text_errors
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
@@ -33,6 +33,7 @@ from mcp_control.tasks.explain import Seen, explain
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Decide, Group, Intent, Ledger, Waiters
+from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import (
     FINAL_STATES,
     Explanation,
@@ -50,7 +51,6 @@ from mcp_control.tasks.submission import check, digest_of, priority_number
 from mcp_control.tasks.verbs import cancelling, editing, pinning
 
 WAIT_MAX_SECONDS: Final = 60.0
-_SCANNED_MAX: Final = 5000
 _ENDED: Final = frozenset(f"task.{state.value}" for state in FINAL_STATES)
 
 
@@ -60,17 +60,6 @@ class Submitted(msgspec.Struct, frozen=True):
     task: Task
     created: bool
     warnings: list[str] = []
-
-
-class TaskFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which tasks: all conditions given must hold."""
-
-    state: TaskState | None = None
-    type: str | None = None
-    run: str | None = None
-    agent: str | None = None
-    labels: Mapping[str, str] = {}
-    oldest_first: bool = False
 
 
 class TaskEdit(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -233,42 +222,7 @@ class TaskOrchestrator:
     ) -> Page[TaskView]:
         """Return a page of tasks that match, newest first unless asked otherwise; without payloads and results."""
         allow(actor, "tasks.list")
-        where: builtins.list[Where] = []
-        if wanted.run is not None:
-            where.append(Where("run", "eq", wanted.run))
-        if wanted.agent is not None:
-            where.append(Where("agent", "eq", wanted.agent))
-        if wanted.state is not None:
-            where.append(Where("state", "eq", wanted.state.value))
-        if wanted.type is not None:
-            where.append(Where("type", "eq", wanted.type))
-        scope = "tasks/oldest" if wanted.oldest_first else "tasks"
-        after = None if cursor is None else decode_cursor(scope, cursor, 1)
-        now = self._clock.now()
-        items: builtins.list[TaskView] = []
-        scanned = 0
-        while True:
-            asked = max(limit + 1, 200) if wanted.labels else limit + 1
-            rows = await self._store.find(
-                "task", Query(where=where, descending=not wanted.oldest_first, after=after, limit=asked)
-            )
-            for place, entity in enumerate(rows):
-                task = read(entity)
-                if task.tenant != actor.tenant or any(
-                    task.labels.get(name) != value for name, value in wanted.labels.items()
-                ):
-                    continue
-                items.append(view(task, now))
-                if len(items) == limit:
-                    more = place + 1 < len(rows) or len(rows) == asked
-                    return Page(items=items, next_cursor=encode_cursor(scope, [task.id]) if more else None)
-            scanned += len(rows)
-            if len(rows) < asked:
-                return Page(items=items)
-            after = [rows[-1].id]
-            if scanned >= _SCANNED_MAX:
-                # Labels have no index: a page may come back short, with a cursor to go on from, but never costs without bound.
-                return Page(items=items, next_cursor=encode_cursor(scope, after))
+        return await page(self._store, actor.tenant, wanted, self._clock.now(), cursor, limit)
 
     async def cancel(self, actor: Actor, task_id: str, reason: str = "") -> Task:
         """Cancel a waiting task at once; ask the agent of a running one to stop, and end it by force when the grace is over.

@@ -1,0 +1,64 @@
+"""Lists of tasks: which, and a page of them."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.model import TaskState, TaskView
+from mcp_control.tasks.records import read, view
+
+_SCANNED_MAX: Final = 5000
+
+
+class TaskFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which tasks: all conditions given must hold."""
+
+    state: TaskState | None = None
+    type: str | None = None
+    run: str | None = None
+    agent: str | None = None
+    labels: Mapping[str, str] = {}
+    oldest_first: bool = False
+
+
+async def page(
+    store: Store, tenant: str, wanted: TaskFilter, now: int, cursor: str | None, limit: int
+) -> Page[TaskView]:
+    """Return a page of a tenant's tasks that match, newest first unless asked otherwise; without payloads and results."""
+    where: list[Where] = []
+    if wanted.run is not None:
+        where.append(Where("run", "eq", wanted.run))
+    if wanted.agent is not None:
+        where.append(Where("agent", "eq", wanted.agent))
+    if wanted.state is not None:
+        where.append(Where("state", "eq", wanted.state.value))
+    if wanted.type is not None:
+        where.append(Where("type", "eq", wanted.type))
+    scope = "tasks/oldest" if wanted.oldest_first else "tasks"
+    after = None if cursor is None else decode_cursor(scope, cursor, 1)
+    items: list[TaskView] = []
+    scanned = 0
+    while True:
+        asked = max(limit + 1, 200) if wanted.labels else limit + 1
+        rows = await store.find(
+            "task", Query(where=where, descending=not wanted.oldest_first, after=after, limit=asked)
+        )
+        for place, entity in enumerate(rows):
+            task = read(entity)
+            if task.tenant != tenant or any(task.labels.get(name) != value for name, value in wanted.labels.items()):
+                continue
+            items.append(view(task, now))
+            if len(items) == limit:
+                more = place + 1 < len(rows) or len(rows) == asked
+                return Page(items=items, next_cursor=encode_cursor(scope, [task.id]) if more else None)
+        scanned += len(rows)
+        if len(rows) < asked:
+            return Page(items=items)
+        after = [rows[-1].id]
+        if scanned >= _SCANNED_MAX:
+            # Labels have no index: a page may come back short, with a cursor to go on from, but never costs without bound.
+            return Page(items=items, next_cursor=encode_cursor(scope, after))
