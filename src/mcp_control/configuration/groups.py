@@ -6,7 +6,14 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_settings import NoDecode
 
 _MONGO_SCHEMES: Final = ("mongodb://", "mongodb+srv://")
-_REDIS_SCHEMES: Final = ("redis://", "rediss://", "redis+sentinel://", "redis+cluster://")
+_REDIS_SCHEMES: Final = (
+    "redis://",
+    "rediss://",
+    "redis+sentinel://",
+    "rediss+sentinel://",
+    "redis+cluster://",
+    "rediss+cluster://",
+)
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Days = Annotated[float, Field(gt=0, le=36_500)]
