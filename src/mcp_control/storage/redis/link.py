@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import structlog
+
 from mcp_control.storage.redis.breaker import Breaker
 from mcp_control.storage.redis.connection import FAILURES, RedisClient, disconnect
 
