@@ -23,6 +23,7 @@ from mcp_control.storage.mongo.documents import Shape
 META: Final = "store.meta"
 FACTS: Final = "store.facts"
 PENDING: Final = "store.pending"
+INCOMPLETE: Final = "incomplete"  # the mark of a database that is being filled from elsewhere
 LAYOUT: Final = 1  # counts changes of the store's own collections
 _DUPLICATE_KEY: Final = 11000
 _EXISTS: Final = 48
@@ -83,11 +84,8 @@ async def migrate(database: Database, shapes: Sequence[Shape]) -> None:
 
 async def _own_collections(database: Database) -> None:
     await _create_indexes(database, PENDING, [{"name": "ts", "key": {"ts": 1}}])
-    specs: list[Document] = [
-        {"name": "last", "key": {"last": 1}, "unique": True},
-        {"name": "src", "key": {"src": 1}, "unique": True},
-    ]
-    await _create_indexes(database, FACTS, specs)
+    await _create_indexes(database, FACTS, [{"name": "last", "key": {"last": 1}}])
+    await database[FACTS].update_one({"_id": 0}, {"$setOnInsert": {"newest": 0}}, upsert=True)
 
 
 async def _migrate_kind(database: Database, shape: Shape, known: Document | None) -> None:
@@ -111,6 +109,33 @@ async def _migrate_kind(database: Database, shape: Shape, known: Document | None
         await _create_collection(database, shape.parts)
     declared = Binary(msgspec.json.encode(kind))
     await database[META].update_one({"_id": f"kind:{kind.name}"}, {"$set": {"declared": declared}}, upsert=True)
+
+
+async def refuse_incomplete(database: Database) -> None:
+    """Raise StoreUnavailable where a restore or a move into this database has not ended."""
+    if await database[META].find_one({"_id": INCOMPLETE}) is not None:
+        raise StoreUnavailable(
+            f"a restore or a move into the database {database.name} is under way or was broken off; wait for it, or repeat it"
+        )
+
+
+async def begin_load(database: Database) -> None:
+    """Mark the database, and empty it: no server opens it before `end_load`. Blobs stay."""
+    await database[META].update_one({"_id": INCOMPLETE}, {"$currentDate": {"at": True}}, upsert=True)
+    known = [document["_id"] async for document in database[META].find({"_id": {"$ne": INCOMPLETE}}, {"_id": 1})]
+    for name in known:
+        if str(name).startswith("kind:"):
+            kind = str(name).removeprefix("kind:")
+            await database.drop_collection(kind)
+            await database.drop_collection(f"{kind}.parts")
+    await database.drop_collection(FACTS)
+    await database.drop_collection(PENDING)
+    await database[META].delete_many({"_id": {"$ne": INCOMPLETE}})
+
+
+async def end_load(database: Database) -> None:
+    """Remove the mark."""
+    await database[META].delete_one({"_id": INCOMPLETE})
 
 
 async def contract(database: Database, shapes: Sequence[Shape]) -> list[str]:

@@ -146,6 +146,7 @@ class MongoStore:
         try:
             self.warnings = await self._check(self._client)
             self._database = database_of(self._client)
+            await schema.refuse_incomplete(self._database)
             await schema.migrate(self._database, [*self._shapes.values()])
             position = await factlog.newest_seq(self._database)
         except BaseException as error:
@@ -155,7 +156,7 @@ class MongoStore:
                 raise unavailable(error) from None
             raise
         self._tail = Tail(self._database, committed, position, self._lost)
-        self._sequencer = Sequencer(self._database, self._tail, self._tell)
+        self._sequencer = Sequencer(self._client, self._database, self._tail, self._tell)
         self._sequencer.lead = self._lead
         self._writer = GroupCommit(
             self._client,
@@ -163,6 +164,7 @@ class MongoStore:
             self._shapes,
             max_waiting=self._max_waiting,
             batch_writes=self._batch_writes,
+            sequencer=self._sequencer,
             wrote=self._wrote,
         )
         self._tail.start()
@@ -270,7 +272,7 @@ class MongoStore:
 
     def session_ids(self) -> list[bytes]:
         """Return the ids of the sessions in which this server's transactions run, for `end_sessions` elsewhere after its death."""
-        return [self._writer.session_id] if self._writer is not None else []
+        return [self._writer.session_id, self._sequencer.session_id] if self._writer is not None else []
 
     async def end_sessions(self, ids: Sequence[bytes]) -> None:
         """Take back what servers that died have open. MongoDB would keep their locks until transactions expire, a minute by default."""
