@@ -1,10 +1,13 @@
 """Overload (promise G12): new work is shed with 503 and Retry-After, accepted work goes on, memory stays bounded."""
 
 import asyncio
-import threading
+import multiprocessing
 import time
 from contextlib import suppress
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import httpx2
@@ -29,31 +32,27 @@ from tests.integration.support import (
     violations,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 CLIENTS = 40
 BATCH = 100
 MEGABYTE = 1 << 20
 BEATING = {"name": "beats", "capabilities": [{"name": "it.nothing"}], "lease_seconds": 5}
 
 
-class Beats:
-    """A session without the SDK, in a thread of its own, that sends heartbeats and notes how long each answer took."""
-
-    def __init__(self, url: str, credential: str) -> None:
-        self._http = httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {credential}"}, timeout=20)
-        self.seconds: list[float] = []
-
-    def run(self, ends: threading.Event) -> None:
-        """Open the session and beat ten times a second until told to end."""
-        with self._http as http:
-            hello = {"op": "hello", "protocol": 1, "agent": BEATING}
-            welcome = http.post(f"{API}/agents/session", json=hello)
-            assert welcome.status_code == 200, welcome.text
-            path = f"{API}/agents/session/{welcome.json()['instance_id']}/heartbeat"
-            while not ends.wait(0.1):
-                began = time.monotonic()
-                answer = http.post(path, json={"beat": {"tick": len(self.seconds), "free_slots": 1}})
-                assert answer.status_code == 200, answer.text
-                self.seconds.append(time.monotonic() - began)
+def beat(url: str, credential: str, ends: Event, took: "Queue[float]") -> None:
+    """Open a session without the SDK, beat ten times a second until told to end, and say how many seconds each answer took."""
+    with httpx2.Client(base_url=url, headers={"Authorization": f"Bearer {credential}"}, timeout=20) as http:
+        welcome = http.post(f"{API}/agents/session", json={"op": "hello", "protocol": 1, "agent": BEATING})
+        assert welcome.status_code == 200, welcome.text
+        path = f"{API}/agents/session/{welcome.json()['instance_id']}/heartbeat"
+        tick = 0
+        while not ends.wait(0.1):
+            tick += 1
+            began = time.monotonic()
+            answer = http.post(path, json={"beat": {"tick": tick, "free_slots": 1}})
+            assert answer.status_code == 200, answer.text
+            took.put(time.monotonic() - began)
 
 
 async def _close_code(socket: websockets.ClientConnection) -> int | None:
@@ -65,7 +64,7 @@ async def _close_code(socket: websockets.ClientConnection) -> int | None:
         return None if closed.rcvd is None else closed.rcvd.code
 
 
-async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Path) -> None:
+async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Path, backend: str) -> None:
     """Forty clients submit as fast as they can: refusals say when to come back, heartbeats and results pass, memory is bounded."""
     server = ServerProcess(
         tmp_path / "server", overload__max_requests=20, overload__max_queued_tasks=30_000, queues__store_changes=4000
@@ -80,7 +79,10 @@ async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Pa
             made = await client.post(
                 f"{API}/agents/register", json=BEATING, headers={"Authorization": f"Bearer {token}"}
             )
-            beats = Beats(server.url, made.json()["credential"])
+            # In a process of its own: the forty clients here would be what it waits for.
+            spawn = multiprocessing.get_context("spawn")
+            ends_beats, took = spawn.Event(), spawn.Queue()
+            beats = spawn.Process(target=beat, args=(server.url, made.json()["credential"], ends_beats, took))
             agent = AgentProcess(tmp_path, "worker", server.url, token, slots=200, lease=10).start()
             await agents_online(client, ["worker"])
             memory = psutil.Process(server.pid).memory_info
@@ -112,8 +114,8 @@ async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Pa
                     with suppress(TimeoutError):
                         await asyncio.wait_for(ends.wait(), 0.05)
 
-            ends_beats = threading.Event()
-            beating = asyncio.create_task(asyncio.to_thread(beats.run, ends_beats))
+            beats.start()
+            first = await asyncio.to_thread(took.get, True, 30)
             began = time.monotonic()
             parts = [asyncio.create_task(part) for part in (*map(flood, range(CLIENTS)), watch())]
             await until(lambda: time.monotonic() > began + 6, 30, "six seconds of flood")
@@ -122,7 +124,11 @@ async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Pa
             ends.set()
             await asyncio.gather(*parts)
             ends_beats.set()
-            await beating
+            seconds = [first]
+            while beats.is_alive() or not took.empty():
+                with suppress(Empty):
+                    seconds.append(await asyncio.to_thread(took.get, True, 0.1))
+            assert beats.exitcode == 0
             assert codes == {"overloaded"}
             assert refused
             assert all(after >= 1 for after in refused)
@@ -130,13 +136,14 @@ async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Pa
             shed = [line for line in text.splitlines() if line.startswith('mcp_control_shed_total{what="submit"}')]
             assert shed
             assert float(shed[0].split()[-1]) >= len(refused)
-            slowest = sorted(beats.seconds)[int(len(beats.seconds) * 0.99)]
+            slowest = sorted(seconds)[int(len(seconds) * 0.99)]
             say(
                 f"{len(acknowledged)} acknowledged, {len(refused)} batches refused,"
-                f" {len(beats.seconds)} heartbeats p99 {slowest * 1000:.0f} ms,"
+                f" {len(seconds)} heartbeats p99 {slowest * 1000:.0f} ms,"
                 f" memory {before / MEGABYTE:.0f} -> {largest / MEGABYTE:.0f} MiB"
             )
-            assert slowest <= 3.0  # 1 s on a machine of its own; the shortest lease must bear it on any
+            # Two databases beside the server on the same processors leave it less; the shortest lease must bear it anywhere.
+            assert slowest <= (1.0 if backend == "embedded" else 3.0)
             assert largest - before < 400 * MEGABYTE
             counts = await all_final(client, 90)
             assert counts == {"completed": len(acknowledged)}

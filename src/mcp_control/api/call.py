@@ -64,6 +64,8 @@ def tagged(value: object, etag: str, status: int = 200) -> Reply:
 
 NO_CONTENT: Final = Reply(204)
 
+_LARGE_BODY: Final = 16 * 1024  # bytes; from here on decoding takes so long that others must get their turn
+
 
 class Call:
     """One authenticated request.
@@ -112,7 +114,10 @@ class Call:
         raw = await self.read()
         if raw or not body.optional:
             check_media_type(self.headers.get(b"content-type"), body.media_types)
-        return body.decode(raw)
+        if len(raw) < _LARGE_BODY:
+            return body.decode(raw)
+        async with self.services.gate.turn:
+            return body.decode(raw)
 
     async def read(self) -> bytes:
         """Return the whole body.
