@@ -537,3 +537,15 @@ async def _of_run(world: World) -> Task:
     created = world.settler.handing.create(new, world.clock.now())
     await world.settler.handing.launch([created])
     return created[0]
+
+
+async def test_a_repeated_report_counts_once(tmp_path: Path) -> None:
+    """An agent that says twice that a task is done, as after a lost answer, has completed one task."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent()
+        await world.submit()
+        (assignment,) = await peer.until_given()
+        for _ in range(3):
+            assert (await peer.done(assignment, result=msgspec.Raw(b"1"))).refused == []
+        await world.manager.registry.restate(peer.live.agent.id)
+        assert (await world.manager.get(ADMIN, "worker")).completed == 1

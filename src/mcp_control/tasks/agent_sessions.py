@@ -16,7 +16,7 @@ from mcp_control.kernel.errors import Forbidden, LeaseSuperseded, Problem
 from mcp_control.security.model import Actor
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.ledger import Intent, Ledger
+from mcp_control.tasks.ledger import Decide, Intent, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
@@ -211,9 +211,11 @@ class AgentSessions:
         intents: list[Intent] = []
         ends: list[str] = []
         freed: list[str] = []
+        changed: dict[int, bool] = {}
         for task_id, entries in gather(report).items():
             for told in entries:
-                intents.append(Intent(task_id, deciding(told, actor, now, self._chance)))
+                decide = deciding(told, actor, now, self._chance)
+                intents.append(Intent(task_id, _noting(decide, changed, len(intents))))
                 ends.append(told.done.outcome if told.done is not None else "")
                 if told.done is not None and self._ledger.leased(task_id, told.lease_token):
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
@@ -229,13 +231,13 @@ class AgentSessions:
             session.held.update(freed)
             return Ack(id=report.id, retry=True)
         refused: list[Refusal] = []
-        for intent, outcome, result in zip(intents, ends, results, strict=True):
+        for place, (intent, outcome, result) in enumerate(zip(intents, ends, results, strict=True)):
             if isinstance(result, Problem):
                 refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
                 await self._refused(session, intent.task_id)
             elif outcome:
                 self._let_go(session, result)
-                if outcome in ("completed", "failed"):
+                if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
         return Ack(id=report.id, refused=refused)
 
@@ -319,6 +321,17 @@ class AgentSessions:
     def _current(self, session: Session) -> None:
         if self._manager.sessions.get(session.instance.id) is not session:
             raise LeaseSuperseded("this session is over")
+
+
+def _noting(decide: Decide, changed: dict[int, bool], place: int) -> Decide:
+    """Note under `place` whether the last decision moved the task."""
+
+    def noting(task: Task) -> Move | None:
+        move = decide(task)
+        changed[place] = move is not None
+        return move
+
+    return noting
 
 
 class PollOutbox:
