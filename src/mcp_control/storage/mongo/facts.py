@@ -1,7 +1,8 @@
 """The facts in their one order, as documents that hold those of several commits, and their delivery to this server.
 
-A document `{_id: first seq, last, at, d: facts, src: [ids of the pending documents]}` is written once by a sequencer (`sequencer.py`) and
-read by all servers. What a server hands on was acknowledged by a majority before, so it never rolls back.
+A document `{_id: first seq, last, at, d: facts}` is written once by a sequencer (`sequencer.py`) and read by all servers. The document
+whose `_id` is 0 is the head: it holds the largest `seq` ever given, and outlives the facts. What a server hands on was acknowledged by a
+majority before, so it never rolls back.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +16,11 @@ from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.mongo.background import Background
 from mcp_control.storage.mongo.batch import unpack
 from mcp_control.storage.mongo.client import Database, Document
-from mcp_control.storage.mongo.schema import FACTS, META
+from mcp_control.storage.mongo.schema import FACTS
 from mcp_control.storage.ports import Committed
 
 _log = structlog.get_logger(__name__)
-_NEWEST: Final = "facts"
+HEAD: Final = 0  # `_id` of the head; facts begin at 1
 _POLL: Final = 0.25
 _PAGE: Final = 100  # documents
 _MESSAGE_BYTES: Final = 64 * 1024
@@ -35,9 +36,8 @@ def announcement(first: int, packed: bytes) -> bytes:
 
 async def newest_seq(database: Database) -> int:
     """Return the largest `seq` ever given, 0 when there was none; it outlives the facts themselves."""
-    trimmed = await database[META].find_one({"_id": _NEWEST})
-    head = await database[FACTS].find_one({}, {"last": 1}, sort=[("last", -1)])
-    return max(trimmed["newest"] if trimmed else 0, head["last"] if head else 0)
+    head = await database[FACTS].find_one({"_id": HEAD})
+    return int(head["newest"]) if head else 0
 
 
 async def read(database: Database, after: int, limit: int) -> list[StoredFact]:
@@ -62,7 +62,7 @@ async def trim(database: Database, before_at: int, keep: int, limit: int) -> tup
     """Delete the oldest documents that hold nothing to keep, about `limit` facts; see `Store.trim_facts`."""
     newest = await newest_seq(database)
     deleted, last = 0, 0
-    documents = database[FACTS].find({}, {"last": 1, "at": 1}, sort=[("last", 1)], batch_size=_PAGE)
+    documents = database[FACTS].find({"last": {"$gt": 0}}, {"last": 1, "at": 1}, sort=[("last", 1)], batch_size=_PAGE)
     async with documents:
         async for document in documents:
             if deleted >= limit or not (document["at"] < before_at or document["last"] <= newest - keep):
@@ -70,9 +70,8 @@ async def trim(database: Database, before_at: int, keep: int, limit: int) -> tup
             deleted += document["last"] - document["_id"] + 1
             last = document["last"]
     if deleted:
-        await database[META].update_one({"_id": _NEWEST}, {"$max": {"newest": newest}}, upsert=True)
-        await database[FACTS].delete_many({"last": {"$lte": last}})
-    oldest = await database[FACTS].find_one({}, {"_id": 1}, sort=[("last", 1)])
+        await database[FACTS].delete_many({"last": {"$gt": 0, "$lte": last}})
+    oldest = await database[FACTS].find_one({"last": {"$gt": 0}}, {"_id": 1}, sort=[("last", 1)])
     if oldest is not None:
         return int(oldest["_id"]), newest
     return (newest + 1 if newest else 0), newest

@@ -1,69 +1,90 @@
-"""Gives pending facts their place in the one order.
+"""Gives facts their place in the one order of all facts.
 
-A transaction leaves its facts in `store.pending`; whoever sequences reads what is there, in the order of the cluster time at which it was
-written, and inserts one document for all of it, whose `_id` is the first place. That insert is what decides: a second sequencer meets the
-same `_id`, or one of the pending ids in `src`, both unique, and reads the head again. Pending documents go afterwards; one that stays is
-recognised by `src`.
+A transaction of a server that does not lead leaves its facts in `store.pending`. Whoever sequences takes what is there, in the order of
+the cluster time at which it was written, and in one transaction moves the head, inserts one document with all of it, and removes the
+pending ones. The head says which place comes next; only a sequencer that knows it can move it, so of two sequencers one is refused.
 
-Causal order: a transaction that builds on another began after that one's commit, so its pending document got a later cluster time. The
-pending documents are read in one snapshot; a scan that moved on through time could find an effect and miss its cause.
+The leader sequences within its own commits: their facts get their places in the same transaction, after all that is pending, and are told
+before the commit returns. That saves a second majority write.
+
+Causal order: a transaction that builds on another began after that one's commit, so its pending document got a later cluster time. All
+pending documents are read in the transaction's snapshot; it holds everything that the transaction's own facts can be built on.
 """
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from bson.objectid import ObjectId
-from pymongo.errors import DuplicateKeyError, PyMongoError
+import msgspec
+from pymongo.asynchronous.client_session import AsyncClientSession
+from pymongo.errors import PyMongoError
+from pymongo.read_preferences import ReadPreference
 
 from mcp_control.storage.mongo.background import Background
 from mcp_control.storage.mongo.batch import body, pack, unpack
-from mcp_control.storage.mongo.client import SNAPSHOT, Database, Document
-from mcp_control.storage.mongo.facts import Tail, announcement, newest_seq
+from mcp_control.storage.mongo.client import MAJORITY, SNAPSHOT, Client, Database, Document
+from mcp_control.storage.mongo.facts import HEAD, Tail, announcement, newest_seq
 from mcp_control.storage.mongo.schema import FACTS, PENDING
 
-_PENDING_READ: Final = 500
+_PENDING_READ: Final = 300  # documents
 _BYTES: Final = 4 << 20
-_REMEMBERED: Final = 20_000
 _POLL_ALONE: Final = 0.05  # leading, when nobody tells of commits
 _POLL_TOLD: Final = 0.25
 _POLL_ASIDE: Final = 0.5  # not leading
 _TOLD_SECONDS: Final = 2.0
 _ABANDONED: Final = 1.0  # seconds after which pending facts are everybody's business
-_PAUSE: Final = 0.005
-_STALE: Final = 5.0  # seconds after which what was read may have been sequenced and trimmed by others
 
 Announce = Callable[[str, bytes], None]
 
 
+class Placed(msgspec.Struct, frozen=True):
+    """Facts with their places: the first `seq`, how many there are, and all of them packed."""
+
+    first: int
+    count: int
+    packed: bytes
+
+
+class NotPlacedError(Exception):
+    """Somebody else moved the head, or more is pending than one transaction takes."""
+
+
 class Sequencer:
-    """Sequences pending facts: at once while it leads, else only what nobody else does.
+    """Sequences facts: at once while it leads, else only what nobody else does.
 
     Args:
+        client: for sessions of its own.
         database: where the collections are.
         tail: gets what was sequenced at once.
         announce: tells the other servers.
         clock: monotonic seconds.
+
+    Attributes:
+        turn: held by whoever sequences on this server, from reading the head until the outcome is known.
     """
 
     def __init__(
-        self, database: Database, tail: Tail, announce: Announce, *, clock: Callable[[], float] = time.monotonic
+        self,
+        client: Client,
+        database: Database,
+        tail: Tail,
+        announce: Announce,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.turn = asyncio.Lock()
+        self._session: AsyncClientSession = client.start_session(causal_consistency=False)
         self._pending = database[PENDING]
-        self._facts = database[FACTS]
         self._database = database
         self._tail = tail
         self._announce = announce
         self._clock = clock
         self._lead = False
+        self._head: int | None = None  # as long as nobody else is known to sequence
         self._told_at = -_TOLD_SECONDS
-        self._head: int | None = None  # as long as nobody else sequences
-        self._placed: set[ObjectId] = set()
-        self._placed_order: deque[ObjectId] = deque()
-        self._oldest: tuple[ObjectId, float] | None = None  # the oldest pending document, and since when it was seen
-        self._work = Background("mongo-sequencer", self._turn)
+        self._oldest: tuple[object, float] | None = None  # the oldest pending document, and since when it was seen
+        self._work = Background("mongo-sequencer", self._once)
 
     @property
     def lead(self) -> bool:
@@ -77,13 +98,24 @@ class Sequencer:
             self._head = None
             self._work.ask()
 
+    @property
+    def ready(self) -> bool:
+        """Whether a commit of this server may sequence now."""
+        return self._lead and self._head is not None and not self.turn.locked()
+
+    @property
+    def session_id(self) -> bytes:
+        """The id of the session in which transactions of its own run."""
+        return bytes(self._session.session_id["id"])
+
     def start(self) -> None:
         """Begin to look for pending facts."""
         self._work.start()
 
     async def stop(self) -> None:
-        """Stop looking; what is under way finishes, or is found by others."""
+        """Stop looking; what is under way finishes, or is done by others."""
         await self._work.stop()
+        await self._session.end_session()
 
     def wake(self, *, told: bool = False) -> None:
         """Look now; `told` by another server, which will do so again."""
@@ -92,16 +124,80 @@ class Sequencer:
         if self._lead:
             self._work.ask()
 
-    async def _turn(self) -> float:
-        try:
-            while (self._lead or await self._abandoned()) and await self.once():
-                pass
-        except PyMongoError:
-            self._head = None
-            raise
+    # --- within a transaction, holding `turn` ---------------------------------------------------------------------
+
+    async def place(self, session: AsyncClientSession, own: Sequence[bytes], count: int, at: int) -> Placed | None:
+        """Give all pending facts, and after them these, their places; None where there is nothing.
+
+        Raises:
+            NotPlacedError: the transaction must be taken back, or go on without this.
+        """
+        if self._head is None:
+            raise NotPlacedError
+        pending, more = await self._read(session)
+        if own and more:
+            raise NotPlacedError
+        bodies = [body(document["d"]) for document in pending] + list(own)
+        if not bodies:
+            return None
+        count += sum(document["n"] for document in pending)
+        at = max([at, *(document["at"] for document in pending)])
+        placed = Placed(self._head + 1, count, pack(bodies, count))
+        last = self._head + count
+        updates = [
+            {"q": {"_id": HEAD, "newest": self._head}, "u": {"$set": {"newest": last}}},
+            {"q": {"_id": placed.first}, "u": {"$set": {"last": last, "at": at, "d": placed.packed}}, "upsert": True},
+        ]
+        answer = await self._database.command({"update": FACTS, "updates": updates}, session=session)
+        if answer["n"] != 2:
+            raise NotPlacedError
+        if pending:
+            statements = [{"q": {"_id": {"$in": [document["_id"] for document in pending]}}, "limit": 0}]
+            answer = await self._database.command({"delete": PENDING, "deletes": statements}, session=session)
+            if answer["n"] != len(pending):
+                raise NotPlacedError
+        return placed
+
+    async def _read(self, session: AsyncClientSession) -> tuple[list[Document], bool]:
+        """Return the pending documents, oldest first, and whether there may be more."""
+        found: list[Document] = []
+        size = 0
+        cursor = self._pending.find(
+            {}, sort=[("ts", 1)], limit=_PENDING_READ, batch_size=_PENDING_READ, session=session
+        )
+        for document in await cursor.to_list():
+            size += len(document["d"])
+            if found and size > _BYTES:
+                return found, True
+            found.append(document)
+        return found, len(found) == _PENDING_READ
+
+    def succeeded(self, placed: Placed) -> None:
+        """The transaction is durable: tell this server and the others."""
+        self._head = placed.first + placed.count - 1
+        self._tail.deliver(placed.first, unpack(placed.packed))
+        self._announce("facts", announcement(placed.first, placed.packed))
+
+    def failed(self) -> None:
+        """The transaction was taken back, or nobody knows."""
+        self._head = None
+        self._work.ask()
+
+    # --- by itself ------------------------------------------------------------------------------------------------
+
+    async def _once(self) -> float:
+        while (self._lead and await self._anything()) or (not self._lead and await self._abandoned()):
+            async with self.turn:
+                await self._transaction()
         if not self._lead:
             return _POLL_ASIDE
         return _POLL_TOLD if self._clock() - self._told_at < _TOLD_SECONDS else _POLL_ALONE
+
+    async def _anything(self) -> bool:
+        if self._head is None:
+            async with self.turn:
+                self._head = await newest_seq(self._database)
+        return await self._pending.find_one({}, {"_id": 1}) is not None
 
     async def _abandoned(self) -> bool:
         """Whether the same pending document has been the oldest for a while: those who should sequence do not."""
@@ -114,76 +210,22 @@ class Sequencer:
             self._oldest = oldest["_id"], now
         return now - self._oldest[1] >= _ABANDONED
 
-    async def once(self) -> bool:
-        """Sequence what is pending, up to a few megabytes; say whether there may be more."""
-        began = self._clock()
-        found = await self._read_pending()
-        fresh = [document for document in found if document["_id"] not in self._placed]
-        if fresh and self._head is None:
-            self._head = await newest_seq(self._database)
-            known = await self._known(fresh)
-            fresh = [document for document in fresh if document["_id"] not in known]
-        if fresh and self._head is not None:
-            if self._clock() - began > _STALE:
-                self._head = None
-                return True
-            await self._place(fresh)
-        if found:
-            await self._remove([document["_id"] for document in found if document["_id"] in self._placed])
-        return bool(fresh)
-
-    async def _read_pending(self) -> list[Document]:
-        pending = self._pending.with_options(read_concern=SNAPSHOT)
-        found: list[Document] = []
-        size = 0
-        async with pending.find({}, sort=[("ts", 1)], limit=_PENDING_READ) as documents:
-            async for document in documents:
-                size += len(document["d"])
-                if found and size > _BYTES:
-                    break
-                found.append(document)
-        return found
-
-    async def _known(self, documents: list[Document]) -> set[ObjectId]:
-        """Return which of these have their place already."""
-        ids = {document["_id"] for document in documents}
-        async for document in self._facts.find({"src": {"$in": [*ids]}}, {"src": 1}):
-            self._remember(ids.intersection(document["src"]))
-        return ids & self._placed
-
-    async def _place(self, documents: list[Document]) -> None:
-        assert self._head is not None
-        first = self._head + 1
-        count = sum(document["n"] for document in documents)
-        packed = pack([body(document["d"]) for document in documents], count)
-        ids = [document["_id"] for document in documents]
-        row = {
-            "_id": first,
-            "last": first + count - 1,
-            "at": max(document["at"] for document in documents),
-            "d": packed,
-            "src": ids,
-        }
-        head, self._head = self._head, None
+    async def _transaction(self) -> None:
+        head = self._head if self._lead else None
+        self._head = await newest_seq(self._database) if head is None else head
         try:
-            await self._facts.insert_one(row)
-        except DuplicateKeyError:  # somebody else sequences, too
-            await asyncio.sleep(_PAUSE)
+            await self._session.start_transaction(SNAPSHOT, MAJORITY, ReadPreference.PRIMARY)
+            try:
+                placed = await self.place(self._session, (), 0, 0)
+            except BaseException:
+                await self._session.abort_transaction()
+                raise
+            await self._session.commit_transaction()
+        except NotPlacedError:
+            self._head = None
             return
-        self._head = head + count
-        self._remember(ids)
-        self._tail.deliver(first, unpack(packed))
-        self._announce("facts", announcement(first, packed))
-
-    async def _remove(self, ids: list[ObjectId]) -> None:
-        """Remove pending documents that have their place; those that stay are met and removed again."""
-        if ids:
-            await self._pending.delete_many({"_id": {"$in": ids}})
-
-    def _remember(self, ids: "list[ObjectId] | set[ObjectId]") -> None:
-        for one in ids:
-            if one not in self._placed:
-                self._placed.add(one)
-                self._placed_order.append(one)
-        while len(self._placed_order) > _REMEMBERED:
-            self._placed.discard(self._placed_order.popleft())
+        except PyMongoError:
+            self._head = None
+            raise
+        if placed is not None:
+            self.succeeded(placed)

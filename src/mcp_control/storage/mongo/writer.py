@@ -37,6 +37,7 @@ from mcp_control.storage.mongo.batch import (
 from mcp_control.storage.mongo.client import BUDGET, MAJORITY, SNAPSHOT, Client, Database, Document, unavailable
 from mcp_control.storage.mongo.commands import steps
 from mcp_control.storage.mongo.schema import PENDING
+from mcp_control.storage.mongo.sequencer import NotPlacedError, Placed, Sequencer
 
 _log = structlog.get_logger(__name__)
 _DUPLICATE_KEY: Final = 11000
@@ -85,7 +86,8 @@ class GroupCommit:
         shapes: the kinds that may be written.
         max_waiting: changes that may wait; more raise Overloaded.
         batch_writes: entity writes after which a transaction takes no further calls. A call is never split.
-        wrote: called when a transaction with facts is durable.
+        sequencer: gives facts their places, in the same transaction where this server leads.
+        wrote: called when facts were left pending.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class GroupCommit:
         *,
         max_waiting: int,
         batch_writes: int,
+        sequencer: Sequencer,
         wrote: Callable[[], None],
     ) -> None:
         self._client = client
@@ -103,6 +106,7 @@ class GroupCommit:
         self._shapes = shapes
         self._max_waiting = max_waiting
         self._batch_writes = batch_writes
+        self._sequencer = sequencer
         self._wrote = wrote
         self._loop = asyncio.get_running_loop()
         self._session: AsyncClientSession = client.start_session(causal_consistency=False)
@@ -177,17 +181,21 @@ class GroupCommit:
         items = [item for call in calls for item in call.items]
         deadline = self._loop.time() + BUDGET
         pause = _PAUSE
-        exact = False
+        exact, aside = False, False
         while True:
             try:
-                outcomes = await self._attempt(items, exact, deadline)
+                outcomes = await self._try(items, exact, aside, deadline)
             except _AssumptionFailedError:
                 exact = True
+                continue
+            except NotPlacedError:
+                aside = True
                 continue
             except _InterruptedError as interrupted:
                 if self._loop.time() + pause < deadline:
                     await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  spreads servers, protects nothing
                     pause = min(2 * pause, _LONGEST_PAUSE)
+                    aside = True  # the head may be what was fought for
                     continue
                 self._fail(calls, interrupted.problem)
                 self._fail(self._take_all(), interrupted.problem)  # they have waited as long already
@@ -227,36 +235,61 @@ class GroupCommit:
 
     # --- one transaction ------------------------------------------------------------------------------------------
 
-    async def _attempt(self, items: list[Prepared], exact: bool, deadline: float) -> Outcomes:
+    async def _try(self, items: list[Prepared], exact: bool, aside: bool, deadline: float) -> Outcomes:
+        """Run the transaction; with the facts sequenced in it where this server may do so and `aside` does not say otherwise."""
+        if aside or not self._sequencer.ready:
+            plan, _ = await self._attempt(items, exact, deadline, sequence=False)
+            if plan.facts:
+                self._wrote()
+            return plan.outcomes
+        async with self._sequencer.turn:
+            try:
+                plan, placed = await self._attempt(items, exact, deadline, sequence=True)
+            except _AssumptionFailedError:
+                raise
+            except BaseException:
+                self._sequencer.failed()
+                raise
+            if placed is not None:
+                self._sequencer.succeeded(placed)
+        return plan.outcomes
+
+    async def _attempt(
+        self, items: list[Prepared], exact: bool, deadline: float, *, sequence: bool
+    ) -> tuple[Plan, Placed | None]:
         plan = None if exact else assume(self._shapes, items)
         if plan is not None and not plan.operations and not plan.facts:
             raise _AssumptionFailedError  # all conflict with each other: look before saying so
-        session = self._session
-        await session.start_transaction(SNAPSHOT, MAJORITY, ReadPreference.PRIMARY)
+        placed = None
+        await self._session.start_transaction(SNAPSHOT, MAJORITY, ReadPreference.PRIMARY)
         try:
             with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
                 if plan is None:
                     plan = await self._decide(items)
                 for step in steps(self._shapes, plan):
                     await self._write(step.command, step.expected, plan.exact)
-                if plan.facts:
-                    pending = {
-                        "_id": ObjectId(),
-                        "ts": Timestamp(0, 0),
-                        "n": plan.count,
-                        "at": plan.at,
-                        "d": pack(plan.facts, plan.count),
-                    }
-                    await self._write({"insert": PENDING, "documents": [pending]}, 1, plan.exact)
+                if plan.facts and sequence:
+                    placed = await self._sequencer.place(self._session, plan.facts, plan.count, plan.at)
+                elif plan.facts:
+                    await self._leave(plan)
         except BaseException as error:
             await self._abort()
             if isinstance(error, PyMongoError):
                 raise self._translated(error, exact=plan is not None and plan.exact) from error
             raise
         await self._commit(deadline)
-        if plan.facts:
-            self._wrote()
-        return plan.outcomes
+        return plan, placed
+
+    async def _leave(self, plan: Plan) -> None:
+        """Leave the facts for a sequencer. The server fills in the empty timestamp: its cluster time."""
+        pending = {
+            "_id": ObjectId(),
+            "ts": Timestamp(0, 0),
+            "n": plan.count,
+            "at": plan.at,
+            "d": pack(plan.facts, plan.count),
+        }
+        await self._write({"insert": PENDING, "documents": [pending]}, 1, plan.exact)
 
     async def _write(self, command: Document, expected: int | None, exact: bool) -> None:
         answer = await self._database.command(command, session=self._session)
