@@ -134,7 +134,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
     async with AsyncExitStack() as stack:
         name = settings.node or socket.gethostname()
         base = await stack.enter_async_context(backend(settings, name, fate.fatal, around))
-        clock, store, queue, shared = base.clock, base.store, base.queue, base.shared
+        clock, store, shared = base.clock, base.store, base.shared
         ids = IdSource(clock)
         plugins = Plugins(settings.plugins)
         offered = plugins.pipelines()
@@ -155,6 +155,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
                 hear(facts)
 
         await base.open(KINDS, committed)
+        queue = base.queue
         await broadcaster.start()
         stack.callback(broadcaster.close)
 

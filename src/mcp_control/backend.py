@@ -10,6 +10,7 @@ import structlog
 from mcp_control import __version__
 from mcp_control.configuration.settings import Settings
 from mcp_control.coordination.clock import StoreClock
+from mcp_control.coordination.identity import identity_of
 from mcp_control.coordination.leadership import Leadership
 from mcp_control.coordination.model import Node
 from mcp_control.coordination.nodes import Nodes
@@ -46,7 +47,9 @@ class Backend:
         leadership, nodes, resilient: None for a single server; `resilient` also without Redis.
     """
 
-    def __init__(self, store: Store, queue: Queue, bus: Bus | None, cache: Cache, blobs: Blobs | None, clock: Clock) -> None:
+    def __init__(
+        self, store: Store, queue: Queue, bus: Bus | None, cache: Cache, blobs: Blobs | None, clock: Clock
+    ) -> None:
         self.kind: Literal["sqlite", "mongodb"] = "sqlite"
         self.store = store
         self.queue = queue
@@ -136,7 +139,8 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
 
     assert settings.mongo.uri is not None
     system = SystemClock()
-    server = IdSource(system).new("node")
+    ids = IdSource(system)
+    server = ids.new("node")
     mongo = MongoStore(
         settings.mongo.uri.get_secret_value(),
         node=server,
@@ -150,19 +154,6 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     claims = StoreQueue(store, clock)
     local_bus, local_cache = LocalBus(), LocalCache(clock)
     made = Backend(store, claims, local_bus, local_cache, None, clock)
-    if settings.redis.url is not None:
-        namespace = settings.redis.namespace
-        client = connect(settings.redis.url.get_secret_value(), seconds=settings.redis.timeout_seconds)
-        link = RedisLink(client, namespace, Breaker(clock), seconds=settings.redis.timeout_seconds)
-        stack.push_async_callback(link.close)
-        made.resilient = ResilientQueue(RedisQueue(client, namespace), claims, link, clock)
-        stack.push_async_callback(made.resilient.close)
-        made.queue = made.resilient
-        made.bus = RedisBus(link, namespace, local_bus)
-        made.cache = RedisCache(link, namespace, local_cache)
-    bus = made.bus
-    assert bus is not None
-    stack.push_async_callback(bus.close)
     seconds = settings.cluster.leader_seconds
     me = Node(
         id=server,
@@ -188,11 +179,24 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
             await nodes.bury()
 
     async def join(kinds: Sequence[Kind], committed: Committed) -> None:
+        await store.open(kinds, committed)
+        made._blobs = GridFsBlobs(mongo.database)
+        bus: Bus = local_bus
+        if settings.redis.url is not None:
+            # Two clusters may use one Redis: what one says must mean nothing to the other.
+            namespace = f"{settings.redis.namespace}:{await identity_of(store, ids)}"
+            client = connect(settings.redis.url.get_secret_value(), seconds=settings.redis.timeout_seconds)
+            link = RedisLink(client, namespace, Breaker(clock), seconds=settings.redis.timeout_seconds)
+            stack.push_async_callback(link.close)
+            made.resilient = ResilientQueue(RedisQueue(client, namespace), claims, link, clock)
+            stack.push_async_callback(made.resilient.close)
+            made.queue = made.resilient
+            bus = made.bus = RedisBus(link, namespace, local_bus)
+            made.cache = RedisCache(link, namespace, local_cache)
+        stack.push_async_callback(bus.close)
         announcer = Announcer(bus)
         stack.push_async_callback(announcer.close)
         mongo.announce = announcer.put
-        await store.open(kinds, committed)
-        made._blobs = GridFsBlobs(mongo.database)
         await clock.once()
         await nodes.once()
         await lead(0)

@@ -44,6 +44,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sessions: list[bytes] = []
 
 
+IDENTITY_KIND: Final = Kind(name="identity")
 LEADER_KIND: Final = Kind(name="leader")
 NODE_KIND: Final = Kind(name="node", fields=(Field("until", "int"),), indexes=(Index("node_until", ("until", "id")),))
-KINDS: Final = (LEADER_KIND, NODE_KIND)
+KINDS: Final = (IDENTITY_KIND, LEADER_KIND, NODE_KIND)
