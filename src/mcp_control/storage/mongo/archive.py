@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
-from bson.objectid import ObjectId
+from msgspec import structs
 from pymongo import DeleteMany, InsertOne, ReplaceOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
@@ -18,9 +18,10 @@ from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
 from mcp_control.kernel.changes import Entity, Fact, Kind, StoredFact
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.storage.mongo import schema
-from mcp_control.storage.mongo.batch import body, pack, unpack
+from mcp_control.storage.mongo.batch import pack, unpack
 from mcp_control.storage.mongo.client import Client, Database, Document, connect, database_of, unavailable
 from mcp_control.storage.mongo.documents import SEPARATOR, Shape, all_parts, entity, part_id, split_cold
+from mcp_control.storage.mongo.facts import HEAD, newest_seq
 
 _PAGE_BYTES: Final = 4 << 20
 _PAGE_ROWS: Final = 1000
@@ -136,19 +137,13 @@ class MongoSnapshot:
         names = sorted(name for name in known if name.startswith("kind:"))
         self.kinds = tuple(msgspec.json.decode(known[name]["declared"], type=Kind) for name in names)
         self._shapes = {kind.name: Shape(kind) for kind in self.kinds}
-        head = await database[schema.FACTS].find_one({}, {"last": 1}, sort=[("last", -1)], session=session)
-        placed = max(known.get("facts", {}).get("newest", 0), head["last"] if head else 0)
+        placed = await newest_seq(database, session)
         waiting = await database[schema.PENDING].find({}, sort=[("ts", 1)], session=session).to_list()
-        ids = [document["_id"] for document in waiting]
-        done: set[ObjectId] = set()
-        async for document in database[schema.FACTS].find({"src": {"$in": ids}}, {"src": 1}, session=session):
-            done.update(document["src"])
         facts: list[Fact] = []
         for document in waiting:
-            if document["_id"] not in done:
-                facts += unpack(pack([body(document["d"])], document["n"]))
-        self._pending = [StoredFact(seq, fact) for seq, fact in enumerate(facts, placed + 1)]
-        self.newest_seq = placed + len(facts)
+            facts += unpack(document["d"])
+        self._pending = [StoredFact(seq, fact) for seq, fact in enumerate(facts, int(placed) + 1)]
+        self.newest_seq = int(placed) + len(facts)
 
     async def entities(self, kind: str) -> AsyncIterator[Sequence[Entity]]:
         """See `Snapshot.entities`."""
@@ -175,7 +170,7 @@ class MongoSnapshot:
             async for found in self._database[shape.parts].find({"$or": ranges}, session=self._session):
                 owner, _, name = found["_id"].partition(SEPARATOR)
                 pieces[owner][name] = found["b"]
-        return [entity(shape, document, pieces[document["_id"]]) for document in page]
+        return [_plain(entity(shape, document, pieces[document["_id"]])) for document in page]
 
     async def facts(self, after: int = 0) -> AsyncIterator[Sequence[StoredFact]]:
         """See `Snapshot.facts`."""
@@ -189,7 +184,7 @@ class MongoSnapshot:
         )
         async with cursor:
             async for document in cursor:
-                placed = (StoredFact(seq, fact) for seq, fact in enumerate(unpack(document["d"]), document["_id"]))
+                placed = (StoredFact(seq, fact) for seq, fact in enumerate(unpack(document["d"]), int(document["_id"])))
                 page += [stored for stored in placed if stored.seq > after]
                 if len(page) >= _FACTS:
                     yield page
@@ -197,6 +192,12 @@ class MongoSnapshot:
         page += [stored for stored in self._pending if stored.seq > after]
         if page:
             yield page
+
+
+def _plain(found: Entity) -> Entity:
+    """Return an entity with Python's own integers for the driver's, which are a class of their own."""
+    index = {name: int(value) if isinstance(value, int) else value for name, value in found.index.items()}
+    return structs.replace(found, version=int(found.version), index=index)
 
 
 class MongoLoading:
@@ -261,7 +262,6 @@ class MongoLoading:
                 "last": some[-1].seq,
                 "at": max(stored.fact.at for stored in some),
                 "d": packed,
-                "src": [ObjectId()],  # unique, as those of facts that were pending once
             }
             await self._database[schema.FACTS].insert_one(row)
 
@@ -274,5 +274,5 @@ class MongoLoading:
 
     async def finish(self, newest_seq: int) -> None:
         """See `Loading.finish`."""
-        await self._database[schema.META].update_one({"_id": "facts"}, {"$max": {"newest": newest_seq}}, upsert=True)
+        await self._database[schema.FACTS].update_one({"_id": HEAD}, {"$max": {"newest": newest_seq}}, upsert=True)
         await schema.end_load(self._database)

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 import structlog
+from pymongo.asynchronous.client_session import AsyncClientSession
 
 from mcp_control.kernel.changes import Fact, StoredFact
 from mcp_control.kernel.errors import Problem, StoreUnavailable
@@ -34,9 +35,9 @@ def announcement(first: int, packed: bytes) -> bytes:
     return encode_range((first, packed)) if len(packed) <= _MESSAGE_BYTES else b""
 
 
-async def newest_seq(database: Database) -> int:
+async def newest_seq(database: Database, session: AsyncClientSession | None = None) -> int:
     """Return the largest `seq` ever given, 0 when there was none; it outlives the facts themselves."""
-    head = await database[FACTS].find_one({"_id": HEAD})
+    head = await database[FACTS].find_one({"_id": HEAD}, session=session)
     return int(head["newest"]) if head else 0
 
 
