@@ -85,7 +85,14 @@ class RedisQueue:
 
     async def depths(self) -> list[Depth]:
         """See `Queue.depths`. The cost is that of the lanes, whatever waits in them."""
-        lanes = await self._lane_names()
+        return await self.depths_of(await self.lanes())
+
+    async def lanes(self) -> list[str]:
+        """Return the lanes there are, some of which may have become empty."""
+        return sorted(name.decode() for name in await self._client.execute_command("SMEMBERS", self._lanes))
+
+    async def depths_of(self, lanes: Sequence[str]) -> list[Depth]:
+        """Return those of these lanes that are not empty, and forget the others."""
         found = await self._look(lanes)
         empty = [lane for lane in lanes if lane not in found]
         if empty:
@@ -99,7 +106,7 @@ class RedisQueue:
 
     async def clear(self) -> None:
         """See `Queue.clear`."""
-        lanes = await self._lane_names()
+        lanes = await self.lanes()
         for lane in lanes:
             await self._client.execute_command("UNLINK", *self._keys(lane))
         await self._client.execute_command("DEL", self._mark, self._refill)
@@ -124,9 +131,6 @@ class RedisQueue:
         processes = await self._processes()
         answer = await self._complete.run(self._client, [self._mark, self._refill], self._token, processes)
         return bool(answer)
-
-    async def _lane_names(self) -> list[str]:
-        return sorted(name.decode() for name in await self._client.execute_command("SMEMBERS", self._lanes))
 
     async def _look(self, lanes: Sequence[str]) -> dict[str, Depth]:
         answers = await self._depth.run_all(self._client, [(self._keys(lane)[:1], ()) for lane in lanes])

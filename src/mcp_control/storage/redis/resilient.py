@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Final, Literal
 
 import structlog
@@ -16,6 +17,9 @@ _log = structlog.get_logger(__name__)
 _TRUSTED_SECONDS: Final = 0.5
 _FRESH_SECONDS: Final = 0.05
 _RETRY_SECONDS: Final = 0.1
+# What stays far below the time limit of one call, however busy the machine is.
+_PUSHED_AT_ONCE: Final = 200
+_LOOKED_AT_ONCE: Final = 50
 
 
 class ResilientQueue:
@@ -60,10 +64,10 @@ class ResilientQueue:
 
     async def push(self, entries: Sequence[Queued]) -> None:
         """See `Queue.push`. Trouble with Redis is no error."""
-        if not entries:
-            return
         try:
-            await self._link.call(lambda: self._redis.push(entries))
+            for first in range(0, len(entries), _PUSHED_AT_ONCE):
+                some = entries[first : first + _PUSHED_AT_ONCE]
+                await self._link.call(partial(self._redis.push, some))
         except RedisTrouble:
             self.doubt()
 
@@ -111,7 +115,12 @@ class ResilientQueue:
         """See `Queue.depths`."""
         if await self._trusted(_TRUSTED_SECONDS):
             try:
-                return await self._link.call(self._redis.depths)
+                found: list[Depth] = []
+                lanes = await self._link.call(self._redis.lanes)
+                for first in range(0, len(lanes), _LOOKED_AT_ONCE):
+                    some = lanes[first : first + _LOOKED_AT_ONCE]
+                    found += await self._link.call(partial(self._redis.depths_of, some))
+                return found
             except RedisTrouble:
                 pass
         return await self._store.depths()
