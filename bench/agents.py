@@ -1,6 +1,7 @@
 """The agent processes of the benchmarks: `python -m bench.agents noop|techdeck NAME SLOTS`."""
 
 import sys
+import time
 from typing import Any
 
 from mcp_control import Agent
@@ -18,6 +19,12 @@ async def nothing(payload: Any) -> dict[str, bool]:
 async def step(payload: dict[str, Any]) -> dict[str, Any]:
     """One stage of the chain: hand on the payload, counted up."""
     return {"i": payload["i"] + 1, "text": payload["text"]}
+
+
+@noop.task("bench.clock")
+async def clock(payload: Any) -> dict[str, float]:
+    """Tell when the handler began, in seconds of this machine's clock."""
+    return {"at": time.time()}
 
 
 def agent(kind: str, name: str, slots: int) -> Agent:

@@ -16,7 +16,7 @@ from bench.http import connections
 from bench.loads import CONNECTIONS, MODES, STAGES, apply_chain, chain_once, chains_at_once, done_by, latency_once
 from bench.stand import Stand, stand
 
-_ATTACH_SECONDS: Final = 1.0  # py-spy needs a moment before it samples
+ATTACH_SECONDS: Final = 1.0  # py-spy needs a moment before it samples
 _RATE: Final = 400
 # Threads that wait in native code are sometimes taken for busy.
 _WAITS: Final = ("concurrent/futures/thread.py:_worker",)
@@ -25,6 +25,11 @@ _FRAME: Final = re.compile(r"^(?P<name>.+?) \((?P<file>.+?)(?::(?P<line>\d+))?\)
 # The innermost frame that matches decides. Order matters within a file only.
 PARTS: Final = (
     ("SQL", ("storage/sqlite/apply.py", "storage/sqlite/queries.py", "storage/sqlite/factlog.py")),
+    ("BSON", ("bson/",)),
+    ("MongoDB driver", ("pymongo/",)),
+    ("Redis driver", ("redis/asyncio", "redis/_parsers", "redis/client", "redis/connection")),
+    ("MongoDB store", ("storage/mongo/",)),
+    ("Redis queue, bus, cache", ("storage/redis/",)),
     ("commit (flush and queue of the writer)", ("storage/sqlite/writer.py", "storage/sqlite/store.py")),
     ("events (encode, deliver)", ("events/",)),
     (
@@ -172,7 +177,7 @@ async def profiled(bench: str) -> str:
         async with stand("noop") as there:
             await work(there, tasks // 20)  # warm
             with there.metered() as usage, sampled(there.server) as stacks:
-                await asyncio.sleep(_ATTACH_SECONDS)
+                await asyncio.sleep(ATTACH_SECONDS)
                 await work(there, tasks)
             figures = ", ".join(f"{name} {value}" for name, value in usage.per_task(tasks).items())
             found.append(f"== {bench} {title}: {tasks} tasks, {figures}\n{summary(stacks, tasks)}\n")

@@ -62,9 +62,9 @@ def show(lines: Iterable[Line], console: Console) -> None:
         name = " ".join(str(line[key]) for key in ("bench", "mode") if key in line)
         if line["bench"] == "P":
             name += f" {line['rows']:,} rows, {line['agents']} agent{'s' * (line['agents'] > 1)}"
-        figures = ", ".join(f"{_plain(line[key])} {key}" for key in _FIGURES if key in line)
+        figures = ", ".join(f"{plain(line[key])} {key}" for key in _FIGURES if key in line)
         asked = ", ".join(
-            f"[{'green' if floor.met(line) else 'red'}]{'≤' if floor.at_most else '≥'} {_plain(floor.value)} {floor.figure}[/]"
+            f"[{'green' if floor.met(line) else 'red'}]{'≤' if floor.at_most else '≥'} {plain(floor.value)} {floor.figure}[/]"
             for floor in floors(line)
         )
         cpu = ", ".join(f"{line[key]:,.0f} µs" for key in _CPU if key in line)
@@ -72,7 +72,8 @@ def show(lines: Iterable[Line], console: Console) -> None:
     console.print(table)
 
 
-def _plain(value: float) -> str:
+def plain(value: float) -> str:
+    """Return a figure as it is shown."""
     return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
 

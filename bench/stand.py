@@ -82,6 +82,7 @@ class Stand:
         url, token: where it is, and an administrator's API token.
         api: a connection for the stand's own questions.
         folder: for files of the measurement.
+        name: what the names of its agents begin with.
     """
 
     url: str
@@ -89,6 +90,7 @@ class Stand:
     server: int
     api: Connection
     folder: Path
+    name: str = ""
     _agents: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _logs: list[IO[bytes]] = field(default_factory=list)
 
@@ -100,22 +102,24 @@ class Stand:
     async def start_agents(self, kind: str, count: int, slots: int) -> None:
         """Start agent processes and return when all are online."""
         enrolment = await self.api.json("POST", "/agents/enrolment-tokens", {"uses": count})
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("MCP_CONTROL_")}
-        environ |= {
-            "MCP_CONTROL_URL": self.url,
-            "MCP_CONTROL_ENROLMENT_TOKEN": enrolment["token"],
-            "MCP_CONTROL_CONFIG_DIR": str(self.folder / "config"),
-        }
         already = len(self._agents)
         for number in range(already, already + count):
-            log = (self.folder / f"agent-{number}.log").open("wb")
+            name = f"{self.name}{kind}-{number}"
+            log = (self.folder / f"agent-{name}.log").open("wb")
             self._logs.append(log)
-            command = [sys.executable, "-m", "bench.agents", kind, f"{kind}-{number}", str(slots)]
+            environ = {key: value for key, value in os.environ.items() if not key.startswith("MCP_CONTROL_")}
+            environ |= {
+                "MCP_CONTROL_URL": self.url,
+                "MCP_CONTROL_ENROLMENT_TOKEN": enrolment["token"],
+                "MCP_CONTROL_CONFIG_DIR": str(self.folder / "config"),
+            }
+            command = [sys.executable, "-m", "bench.agents", kind, name, str(slots)]
             self._agents.append(_process(command, environ, log))
         end = time.monotonic() + _READY_SECONDS
         while True:
             online = await self.api.json("GET", "/agents?state=online")
-            if len(online["items"]) == len(self._agents):
+            mine = [agent for agent in online["items"] if agent["name"].startswith(f"{self.name}{kind}-")]
+            if len(mine) == len(self._agents):
                 return
             failed = [process for process in self._agents if process.poll() is not None]
             if failed or time.monotonic() > end:
@@ -134,13 +138,13 @@ class Stand:
     def metered(self) -> Iterator[Usage]:
         """Fill in a Usage over the block; memory is the end's, see `watched` for the peak."""
         usage = Usage()
-        before = cpu_seconds([self.server]), cpu_seconds(self.agents), _own_cpu()
+        before = cpu_seconds([self.server]), cpu_seconds(self.agents), own_cpu()
         began = time.perf_counter()
         yield usage
         usage.seconds = time.perf_counter() - began
         usage.server_cpu = cpu_seconds([self.server]) - before[0]
         usage.agent_cpu = cpu_seconds(self.agents) - before[1]
-        usage.client_cpu = _own_cpu() - before[2]
+        usage.client_cpu = own_cpu() - before[2]
         usage.server_rss_mb = max(usage.server_rss_mb, rss_mb([self.server]))
         usage.agent_rss_mb = max(usage.agent_rss_mb, rss_mb(self.agents))
 
@@ -182,7 +186,8 @@ def _process(command: list[str], environ: dict[str, str], log: IO[bytes]) -> sub
     return subprocess.Popen(command, env=environ, stdout=log, stderr=log)
 
 
-def _own_cpu() -> float:
+def own_cpu() -> float:
+    """Return the processor time of this process."""
     times = os.times()
     return times.user + times.system
 
