@@ -30,15 +30,16 @@ def quiet(_: str) -> None:
 
 async def create(place: Place, path: Path, *, blobs: bool = True) -> Manifest:
     """Write a backup."""
-    return await backup.create(
-        place.archive,
-        place.blobs() if blobs else None,
-        path,
-        store=place.kind,
-        product="1",
-        now=SystemClock().now(),
-        progress=quiet,
-    )
+    async with place.blobs() as there:
+        return await backup.create(
+            place.archive,
+            there if blobs else None,
+            path,
+            store=place.kind,
+            product="1",
+            now=SystemClock().now(),
+            progress=quiet,
+        )
 
 
 async def restored(path: Path, place: Place, *, replace: bool = False) -> int:

@@ -7,6 +7,7 @@ generation plus one is not enough: the new one is the wall time in milliseconds.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 from mcp_control.agents.model import INSTANCE_KIND
 from mcp_control.agents.records import read_instance, write_instance
 from mcp_control.archive.backup import BlobPiece, EntityPage, FactPage, Part, Progress, read, verify
+from mcp_control.archive.migrate import FLEETING
 from mcp_control.archive.model import BUNDLE, BackupDamaged, Header, Manifest
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, Kind, StoredFact
@@ -31,7 +33,7 @@ _ENDLESS = 1 << 62
 async def restore(
     path: Path,
     archive: Archive,
-    open_blobs: Callable[[], Blobs],
+    open_blobs: Callable[[], AbstractAsyncContextManager[Blobs]],
     kinds: Sequence[Kind],
     *,
     now: int,
@@ -58,13 +60,14 @@ async def restore(
         raise BackupDamaged("header.json", "this is the bundle of one run; `mcpctl runs import` reads it")
     known = {kind.name for kind in kinds}
     wanted = [*kinds, *(kind for kind in header.kinds if kind.name not in known)]
-    async with archive.loading(wanted, replace=replace_old) as loading:
+    async with archive.loading(wanted, replace=replace_old) as loading, open_blobs() as blobs:
         generation = now
         facts: list[Fact] = []
-        blobs = open_blobs()
         parts = read(path)
         for part in parts:
             match part:
+                case EntityPage(kind) if kind in FLEETING:
+                    pass
                 case EntityPage(kind, entities):
                     if kind == GENERATION_KIND.name:
                         generation = max([generation, *(int(entity.hot) + 1 for entity in entities)])

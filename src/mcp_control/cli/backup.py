@@ -1,10 +1,10 @@
 """`mcpctl backup`: the store of this machine's settings as a file, and back."""
 
-import os
 import sys
 import time
 from collections.abc import Coroutine
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -59,12 +59,11 @@ class Ticker:
 def need_server() -> None:
     """Raise CliError where only the client is installed."""
     try:
-        import mcp_control.offline
+        import_module("mcp_control.offline")
     except ImportError as error:
         raise CliError(
             f"the server is not installed: {error}", hint="pip install 'mcp-control-panel[server]'"
         ) from None
-    assert mcp_control.offline
 
 
 def found(store: str, data: Path | None) -> "Place":
@@ -74,14 +73,16 @@ def found(store: str, data: Path | None) -> "Place":
     need_server()
     from mcp_control.configuration.settings import SettingsError, load
     from mcp_control.kernel.errors import StoreUnavailable
-    from mcp_control.offline import in_folder, place
+    from mcp_control.offline import in_database, in_folder, place
 
     try:
         if data is not None:
             return in_folder(data)
-        if store or os.environ.get("MONGODB_URI"):
-            return place(store or os.environ["MONGODB_URI"])
-        return in_folder(load().settings.data)
+        if store:
+            return place(store)
+        settings = load().settings
+        uri = settings.mongo.uri
+        return in_folder(settings.data) if uri is None else in_database(uri.get_secret_value())
     except SettingsError as error:
         raise CliError(f"settings: {error}", USAGE) from None
     except StoreUnavailable as error:
@@ -92,6 +93,7 @@ def finished(work: Coroutine[Any, Any, T], ticker: Ticker) -> T:
     """Run work on stores and files to its end. Raises CliError for what went wrong."""
     import asyncio
 
+    from mcp_control.archive.migrate import CopyDiffers
     from mcp_control.archive.model import BackupDamaged
     from mcp_control.kernel.errors import Problem
 
@@ -99,6 +101,8 @@ def finished(work: Coroutine[Any, Any, T], ticker: Ticker) -> T:
         return asyncio.run(work)
     except BackupDamaged as error:
         raise CliError(f"damaged: {error}", FAILED, "take another backup") from None
+    except CopyDiffers as error:
+        raise CliError(f"the copy is not what is there: {error}", FAILED, "nothing was finished; try again") from None
     except Problem as error:
         raise CliError(error.detail, CONFLICT) from None
     except OSError as error:
@@ -129,18 +133,20 @@ def create(
     stamp = datetime.fromtimestamp(now / 1000, UTC).strftime("%Y%m%dT%H%M%SZ")
     path = (output or Path(f"mcp-control-{stamp}.mcpbackup")).absolute()
     ticker = Ticker()
-    manifest = finished(
-        backup.create(
-            place.archive,
-            None if without_blobs else place.blobs(),
-            path,
-            store=place.kind,
-            product=__version__,
-            now=now,
-            progress=ticker,
-        ),
-        ticker,
-    )
+
+    async def written() -> "Manifest":
+        async with place.blobs() as blobs:
+            return await backup.create(
+                place.archive,
+                None if without_blobs else blobs,
+                path,
+                store=place.kind,
+                product=__version__,
+                now=now,
+                progress=ticker,
+            )
+
+    manifest = finished(written(), ticker)
     if manifest.blobs_missing:
         say(f"{len(manifest.blobs_missing)} artifacts were deleted while the backup was made; it names their digests")
     _show({"file": str(path), "bytes": path.stat().st_size, "store": place.name, **_counts(manifest)}, as_json)

@@ -10,8 +10,21 @@ from typing import Annotated, Final
 import typer
 
 from mcp_control import __version__
-from mcp_control.cli import agents, artifacts, backup, bundles, events, pipelines, profiles, runs, system, tasks
+from mcp_control.cli import (
+    agents,
+    artifacts,
+    backup,
+    bundles,
+    events,
+    migrate,
+    pipelines,
+    profiles,
+    runs,
+    system,
+    tasks,
+)
 from mcp_control.cli.demo import demo
+from mcp_control.cli.doctor import doctor
 from mcp_control.cli.errors import FAILED, INTERRUPTED, USAGE, CliError, tell, told
 from mcp_control.cli.options import NO_INPUT, YES
 from mcp_control.cli.up import up
@@ -73,6 +86,7 @@ app.command("up")(up)
 app.command("demo")(demo)
 app.command("status")(system.status)
 app.command("login")(profiles.login)
+app.command("migrate-store")(migrate.migrate_store)
 runs.app.command("export")(bundles.export)
 runs.app.command("import")(bundles.take_in)
 for noun in (
@@ -93,7 +107,7 @@ for noun in (
     app.add_typer(noun)
 app.command("api")(system.api)
 app.command("commands")(system.commands)
-app.command("doctor")(system.doctor)
+app.command("doctor")(doctor)
 
 
 def ordered(arguments: list[str]) -> list[str]:
