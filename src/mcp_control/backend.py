@@ -1,6 +1,7 @@
 """What a server stands on: the data folder of a single one, or MongoDB and Redis for several. Part of the composition root."""
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final, Literal
@@ -25,6 +26,7 @@ from mcp_control.storage.local.cache import LocalCache
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Blobs, Bus, Cache, Committed, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.tasks.records import read as read_task
 
 if TYPE_CHECKING:
     from mcp_control.storage.mongo.store import MongoStore
@@ -151,7 +153,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     store: Store = mongo if around is None else around(mongo)
     stack.push_async_callback(store.close)
     clock = StoreClock(system, mongo.offset_ms)
-    claims = StoreQueue(store, clock)
+    claims = StoreQueue(store, clock, order_of=lambda entity: read_task(entity).order, random=random.Random())  # noqa: S311  spreads servers, protects nothing
     local_bus, local_cache = LocalBus(), LocalCache(clock)
     made = Backend(store, claims, local_bus, local_cache, None, clock)
     seconds = settings.cluster.leader_seconds
@@ -175,8 +177,9 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         mongo.lead = await leadership.once()
 
     async def bury(_: int) -> None:
-        if leadership.leading:
-            await nodes.bury()
+        if leadership.leading and await nodes.bury() and made.resilient is not None:
+            # A server that died between a commit and its push left Redis without the entry.
+            made.resilient.doubt()
 
     async def join(kinds: Sequence[Kind], committed: Committed) -> None:
         await store.open(kinds, committed)
@@ -185,7 +188,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         if settings.redis.url is not None:
             # Two clusters may use one Redis: what one says must mean nothing to the other.
             namespace = f"{settings.redis.namespace}:{await identity_of(store, ids)}"
-            client = connect(settings.redis.url.get_secret_value(), seconds=settings.redis.timeout_seconds)
+            client = connect(settings.redis.url.get_secret_value())
             link = RedisLink(client, namespace, Breaker(clock), seconds=settings.redis.timeout_seconds)
             stack.push_async_callback(link.close)
             made.resilient = ResilientQueue(RedisQueue(client, namespace), claims, link, clock)
