@@ -97,10 +97,10 @@ def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
 
 def test_every_event_type_is_listed() -> None:
     """Those written out in the code, and those made of a state."""
-    nouns = "agent|task|run|stage|pipeline|artifact|user|token|credential|enrolment"
+    nouns = "agent|task|run|stage|pipeline|artifact|user|token|credential|enrolment|store"
     written = {
         name
-        for folder in ("agents", "tasks", "pipelines", "artifacts", "security")
+        for folder in ("agents", "tasks", "pipelines", "artifacts", "security", "archive")
         for name in re.findall(rf'"((?:{nouns})\.[a-z_]+)"', _sources(folder))
     }
     finals = ("completed", "failed", "cancelled")
