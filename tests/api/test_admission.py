@@ -86,6 +86,15 @@ def test_a_submit_alone_is_never_too_many() -> None:
     assert line.done == 19 * 500
 
 
+def test_a_server_that_just_started_takes_full_batches_of_several_callers() -> None:
+    """Six callers with a thousand tasks each are no overload for a store that takes thousands a second."""
+    line = _Line(6000.0)
+    for number in range(60):
+        line.offer(number // 6 * 1.5, 1000)
+    line.offer(1000.0, 1)
+    assert line.done == 60_000
+
+
 async def test_large_bodies_leave_others_their_turn() -> None:
     """Of many that would keep the event loop busy, one does so per turn of the loop."""
     turn, did = Turn(), list[str]()

@@ -14,7 +14,7 @@ import msgspec
 
 from mcp_control.kernel.errors import Overloaded
 
-_FIRST_ROOM: Final = 1000.0
+_FIRST_ROOM: Final = 8000.0  # of an idle server nothing is known; what a first flood overfills is learnt from it
 _LEAST_ROOM: Final = 20.0
 _SHORTEST: Final = 0.001
 _GROWING: Final = 0.05
@@ -82,7 +82,7 @@ class Pace:
     """How many tasks a second the store takes, and so how many there is room for at once.
 
     It learns from each submit that is done: the tasks that were entering when it began, its own included, took that long. Submits on an
-    idle server say nothing of what a busy one can do, so only those that met at least half of the room count.
+    idle server say nothing of what a busy one can do, so only those count that met at least half of the room, or took too long.
 
     Args:
         line: seconds that the line may be long.
@@ -97,7 +97,7 @@ class Pace:
 
     def learn(self, entering: int, seconds: float) -> None:
         """Hear that so many tasks took so long."""
-        if entering < self.room / 2:
+        if entering < self.room / 2 and seconds <= self._line:
             return
         fits = entering * self._line / max(seconds, _SHORTEST)
         # What looks like more room may be luck; what looks like less is believed sooner.
