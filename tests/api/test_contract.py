@@ -82,7 +82,7 @@ async def test_request_ids_are_kept_or_made(client: httpx2.AsyncClient) -> None:
 
 
 async def test_artifacts_go_in_and_out_with_checked_digests_and_ranges(
-    client: httpx2.AsyncClient, tmp_path: Path
+    client: httpx2.AsyncClient, tmp_path: Path, backend: str
 ) -> None:
     """Upload, look up, read whole and in part, refuse a wrong digest, delete."""
     data = b"0123456789" * 1000
@@ -99,7 +99,10 @@ async def test_artifacts_go_in_and_out_with_checked_digests_and_ranges(
     assert (await client.get(f"{path}/content", headers={"Range": "bytes=10000-"})).status_code == 416
     assert (await client.get(f"{path}/content", headers={"If-None-Match": whole.headers["etag"]})).status_code == 304
     location = (await client.get(f"{path}/location")).json()
-    assert Path(location["path"]).read_bytes() == data  # noqa: ASYNC240 - a small file
+    if backend == "embedded":
+        assert Path(location["path"]).read_bytes() == data  # noqa: ASYNC240 - a small file
+    else:
+        assert location["path"] is None, "what lies in a database has no path"
     wrong = await client.post("/api/v1/artifacts?name=b", content=b"other", headers={"Content-Digest": digest})
     assert (wrong.status_code, wrong.json()["code"]) == (422, "digest-mismatch")
     assert (await client.delete(path)).status_code == 204

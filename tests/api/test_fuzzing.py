@@ -24,7 +24,7 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="module")
-def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def process(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder: Path = tmp_path_factory.mktemp("fuzzed")
     with ServerProcess(folder) as server:
         yield server

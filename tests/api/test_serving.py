@@ -11,6 +11,9 @@ import websockets
 from mcp_control.app import Ready, serve
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.testing.server import ServerProcess, running_server, settings_for
+from tests.integration.support import settled
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 async def test_installed_plugins_bring_their_pipelines(tmp_path: Path) -> None:
@@ -19,6 +22,7 @@ async def test_installed_plugins_bring_their_pipelines(tmp_path: Path) -> None:
         running_server(tmp_path, plugins=["techdeck"]) as server,
         httpx2.AsyncClient(base_url=server.url, headers=server.headers) as client,
     ):
+        await settled(client)
         assert [plugin["name"] for plugin in (await client.get("/api/v1/plugins")).json()["items"]] == ["techdeck"]
         assert (await client.get("/api/v1/pipelines/techdeck")).status_code == 200
         assert (await client.get("/health/ready")).json()["state"] == "ok"
@@ -30,11 +34,13 @@ async def test_a_plugin_that_is_missing_is_named_and_does_not_keep_the_server_fr
         running_server(tmp_path, plugins=["nope"]) as server,
         httpx2.AsyncClient(base_url=server.url, headers=server.headers) as client,
     ):
+        await settled(client)
         answer = await client.get("/health/ready")
         assert (answer.status_code, answer.json()["state"]) == (200, "degraded")
         assert (await client.get("/api/v1/status")).json()["problems"] == ["plugins: nope is not installed"]
 
 
+@pytest.mark.embedded
 async def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
     """Two servers never share a data folder."""
     async with running_server(tmp_path):

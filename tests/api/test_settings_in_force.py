@@ -29,6 +29,7 @@ def test_the_name_in_a_host_header_is_found_however_it_is_written(header: str, n
     assert host_name(header) == name
 
 
+@pytest.mark.usefixtures("backend")
 async def test_with_a_list_of_hosts_others_are_not_answered(tmp_path: Path) -> None:
     """Row 48: 421 for an unknown Host on every route and socket, before anything else; the names of the list work."""
     async with (
@@ -49,6 +50,7 @@ async def test_with_a_list_of_hosts_others_are_not_answered(tmp_path: Path) -> N
         assert caught.value.response.status_code == 421
 
 
+@pytest.mark.usefixtures("backend")
 async def test_connections_end_at_their_limit(tmp_path: Path) -> None:
     """One socket more than allowed is refused with 503 and Retry-After; when one goes, the next one is welcome."""
     async with running_server(tmp_path, overload__max_connections=1) as server:
@@ -69,6 +71,7 @@ async def test_connections_end_at_their_limit(tmp_path: Path) -> None:
                     await asyncio.sleep(0.01)
 
 
+@pytest.mark.usefixtures("backend")
 async def test_a_body_may_have_the_size_that_is_set(tmp_path: Path) -> None:
     """One byte more is 413."""
     async with (
@@ -84,6 +87,7 @@ async def test_a_body_may_have_the_size_that_is_set(tmp_path: Path) -> None:
         assert sizes == {2000: 201, 2001: 413}
 
 
+@pytest.mark.usefixtures("backend")
 async def test_headers_that_take_too_long_end_the_connection(tmp_path: Path) -> None:
     """A head sent drop by drop gets 408, also behind a complete request; a silent connection is closed; a quick one is served."""
     async with running_server(tmp_path, limits__header_timeout_seconds=0.2) as server:
@@ -128,6 +132,7 @@ def test_answers_do_not_wait_for_acknowledgements(tmp_path: Path) -> None:
         listener.close()
 
 
+@pytest.mark.usefixtures("backend")
 async def test_logins_and_requests_are_counted_as_they_were(tmp_path: Path) -> None:
     """`/metrics` counts logins by outcome, and sees itself as the one request under way."""
     async with (

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from mcp_control.testing.server import ServerProcess, running_server
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 async def test_a_server_in_the_test_answers(tmp_path: Path) -> None:

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 
 from mcp_control.testing.server import RunningServer, running_server
+from tests.integration.support import settled
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 async def registered(client: httpx2.AsyncClient, server: RunningServer, name: str, task_type: str) -> str:
@@ -35,6 +39,7 @@ async def test_status_counts_by_state_and_says_what_is_wrong(tmp_path: Path) -> 
         running_server(tmp_path) as server,
         httpx2.AsyncClient(base_url=server.url, headers=server.headers) as client,
     ):
+        await settled(client)
         for _ in range(3):
             assert (await client.post("/api/v1/tasks", json={"type": "odd"})).status_code == 201
         found = (await client.get("/api/v1/status")).json()

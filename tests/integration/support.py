@@ -18,10 +18,12 @@ import msgspec
 from mcp_control.app import KINDS
 from mcp_control.kernel.changes import Query, StoredFact
 from mcp_control.kernel.errors import Problem
+from mcp_control.storage.mongo.store import MongoStore
+from mcp_control.storage.ports import Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.model import FINAL_STATES, Task
 from mcp_control.tasks.records import read
-from mcp_control.testing.server import RunningServer, ServerProcess
+from mcp_control.testing.server import RunningServer, ServerProcess, databases_for
 
 API = "/api/v1"
 FINAL_FACTS = frozenset(f"task.{state.value}" for state in FINAL_STATES)
@@ -148,6 +150,16 @@ def admin(server: Server, **options: Any) -> httpx2.AsyncClient:
     )
 
 
+async def settled(client: httpx2.AsyncClient) -> None:
+    """Wait until a server that was just started has filled Redis; nothing to wait for without."""
+
+    async def there() -> bool:
+        problems = (await client.get(f"{API}/status")).json()["problems"]
+        return not any(problem.startswith("redis:") for problem in problems)
+
+    await until(there, 10, "Redis is filled")
+
+
 async def enrolment(client: httpx2.AsyncClient, uses: int = 100) -> str:
     """Return a token with which agents enrol."""
     answer = await client.post(f"{API}/agents/enrolment-tokens", json={"uses": uses})
@@ -234,9 +246,15 @@ def _unexpected(problem: Problem) -> None:
     raise AssertionError(problem)
 
 
+def _store(data: Path) -> Store:
+    if settings := databases_for(data):
+        return MongoStore(str(settings["mongo.uri"]), node="reader", fatal=_unexpected)
+    return SqliteStore(data, fatal=_unexpected)
+
+
 async def read_store(data: Path) -> Found:
-    """Read a store no server has open."""
-    store = SqliteStore(data, fatal=_unexpected)
+    """Read a store no server has open; `data` is the folder that the servers were started with."""
+    store = _store(data)
     await store.open(KINDS, lambda facts: None)
     try:
         tasks: dict[str, Task] = {}

@@ -32,6 +32,8 @@ from tests.integration.support import (
     violations,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 LEASE = 2.0
 # The server's grace beyond a lease, the sweep, the hand-out, and room for a machine that is busy with other tests.
 GRACE = 5.0 + 1.0 + 4.0

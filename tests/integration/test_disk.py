@@ -28,6 +28,8 @@ from tests.integration.support import (
     wait_for,
 )
 
+pytestmark = [pytest.mark.embedded, pytest.mark.usefixtures("backend")]
+
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:

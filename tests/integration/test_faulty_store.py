@@ -31,6 +31,8 @@ from tests.integration.support import (
     violations,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 FAULTS: tuple[Fault, ...] = ("timeout", "executed", "lost", "unavailable", "conflict")
 
 

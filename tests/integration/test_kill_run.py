@@ -26,6 +26,8 @@ from tests.integration.support import (
     violations,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 
 

@@ -25,6 +25,8 @@ from tests.integration.support import (
     violations,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 RATE = 1000
 BATCH = 25
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from mcp_control.testing.server import ServerProcess
 from tests.integration.pipelines import completed, parts_pipeline, started
@@ -18,6 +19,8 @@ from tests.integration.support import (
     until,
     violations,
 )
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 _SAMPLE = re.compile(r"^(?P<name>[a-z_]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 

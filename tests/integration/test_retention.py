@@ -4,6 +4,7 @@ from pathlib import Path
 
 import httpx2
 import msgspec
+import pytest
 
 from mcp_control.testing.server import ServerProcess
 from tests.integration.pipelines import completed, parts_pipeline, started
@@ -20,6 +21,8 @@ from tests.integration.support import (
     until,
     violations,
 )
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 SECOND_IN_DAYS = 1 / 86_400
 JSON = {"Content-Type": "application/json"}

@@ -31,6 +31,8 @@ from tests.integration.support import (
     wait_for,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 MEGABYTE = 1 << 20
 WINDOW = 10_000
 

@@ -19,6 +19,8 @@ from tests.integration.support import (
     submit,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 OPEN = {
     ("GET", "/health/live"),
     ("GET", "/health/ready"),
@@ -50,7 +52,7 @@ CANARY = "canary-7f3a9c41"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     with ServerProcess(tmp_path_factory.mktemp("security"), log__level="debug") as running:
         yield running
 
