@@ -18,14 +18,26 @@ from mcp_control.archive.model import Manifest
 from mcp_control.archive.restore import restore
 from mcp_control.kernel.changes import Entity, StoredFact
 from mcp_control.kernel.clock import SystemClock
-from mcp_control.offline import Place
-from mcp_control.testing.server import RunningServer
+from mcp_control.offline import Place, in_database, in_folder
+from mcp_control.testing.server import RunningServer, databases_for
 
 SPEC = {"name": "poller", "capabilities": [{"name": "polled"}], "slots": 10, "lease_seconds": 300}
 
 
 def quiet(_: str) -> None:
     """Progress that nobody looks at."""
+
+
+def place_of(folder: Path) -> Place:
+    """Return the store of the servers of this folder, wherever this run of the tests puts it."""
+    given = databases_for(folder / "data")
+    return in_database(str(given["mongo.uri"])) if given else in_folder(folder / "data")
+
+
+def name_of(folder: Path) -> str:
+    """Return how commands name that store."""
+    given = databases_for(folder / "data")
+    return str(given["mongo.uri"]) if given else f"sqlite:{folder / 'data'}"
 
 
 async def create(place: Place, path: Path, *, blobs: bool = True) -> Manifest:

@@ -13,10 +13,12 @@ from mcp_control.archive.model import BackupDamaged
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.offline import in_folder
 from mcp_control.testing.server import ServerProcess, running_server
-from tests.archive.support import content, create, credential, fence, mcpctl, poller, quiet, restored
+from tests.archive.support import content, create, credential, fence, mcpctl, name_of, place_of, poller, quiet, restored
 
 
-async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged_before(tmp_path: Path) -> None:
+async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged_before(
+    tmp_path: Path, backend: str
+) -> None:
     """What was acknowledged before the backup began is in it; what is in it fits together; and a restored server has it."""
     original = ServerProcess(tmp_path / "one").start()
     acknowledged: dict[str, int] = {}
@@ -39,7 +41,9 @@ async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged
             loads = [asyncio.create_task(load(client)) for _ in range(4)]
             await asyncio.wait_for(enough.wait(), 60)
             before = list(acknowledged)
-            told = await mcpctl("backup", "create", "--data", f"{tmp_path}/one/data", "--output", str(path), "--json")
+            told = await mcpctl(
+                "backup", "create", "--store", name_of(tmp_path / "one"), "--output", str(path), "--json"
+            )
             at_end = len(acknowledged)
             stop.set()
             await asyncio.gather(*loads)
@@ -50,8 +54,8 @@ async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged
     sound = await mcpctl("backup", "verify", str(path), "--json")
     assert sound["entities"] == told["entities"]
 
-    place = in_folder(tmp_path / "two" / "data")
-    await mcpctl("backup", "restore", str(path), "--data", f"{tmp_path}/two/data", "--json")
+    place = place_of(tmp_path / "two")
+    await mcpctl("backup", "restore", str(path), "--store", name_of(tmp_path / "two"), "--json")
     entities, facts = await content(place)
     tasks = {task_id for kind, task_id in entities if kind == "task"}
     assert set(before) <= tasks <= set(acknowledged)
@@ -66,7 +70,8 @@ async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged
         assert (await client.get(f"/api/v1/artifacts/{artifact['id']}/content")).content == data
 
 
-async def test_a_flipped_byte_in_any_part_is_found_and_the_part_named(tmp_path: Path) -> None:
+@pytest.mark.embedded
+async def test_a_flipped_byte_in_any_part_is_found_and_the_part_named(tmp_path: Path, backend: str) -> None:
     """Whichever part is damaged, `verify` names it and ends with exit code 1; a file that is cut off is no backup."""
     async with (
         running_server(tmp_path) as server,
@@ -108,9 +113,9 @@ async def test_a_flipped_byte_in_any_part_is_found_and_the_part_named(tmp_path: 
     assert name in await mcpctl("backup", "verify", str(path), code=1)
 
 
-async def test_a_restore_is_whole_or_nothing_and_keeps_off_a_store_in_use(tmp_path: Path) -> None:
+async def test_a_restore_is_whole_or_nothing_and_keeps_off_a_store_in_use(tmp_path: Path, backend: str) -> None:
     """A damaged backup, a store that is not empty and a running server each leave the store as it was."""
-    place = in_folder(tmp_path / "data")
+    place = place_of(tmp_path)
     path = tmp_path / "one.mcpbackup"
     async with (
         running_server(tmp_path) as server,
@@ -120,9 +125,9 @@ async def test_a_restore_is_whole_or_nothing_and_keeps_off_a_store_in_use(tmp_pa
         await create(place, path)
         await client.post("/api/v1/tasks", json={"type": "after"})
         refused = await mcpctl(
-            "backup", "restore", str(path), "--data", f"{tmp_path}/data", "--replace", "--yes", code=5
+            "backup", "restore", str(path), "--store", name_of(tmp_path), "--replace", "--yes", code=5
         )
-        assert "in use by another server" in refused
+        assert "is in use by" in refused
     before = await content(place)
     with pytest.raises(StoreUnavailable, match="holds a store already"):
         await restored(path, place)
@@ -134,14 +139,15 @@ async def test_a_restore_is_whole_or_nothing_and_keeps_off_a_store_in_use(tmp_pa
         await restored(bad, place, replace=True)
     assert await content(place) == before
     await restored(path, place, replace=True)
-    assert sorted(one.name for one in (tmp_path / "data").glob("store*")) == ["store.db"]
+    if backend == "embedded":
+        assert sorted(one.name for one in (tmp_path / "data").glob("store*")) == ["store.db"]
     types = {str(entity.index["type"]) for (kind, _), entity in (await content(place))[0].items() if kind == "task"}
     assert types == {"before"}
 
 
-async def test_a_restore_voids_every_lease_of_then_and_fences_go_on_growing(tmp_path: Path) -> None:
+async def test_a_restore_voids_every_lease_of_then_and_fences_go_on_growing(tmp_path: Path, backend: str) -> None:
     """Fault row 27: stale calls get 409 `lease-superseded`, and no fence is given twice, not even one the backup never knew."""
-    place = in_folder(tmp_path / "data")
+    place = place_of(tmp_path)
     path = tmp_path / "one.mcpbackup"
     async with (
         running_server(tmp_path) as server,
@@ -157,7 +163,6 @@ async def test_a_restore_voids_every_lease_of_then_and_fences_go_on_growing(tmp_
             later = await agent.claim(1)  # of this lease the backup knows nothing
             assert list(later) == [waiting]
     old = held | later
-    shutil.copytree(tmp_path / "data", tmp_path / "twice" / "data")
     generation = await restored(path, place, replace=True)
     async with running_server(tmp_path) as server, poller(server, secret, old_instance) as agent:
         assert agent.instance_id != old_instance
@@ -178,10 +183,11 @@ async def test_a_restore_voids_every_lease_of_then_and_fences_go_on_growing(tmp_
             new = (await client.post("/api/v1/tasks", json={"type": "other"})).json()
             assert fence(new)[0] == generation
     # The same backup once more: the histories that were lost meanwhile gave fences, too.
-    assert await restored(path, in_folder(tmp_path / "twice" / "data"), replace=True) > generation
+    assert await restored(path, place_of(tmp_path / "twice")) > generation
 
 
-async def test_without_a_new_generation_a_stale_lease_would_be_honoured(tmp_path: Path) -> None:
+@pytest.mark.embedded
+async def test_without_a_new_generation_a_stale_lease_would_be_honoured(tmp_path: Path, backend: str) -> None:
     """The negative control: where the database is only copied back, the old report counts and a fence is given twice."""
     async with (
         running_server(tmp_path) as server,
@@ -204,9 +210,9 @@ async def test_without_a_new_generation_a_stale_lease_would_be_honoured(tmp_path
             assert await agent.done(task) == (200, "")
 
 
-async def test_a_task_that_may_start_once_is_not_started_again_by_a_restore(tmp_path: Path) -> None:
+async def test_a_task_that_may_start_once_is_not_started_again_by_a_restore(tmp_path: Path, backend: str) -> None:
     """Held tasks with one attempt fail with the code `lost`; those that somebody asked to cancel end cancelled."""
-    place = in_folder(tmp_path / "data")
+    place = place_of(tmp_path)
     path = tmp_path / "one.mcpbackup"
     async with (
         running_server(tmp_path) as server,
@@ -230,9 +236,9 @@ async def test_a_task_that_may_start_once_is_not_started_again_by_a_restore(tmp_
     assert cancelled["state"] == "cancelled"
 
 
-async def test_blobs_may_be_left_out_and_are_then_taken_from_the_folder(tmp_path: Path) -> None:
+async def test_blobs_may_be_left_out_and_are_then_taken_from_the_folder(tmp_path: Path, backend: str) -> None:
     """A backup without blobs is small, says so, and restores over a folder that still holds them."""
-    place = in_folder(tmp_path / "data")
+    place = place_of(tmp_path)
     path = tmp_path / "one.mcpbackup"
     async with (
         running_server(tmp_path) as server,

@@ -9,10 +9,9 @@ import httpx2
 import pytest
 import pytest_asyncio
 
-from mcp_control.offline import in_folder
 from mcp_control.pipelines.definition import to_json
 from mcp_control.testing.server import RunningServer, running_server
-from tests.archive.support import create, mcpctl
+from tests.archive.support import create, mcpctl, place_of
 from tests.integration.pipelines import checksums, completed, parts_pipeline, started
 from tests.integration.support import AgentProcess
 
@@ -41,7 +40,7 @@ def person(server: RunningServer) -> dict[str, str]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def exported(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Exported]:
+async def exported(tmp_path_factory: pytest.TempPathFactory, backend: str) -> AsyncIterator[Exported]:
     """A run of the parts pipeline whose parameter names an input artifact."""
     folder = tmp_path_factory.mktemp("origin")
     async with running_server(folder) as server, client_of(server) as client:
@@ -120,7 +119,7 @@ async def test_a_damaged_or_foreign_bundle_changes_nothing(exported: Exported, t
         places = [entry.offset_data + entry.size // 2 for entry in archive if entry.size]
     async with running_server(tmp_path) as server, client_of(server) as client:
         backup = tmp_path / "all.mcpbackup"
-        await create(in_folder(tmp_path / "data"), backup)
+        await create(place_of(tmp_path), backup)
         newest = server.services.broadcaster.newest
         bad = [whole[: len(whole) // 2], b"", b"{}" * 1000, backup.read_bytes()]
         for at in places:

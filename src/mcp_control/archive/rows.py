@@ -30,9 +30,16 @@ _facts: Final = msgspec.msgpack.Decoder(_Facts).decode
 
 
 def pack_entity(entity: Entity) -> bytes:
-    """Return an entity as bytes. Index fields that are null are left out: stores differ in whether they name them."""
-    index = {name: value for name, value in entity.index.items() if value is not None}
-    return _encode(_Row(entity.id, entity.version, index, entity.hot, dict(entity.cold)))
+    """Return an entity as bytes.
+
+    Index fields that are null are left out: stores differ in whether they name them. Integers may be of a driver's own class.
+    """
+    index = {
+        name: int(value) if isinstance(value, int) else value
+        for name, value in entity.index.items()
+        if value is not None
+    }
+    return _encode(_Row(entity.id, int(entity.version), index, entity.hot, dict(entity.cold)))
 
 
 def pack_page(rows: Sequence[bytes]) -> bytes:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
-from msgspec import structs
 from pymongo import DeleteMany, InsertOne, ReplaceOne
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.errors import BulkWriteError, OperationFailure, PyMongoError
@@ -170,7 +169,7 @@ class MongoSnapshot:
             async for found in self._database[shape.parts].find({"$or": ranges}, session=self._session):
                 owner, _, name = found["_id"].partition(SEPARATOR)
                 pieces[owner][name] = found["b"]
-        return [_plain(entity(shape, document, pieces[document["_id"]])) for document in page]
+        return [entity(shape, document, pieces[document["_id"]]) for document in page]
 
     async def facts(self, after: int = 0) -> AsyncIterator[Sequence[StoredFact]]:
         """See `Snapshot.facts`."""
@@ -192,12 +191,6 @@ class MongoSnapshot:
         page += [stored for stored in self._pending if stored.seq > after]
         if page:
             yield page
-
-
-def _plain(found: Entity) -> Entity:
-    """Return an entity with Python's own integers for the driver's, which are a class of their own."""
-    index = {name: int(value) if isinstance(value, int) else value for name, value in found.index.items()}
-    return structs.replace(found, version=int(found.version), index=index)
 
 
 class MongoLoading:
