@@ -7,6 +7,8 @@ from typing import Final
 import structlog
 from pymongo.errors import PyMongoError
 
+from mcp_control.storage.mongo.client import unavailable
+
 _log = structlog.get_logger(__name__)
 _AFTER_ERROR: Final = 0.25
 _GRACE: Final = 2.0
@@ -47,12 +49,16 @@ class Background:
             _, late = await asyncio.wait([self._task], timeout=_GRACE)
 
     async def _run(self) -> None:
+        failures = 0
         while not self._stopping:
             self._asked.clear()
             try:
                 pause = await self._once()
+                failures = 0
             except PyMongoError as error:
-                _log.warning("background-failed", work=self._name, error=type(error).__name__)
+                failures += 1
+                if failures == 1:  # a fault that stays must not fill the log
+                    _log.warning("background-failed", work=self._name, error=unavailable(error).detail)
                 pause = _AFTER_ERROR
             try:
                 async with asyncio.timeout(pause):

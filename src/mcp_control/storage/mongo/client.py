@@ -20,17 +20,10 @@ from pymongo.errors import (
     PyMongoError,
     ServerSelectionTimeoutError,
 )
-from pymongo.monitoring import (
-    TopologyClosedEvent,
-    TopologyDescriptionChangedEvent,
-    TopologyListener,
-    TopologyOpenedEvent,
-)
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import ReadPreference
 from pymongo.server_type import SERVER_TYPE
 from pymongo.write_concern import WriteConcern
-from typing_extensions import override
 
 from mcp_control.kernel.errors import Problem, StorageFull, StoreUnavailable
 
@@ -69,43 +62,36 @@ class Finding(msgspec.Struct, frozen=True):
     advice: str = ""
 
 
-class Primary(TopologyListener):
-    """Which member is primary, as the driver's monitors see it.
+class Primary:
+    """Which member is primary, as the driver knows it at the moment it is asked."""
 
-    Attributes:
-        address: host and port; None while there is no primary.
-        elections: grows each time another member, or the same in a new term, became primary.
-    """
-
-    def __init__(self) -> None:
-        self.address: str | None = None
-        self.elections = 0
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._elections = 0
         self._last: object = None
 
-    @override
-    def opened(self, event: TopologyOpenedEvent) -> None:
-        """Nothing is known yet."""
+    @property
+    def address(self) -> str | None:
+        """Host and port; None while there is no primary."""
+        return self._look()[0]
 
-    @override
-    def closed(self, event: TopologyClosedEvent) -> None:
-        """Nothing is known any more."""
-        self.address = None
+    @property
+    def elections(self) -> int:
+        """Grows when another member, or the same in a new term, is primary than when this was last asked."""
+        now = self._look()
+        if now[0] is not None and now != self._last:
+            self._elections += self._last is not None
+            self._last = now
+        return self._elections
 
-    @override
-    def description_changed(self, event: TopologyDescriptionChangedEvent) -> None:
-        """Look for the primary among the members."""
-        for server in event.new_description.server_descriptions().values():
+    def _look(self) -> tuple[str | None, object]:
+        for server in self._client.topology_description.server_descriptions().values():
             if server.server_type == SERVER_TYPE.RSPrimary:
-                self.address = f"{server.address[0]}:{server.address[1]}"
-                term = (self.address, server.election_id)
-                if term != self._last:
-                    self.elections += self._last is not None
-                    self._last = term
-                return
-        self.address = None
+                return f"{server.address[0]}:{server.address[1]}", server.election_id
+        return None, None
 
 
-def connect(uri: str, *, name: str, listener: Primary | None = None) -> Client:
+def connect(uri: str, *, name: str) -> Client:
     """Return a client with the options this product needs; nothing is sent yet.
 
     Raises:
@@ -124,8 +110,8 @@ def connect(uri: str, *, name: str, listener: Primary | None = None) -> Client:
             retryReads=True,
             timeoutMS=round(BUDGET * 1000),
             connectTimeoutMS=1000,
+            heartbeatFrequencyMS=1000,  # a frozen primary, or one that took back its word, is noticed within about two seconds
             serverSelectionTimeoutMS=round(BUDGET * 1000),
-            event_listeners=[listener] if listener is not None else [],
         )
     except (InvalidURI, ConfigurationError, ValueError, PyMongoError):
         # The driver's words may hold parts of the address, and with them of a password.

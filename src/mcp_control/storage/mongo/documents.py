@@ -20,7 +20,7 @@ Document = dict[str, Any]
 Filter = dict[str, Any]
 Sort = list[tuple[str, int]]
 
-INLINE_BYTES: Final = 32 * 1024
+INLINE_BYTES: Final = 4 * 1024
 DOCUMENT_BYTES: Final = 15 << 20  # a BSON document may have 16 MiB
 SEPARATOR: Final = "\x1f"
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")

@@ -41,11 +41,14 @@ def declared_name(name: str) -> str:
 
 
 def index_specs(shape: Shape) -> list[Document]:
-    """Return the indexes of a kind as `createIndexes` takes them. Rows whose first field is null are left out."""
+    """Return the indexes of a kind as `createIndexes` takes them. Rows whose first field is null are left out.
+
+    Every index ends with the id, which every order ends with; a unique one holds each value once and needs it not.
+    """
     return [
         {
             "name": index_name(index),
-            "key": {shape.path(name): 1 for name in index.fields},
+            "key": {shape.path(name): 1 for name in index.fields} | ({} if index.unique else {"_id": 1}),
             "partialFilterExpression": {
                 shape.path(name): {"$exists": True}
                 for name in (index.fields if index.unique else index.fields[:1])

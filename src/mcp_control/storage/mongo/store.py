@@ -83,7 +83,7 @@ class MongoStore:
         self._max_waiting = max_waiting
         self._batch_writes = batch_writes
         self._fatal = fatal
-        self._seen = Primary()
+        self._seen: Primary | None = None
         self._shapes: dict[str, Shape] = {}
         self._lead = False
         self._client: Client | None = None
@@ -97,7 +97,7 @@ class MongoStore:
     @property
     def writable(self) -> bool:
         """Whether commits can succeed: the store is open and the replica set has a primary."""
-        return self._writer is not None and self._seen.address is not None
+        return self._writer is not None and self.primary is not None
 
     @property
     def database(self) -> Database:
@@ -114,12 +114,12 @@ class MongoStore:
     @property
     def primary(self) -> str | None:
         """Host and port of the primary; None while there is none."""
-        return self._seen.address
+        return self._seen.address if self._seen is not None else None
 
     @property
     def elections(self) -> int:
-        """Grows whenever the primary changes."""
-        return self._seen.elections
+        """Grows when another member, or the same in a new term, is primary than when this was last asked."""
+        return self._seen.elections if self._seen is not None else 0
 
     @property
     def lead(self) -> bool:
@@ -142,7 +142,8 @@ class MongoStore:
     async def open(self, kinds: Sequence[Kind], committed: Committed) -> None:
         """See `Store.open`."""
         self._shapes = {kind.name: Shape(kind) for kind in kinds}
-        self._client = connect(self._uri, name=self._node, listener=self._seen)
+        self._client = connect(self._uri, name=self._node)
+        self._seen = Primary(self._client)
         try:
             self.warnings = await self._check(self._client)
             self._database = database_of(self._client)

@@ -35,7 +35,7 @@ from mcp_control.storage.mongo.batch import (
     questions,
 )
 from mcp_control.storage.mongo.client import BUDGET, MAJORITY, SNAPSHOT, Client, Database, Document, unavailable
-from mcp_control.storage.mongo.commands import steps
+from mcp_control.storage.mongo.commands import NOT_READ, many_updates, steps
 from mcp_control.storage.mongo.schema import PENDING
 from mcp_control.storage.mongo.sequencer import NotPlacedError, Placed, Sequencer
 
@@ -266,7 +266,7 @@ class GroupCommit:
             with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
                 if plan is None:
                     plan = await self._decide(items)
-                for step in steps(self._shapes, plan):
+                for step in steps(self._shapes, plan, await self._before(plan)):
                     await self._write(step.command, step.expected, plan.exact)
                 if plan.facts and sequence:
                     placed = await self._sequencer.place(self._session, plan.facts, plan.count, plan.at)
@@ -279,6 +279,15 @@ class GroupCommit:
             raise
         await self._commit(deadline)
         return plan, placed
+
+    async def _before(self, plan: Plan) -> dict[Place, Document]:
+        found: dict[Place, Document] = {}
+        for kind, ids in many_updates(plan).items():
+            cursor = self._database[kind].find(
+                {"_id": {"$in": ids}}, NOT_READ, batch_size=len(ids) + 1, session=self._session
+            )
+            found.update(((kind, document["_id"]), document) for document in await cursor.to_list())
+        return found
 
     async def _leave(self, plan: Plan) -> None:
         """Leave the facts for a sequencer. The server fills in the empty timestamp: its cluster time."""
