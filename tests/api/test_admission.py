@@ -87,10 +87,10 @@ def test_a_submit_alone_is_never_too_many() -> None:
 
 
 def test_a_server_that_just_started_takes_full_batches_of_several_callers() -> None:
-    """Six callers with a thousand tasks each are no overload for a store that takes thousands a second."""
+    """Three callers with a thousand tasks each are no overload for a store that takes thousands a second."""
     line = _Line(6000.0)
     for number in range(60):
-        line.offer(number // 6 * 1.5, 1000)
+        line.offer(number // 3 * 0.6, 1000)
     line.offer(1000.0, 1)
     assert line.done == 60_000
 
