@@ -1,8 +1,5 @@
-"""What `mcpctl doctor` looks at. Each check answers ok, warn or fail, and why."""
+"""What `mcpctl doctor` looks at from where the command runs: the installation, and the server that commands go to."""
 
-import os
-import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,68 +10,45 @@ from typing import Final, Literal, NamedTuple
 
 from mcp_control.cli.errors import CliError
 
-_ROOM_WARN: Final = 1 << 30
-_ROOM_FAIL: Final = 64 << 20
+State = Literal["ok", "warn", "fail"]
 _SKEW_SECONDS: Final = 10.0
 
 
 class Check(NamedTuple):
-    """A finding."""
+    """A finding: what was looked at, how it stands, what was seen, what to do about it (empty when nothing)."""
 
-    name: str
-    state: Literal["ok", "warn", "fail"]
+    check: str
+    state: State
     detail: str
+    advice: str = ""
 
 
-def all_checks(told: Callable[[Exception], CliError | None]) -> Iterator[Check]:
+def all_checks(told: Callable[[Exception], CliError | None], config: Path | None = None) -> Iterator[Check]:
     """Yield all findings. `told` words an error of the SDK."""
     version = ".".join(map(str, sys.version_info[:3]))
-    yield Check("python", "ok" if sys.version_info >= (3, 11) else "fail", version)
-    try:
-        import apsw
-
-        from mcp_control.configuration.settings import SettingsError, load
-    except ImportError as error:
-        yield Check("server", "warn", f"not installed here: {error}")
-    else:
-        yield Check("sqlite", "ok", f"{apsw.sqlite_lib_version()}, apsw {apsw.apsw_version()}")
-        try:
-            settings = load().settings
-        except SettingsError as error:
-            yield Check("settings", "fail", str(error))
-        else:
-            yield Check("settings", "ok", "valid")
-            yield _folder(settings.data)
-            yield _room(settings.data)
-            yield _port(settings.host, settings.port)
+    old = sys.version_info < (3, 11)
+    yield Check("python", "fail", version, "use Python 3.11 or later") if old else Check("python", "ok", version)
+    yield from _installed(config)
     yield from _server(told)
 
 
-def _nearest(path: Path) -> Path:
-    """The folder itself, or the nearest one above that exists."""
-    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
-
-
-def _folder(data: Path) -> Check:
-    near = _nearest(data)
-    if not os.access(near, os.W_OK | os.X_OK):
-        return Check("data folder", "fail", f"{near} cannot be written")
-    return Check("data folder", "ok", str(data) if near == data.absolute() else f"{data} (will be made)")
-
-
-def _room(data: Path) -> Check:
-    free = shutil.disk_usage(_nearest(data)).free
-    state: Literal["ok", "warn", "fail"] = "fail" if free < _ROOM_FAIL else "warn" if free < _ROOM_WARN else "ok"
-    return Check("disk", state, f"{free / 1e9:.1f} GB free")
-
-
-def _port(host: str, port: int) -> Check:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _installed(config: Path | None) -> Iterator[Check]:
+    """What a server would find here, where one is installed."""
     try:
-        socket.create_server((host.strip("[]"), port), family=family).close()
-    except OSError as error:
-        return Check("port", "warn", f"{host}:{port}: {error.strerror or error} (a server runs there already?)")
-    return Check("port", "ok", f"{host}:{port} is free")
+        from mcp_control import doctor
+        from mcp_control.configuration.settings import SettingsError, load
+    except ImportError as error:
+        advice = "none is needed to reach one elsewhere; pip install 'mcp-control-panel[server]' adds it"
+        yield Check("server", "warn", f"not installed here: {error}", advice)
+        return
+    try:
+        settings = load(file=config).settings
+    except SettingsError as error:
+        yield Check("settings", "fail", str(error), "`mcpctl settings show` lists what there is")
+        return
+    yield Check("settings", "ok", "a member of a cluster" if settings.mongo.uri is not None else "a single server")
+    for found in doctor.checks(settings):
+        yield Check(found.check, found.state, found.detail, found.advice)
 
 
 def _server(told: Callable[[Exception], CliError | None]) -> Iterator[Check]:
@@ -94,15 +68,18 @@ def _server(told: Callable[[Exception], CliError | None]) -> Iterator[Check]:
         found = told(error)
         if found is None:
             raise
-        yield Check("server reachable" if found.code == 6 else "access", "warn", f"{found.what}. {found.hint}".strip())
+        yield Check("server reachable" if found.code == 6 else "access", "warn", found.what, found.hint)
         return
     yield Check("access", "ok", "the profile's token is accepted")
     for problem in status.get("problems", ()):
-        yield Check("server health", "fail", str(problem))
+        yield Check("server health", "fail", str(problem), "`mcpctl status` shows more")
 
 
 def _clock(date: str) -> Check:
     if not date:
-        return Check("clock", "warn", "the server did not say its time")
+        return Check("clock of the server", "warn", "it did not say its time")
     away = abs((datetime.now(UTC) - parsedate_to_datetime(date)).total_seconds())
-    return Check("clock", "ok" if away <= _SKEW_SECONDS else "warn", f"{away:.0f} s apart from the server's")
+    seen = f"{away:.0f} s apart from ours"
+    if away <= _SKEW_SECONDS:
+        return Check("clock of the server", "ok", seen)
+    return Check("clock of the server", "warn", seen, "let NTP set the clocks of both machines")

@@ -23,6 +23,7 @@ _STYLES: Final = {
     "running": "cyan", "assigned": "cyan", "busy": "cyan",
     "failed": "red", "expired": "red", "rejected": "red", "offline": "red", "stalled": "red", "quarantined": "red",
     "cancelled": "yellow", "paused": "yellow", "draining": "yellow", "warned": "yellow", "warn": "yellow", "fail": "red",
+    "\N{CHECK MARK}": "green", "!": "yellow", "\N{BALLOT X}": "red",
 }  # fmt: skip
 
 

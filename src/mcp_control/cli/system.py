@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from mcp_control.cli.connection import connect
-from mcp_control.cli.errors import MEANINGS, USAGE, CliError, told
+from mcp_control.cli.errors import MEANINGS, USAGE, CliError
 from mcp_control.cli.options import Fields, Json, Out, json_bytes
 from mcp_control.cli.output import View, write_json
 
@@ -138,14 +138,3 @@ def settings_show(as_json: Json = False, out: Out = None, fields: Fields = "") -
     except SettingsError as error:
         raise CliError(f"settings: {error}", USAGE) from None
     view.many([one.model_dump() for one in sources], ("name", "value", "origin", "help"), key="name", limit=0)
-
-
-def doctor(as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
-    """Look whether a server can run here and whether the chosen one answers; exit code 1 when something fails."""
-    from mcp_control.cli.checks import all_checks
-
-    view = View.of(out, as_json, fields)
-    found = [{"check": one.name, "state": one.state, "detail": one.detail} for one in all_checks(told)]
-    view.many(found, ("check", "state", "detail"), key="check")
-    if any(one["state"] == "fail" for one in found):
-        raise typer.Exit(1)

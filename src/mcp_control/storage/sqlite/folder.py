@@ -55,6 +55,13 @@ def filesystem_of(path: Path) -> str:
     return found
 
 
+def is_network(kind: str) -> bool:
+    """Say whether a type of file system reaches over a network."""
+    return kind in _NETWORK or kind.startswith(
+        ("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3", "fuse.rclone", "fuse.juicefs")
+    )
+
+
 def prepare(directory: Path, filesystem: FilesystemOf) -> None:
     """Make the folder, readable by its owner alone, and refuse network file systems. Raises StoreUnavailable."""
     try:
@@ -62,9 +69,7 @@ def prepare(directory: Path, filesystem: FilesystemOf) -> None:
     except OSError as error:
         raise StoreUnavailable(f"the data folder {directory} cannot be made: {error.strerror}") from None
     kind = filesystem(directory)
-    if kind in _NETWORK or kind.startswith(
-        ("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3", "fuse.rclone", "fuse.juicefs")
-    ):
+    if is_network(kind):
         raise StoreUnavailable(
             f"the data folder {directory} is on a network file system ({kind}); SQLite needs a local disk"
         )
