@@ -77,7 +77,8 @@ class _Both:
 
 
 def _said(problem: Problem | None) -> tuple[object, ...]:
-    return () if problem is None else (type(problem), problem.detail, problem.data)
+    """What both must say: which of several entities in conflict a change names is open."""
+    return () if problem is None else (type(problem), problem.data.get("kind"), problem.data.get("index"))
 
 
 @pytest.fixture
