@@ -1,6 +1,5 @@
 """`mcpctl migrate-store`: the store of a product to another place, while it is in use."""
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +38,8 @@ def migrate_store(
     Leases stay valid: agents that connect to the new servers go on with what they hold. The source is left as it is; start nothing on it.
     """
     need_server()
+    import asyncio
+
     from mcp_control.app import KINDS
     from mcp_control.archive.migrate import migrate
     from mcp_control.kernel.errors import StoreUnavailable
