@@ -12,10 +12,10 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, Duplicate, FieldError, IdempotencyMismatch, Invalid, NotFound, Problem
+from mcp_control.kernel.errors import Conflict, Duplicate, IdempotencyMismatch, Invalid, NotFound, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page
-from mcp_control.kernel.text import label_errors, range_errors, text_errors
+from mcp_control.kernel.text import text_errors
 from mcp_control.pipelines import control
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
@@ -30,12 +30,12 @@ from mcp_control.pipelines.model import (
     RunRequest,
     RunState,
     RunView,
-    StageRun,
 )
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Plans, Runs
+from mcp_control.pipelines.starting import Along, check_request, new_run
 from mcp_control.security.model import SYSTEM, Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
@@ -54,6 +54,7 @@ _HEAL_TASKS: Final = 500
 _INSIDE_MAX: Final = 64
 _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+NOTHING_ALONG: Final = Along()
 Ask = Callable[[Plan, Run, int], Run]
 
 
@@ -111,42 +112,43 @@ class PipelineEngine:
             if known is not None:
                 return known, False
         pipeline = await self._catalogue.get(actor, ref, request.version)
-        _check_request(request)
-        body = pipeline.spec.spec
-        params = resolve(body.params, request.params)
-        plan = self._plans.of(pipeline)
-        now = self._clock.now()
-        run = Run(
-            id=self._ids.new("run"),
-            version=0,
-            tenant=actor.tenant,
-            pipeline_id=pipeline.id,
-            pipeline=pipeline.name,
-            pipeline_number=pipeline.number,
-            state=RunState.PENDING,
-            state_at=now,
-            created_at=now,
-            stages=[StageRun(id=stage.id) for stage in body.stages],
-            labels=request.labels,
-            priority=body.priority if request.priority is None else request.priority,
-            deadline_at=None if body.deadline_seconds is None else now + control.as_millis(body.deadline_seconds),
-            idempotency_key=request.idempotency_key,
-            digest=digest,
-            origin=replace(origin, principal=origin.principal or actor.id),
-        )
-        active = Active(run, plan, Material({name: msgspec.Raw(text) for name, text in params.items()}))
-        decision = await self._runs.decide(active, run, (), now)
-        cold = {"params": _encode({name: msgspec.Raw(text) for name, text in params.items()})}
-        created = [run_fact("run.created", run, actor.id, now)]
-        advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=created, cold=cold)
         try:
-            await self._apply(actor, run.id, advance)
+            return await self.begin(actor, pipeline, request, origin, self._ids.new("run"), digest), True
         except Duplicate:
             known = await self._repeated(actor, request, digest)
             if known is None:
                 raise
             return known, False
-        return replace(decision.run, version=1), True
+
+    async def begin(
+        self,
+        actor: Actor,
+        pipeline: Pipeline,
+        request: RunRequest,
+        origin: Origin,
+        run_id: str,
+        digest: str = "",
+        along: Along = NOTHING_ALONG,
+    ) -> Run:
+        """Start a run under this id, in one change with what is to be committed along with it.
+
+        Raises:
+            Invalid: parameters, labels or priority; everything that is wrong.
+            Conflict: the id is taken, or what goes along was changed meanwhile; nothing was started.
+        """
+        check_request(request)
+        params = {name: msgspec.Raw(text) for name, text in resolve(pipeline.spec.spec.params, request.params).items()}
+        now = self._clock.now()
+        run = new_run(actor, pipeline, request, origin, run_id=run_id, digest=digest, now=now)
+        active = Active(run, self._plans.of(pipeline), Material(params))
+        decision = await self._runs.decide(active, run, (), now)
+        created = [run_fact("run.created", run, actor.id, now)]
+        cold = {"params": _encode(params)}
+        advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=created, cold=cold)
+        advance.writes.extend(along.writes)
+        advance.facts.extend(along.facts)
+        await self._apply(actor, run.id, advance)
+        return replace(decision.run, version=1)
 
     async def _repeated(self, actor: Actor, request: RunRequest, digest: str) -> Run | None:
         key = scoped(actor.tenant, actor.id, request.idempotency_key or "")
@@ -374,11 +376,3 @@ class PipelineEngine:
 def _digest(ref: str, request: RunRequest) -> str:
     body = msgspec.json.encode(replace(request, idempotency_key=None), order="deterministic")
     return sha256(ref.encode() + b"\x1f" + body).hexdigest()
-
-
-def _check_request(request: RunRequest) -> None:
-    found: list[FieldError] = label_errors("#/labels", request.labels)
-    if request.priority is not None:
-        found += range_errors("#/priority", request.priority, 0, 100)
-    if found:
-        raise Invalid(found[0].detail, errors=found)

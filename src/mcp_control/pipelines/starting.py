@@ -1,0 +1,53 @@
+"""From a request to the run it begins as: checks and construction, pure."""
+
+import msgspec
+from msgspec.structs import replace
+
+from mcp_control.kernel.changes import Entity, Fact
+from mcp_control.kernel.errors import FieldError, Invalid
+from mcp_control.kernel.text import label_errors, range_errors
+from mcp_control.pipelines.control import as_millis
+from mcp_control.pipelines.model import Pipeline, Run, RunRequest, RunState, StageRun
+from mcp_control.security.model import Actor
+from mcp_control.tasks.model import Origin
+
+
+class Along(msgspec.Struct, frozen=True):
+    """What is committed together with a new run or task: entities and facts."""
+
+    writes: list[Entity] = []
+    facts: list[Fact] = []
+
+
+def check_request(request: RunRequest) -> None:
+    """Raise Invalid with everything that is wrong with a request but its parameters."""
+    found: list[FieldError] = label_errors("#/labels", request.labels)
+    if request.priority is not None:
+        found += range_errors("#/priority", request.priority, 0, 100)
+    if found:
+        raise Invalid(found[0].detail, errors=found)
+
+
+def new_run(
+    actor: Actor, pipeline: Pipeline, request: RunRequest, origin: Origin, *, run_id: str, digest: str, now: int
+) -> Run:
+    """Return the run that a checked request begins as."""
+    body = pipeline.spec.spec
+    return Run(
+        id=run_id,
+        version=0,
+        tenant=actor.tenant,
+        pipeline_id=pipeline.id,
+        pipeline=pipeline.name,
+        pipeline_number=pipeline.number,
+        state=RunState.PENDING,
+        state_at=now,
+        created_at=now,
+        stages=[StageRun(id=stage.id) for stage in body.stages],
+        labels=request.labels,
+        priority=body.priority if request.priority is None else request.priority,
+        deadline_at=None if body.deadline_seconds is None else now + as_millis(body.deadline_seconds),
+        idempotency_key=request.idempotency_key,
+        digest=digest,
+        origin=replace(origin, principal=origin.principal or actor.id),
+    )
