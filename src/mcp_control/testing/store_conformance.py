@@ -74,6 +74,17 @@ async def told(heard: list[StoredFact], count: int) -> None:
             await asyncio.sleep(0.002)
 
 
+async def test_values_read_back_are_plain(store_factory: StoreFactory) -> None:
+    """Versions and index fields are Python's own integers and texts, however large, so that any encoder takes them."""
+    store = await opened(store_factory)
+    await store.commit([Change([thing("a", state="new", due=2**53)])])
+    (found,) = await store.get("thing", ["a"])
+    assert found is not None
+    assert type(found.version) is int
+    assert [type(value) for value in found.index.values() if value is not None] == [str, int]
+    await store.close()
+
+
 async def test_what_was_committed_is_read_back(store_factory: StoreFactory) -> None:
     """An entity comes back with its version, index fields, hot bytes and the cold parts asked for; nulls are named."""
     store = await opened(store_factory)

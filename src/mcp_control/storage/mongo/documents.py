@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from bson.int64 import Int64
+
 from mcp_control.kernel.changes import Entity, Index, IndexValue, Kind, Query, Where
 
 Document = dict[str, Any]
@@ -148,10 +150,11 @@ def outside(shape: Shape, documents: Iterable[Document], cold: Sequence[str]) ->
 
 def entity(shape: Shape, document: Document, pieces: Mapping[str, bytes]) -> Entity:
     """Return what a document says; `pieces` are the parts that lie outside, by name."""
-    index = document.get("i", {})
+    # Large integers come as a class of the driver's own, which other encoders do not know.
+    index = {name: int(value) if value.__class__ is Int64 else value for name, value in document.get("i", {}).items()}
     cold = {**pieces, **document.get("c", {})}
     return Entity(
-        shape.name, document["_id"], document["v"], {name: index.get(name) for name in shape.types}, document["h"], cold
+        shape.name, document["_id"], int(document["v"]), {name: index.get(name) for name in shape.types}, document["h"], cold
     )
 
 
