@@ -7,7 +7,7 @@ from typing import Final
 import structlog
 from pymongo.errors import PyMongoError
 
-from mcp_control.storage.mongo.client import unavailable
+from mcp_control.storage.mongo.client import Primary, unavailable
 
 _log = structlog.get_logger(__name__)
 _AFTER_ERROR: Final = 0.25
@@ -20,10 +20,12 @@ class Background:
     Args:
         name: for the log.
         once: does what there is to do, and returns the seconds after which to look again unasked. Errors of the database are logged.
+        primary: given up is what a primary was asked for that has a successor.
     """
 
-    def __init__(self, name: str, once: Callable[[], Awaitable[float]]) -> None:
+    def __init__(self, name: str, once: Callable[[], Awaitable[float]], primary: Primary) -> None:
         self._name = name
+        self._primary = primary
         self._once = once
         self._asked = asyncio.Event()
         self._stopping = False
@@ -53,7 +55,8 @@ class Background:
         while not self._stopping:
             self._asked.clear()
             try:
-                pause = await self._once()
+                async with self._primary.lasting():
+                    pause = await self._once()
                 failures = 0
             except PyMongoError as error:
                 failures += 1

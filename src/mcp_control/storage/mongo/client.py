@@ -4,6 +4,9 @@ Majority writes and majority reads on the primary are what makes an acknowledged
 asks for less is refused rather than obeyed. A server that answers with a fencing token has it acknowledged by a majority first (G3).
 """
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
@@ -12,6 +15,7 @@ from bson.codec_options import CodecOptions
 from pymongo import AsyncMongoClient
 from pymongo.asynchronous.database import AsyncDatabase
 from pymongo.errors import (
+    AutoReconnect,
     ConfigurationError,
     ConnectionFailure,
     ExecutionTimeout,
@@ -35,6 +39,7 @@ Level = Literal["ok", "warn", "fail"]
 BUDGET: Final = 4.5  # seconds for one call, so that the caller hears within 5
 SNAPSHOT: Final = ReadConcern("snapshot")
 MAJORITY: Final = WriteConcern("majority")
+_LOOK_SECONDS: Final = 0.1
 _DATABASE: Final = "mcp_control"
 _OLDEST: Final = (6, 0)
 _SUPPORTED: Final = (7, 0)
@@ -62,6 +67,10 @@ class Finding(msgspec.Struct, frozen=True):
     advice: str = ""
 
 
+class NewPrimaryError(AutoReconnect):
+    """The primary that was asked is none any more; whether it did what it was asked is not known."""
+
+
 class Primary:
     """Which member is primary, as the driver knows it at the moment it is asked."""
 
@@ -69,6 +78,7 @@ class Primary:
         self._client = client
         self._elections = 0
         self._last: object = None
+        self._asking: set[asyncio.Timeout] = set()
 
     @property
     def address(self) -> str | None:
@@ -83,6 +93,36 @@ class Primary:
             self._elections += self._last is not None
             self._last = now
         return self._elections
+
+    @asynccontextmanager
+    async def lasting(self) -> AsyncIterator[None]:
+        """Give up what is asked in this block, with NewPrimaryError, when there is a new primary: a frozen one would never answer."""
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._asking.add(limit)
+                try:
+                    yield
+                finally:
+                    self._asking.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise NewPrimaryError("another member has become primary") from None
+
+    async def watch(self) -> None:
+        """Look for new primaries until cancelled."""
+        loop = asyncio.get_running_loop()
+        before = self._look()
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            now = self._look()
+            if now[0] is None or now == before:
+                continue
+            before = now
+            asking, self._asking = self._asking, set()
+            for limit in asking:
+                limit.reschedule(loop.time())
 
     def _look(self) -> tuple[str | None, object]:
         for server in self._client.topology_description.server_descriptions().values():

@@ -16,7 +16,7 @@ from mcp_control.kernel.changes import Fact, StoredFact
 from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.mongo.background import Background
 from mcp_control.storage.mongo.batch import unpack
-from mcp_control.storage.mongo.client import Database, Document
+from mcp_control.storage.mongo.client import Database, Document, Primary
 from mcp_control.storage.mongo.schema import FACTS
 from mcp_control.storage.ports import Committed
 
@@ -82,6 +82,7 @@ class Tail:
     """Hands this server all facts from the moment it opened, in order, each once.
 
     Args:
+        primary: of the replica set.
         database: where they are.
         committed: see `Store.open`.
         position: the last `seq` that this server needs not to be told.
@@ -89,13 +90,18 @@ class Tail:
     """
 
     def __init__(
-        self, database: Database, committed: Committed, position: int, lost: Callable[[Problem], None]
+        self,
+        primary: Primary,
+        database: Database,
+        committed: Committed,
+        position: int,
+        lost: Callable[[Problem], None],
     ) -> None:
         self.position = position
         self._database = database
         self._committed = committed
         self._lost = lost
-        self._work = Background("mongo-facts", self._once)
+        self._work = Background("mongo-facts", self._once, primary)
 
     def start(self) -> None:
         """Begin to look for facts."""

@@ -23,7 +23,7 @@ from pymongo.read_preferences import ReadPreference
 
 from mcp_control.storage.mongo.background import Background
 from mcp_control.storage.mongo.batch import body, pack, unpack
-from mcp_control.storage.mongo.client import MAJORITY, SNAPSHOT, Client, Database, Document
+from mcp_control.storage.mongo.client import MAJORITY, SNAPSHOT, Client, Database, Document, Primary
 from mcp_control.storage.mongo.facts import HEAD, Tail, announcement, newest_seq
 from mcp_control.storage.mongo.schema import FACTS, PENDING
 
@@ -55,6 +55,7 @@ class Sequencer:
 
     Args:
         client: for sessions of its own.
+        primary: of the replica set.
         database: where the collections are.
         tail: gets what was sequenced at once.
         announce: tells the other servers.
@@ -67,6 +68,7 @@ class Sequencer:
     def __init__(
         self,
         client: Client,
+        primary: Primary,
         database: Database,
         tail: Tail,
         announce: Announce,
@@ -84,7 +86,7 @@ class Sequencer:
         self._head: int | None = None  # as long as nobody else is known to sequence
         self._told_at = -_TOLD_SECONDS
         self._oldest: tuple[object, float] | None = None  # the oldest pending document, and since when it was seen
-        self._work = Background("mongo-sequencer", self._once)
+        self._work = Background("mongo-sequencer", self._once, primary)
 
     @property
     def lead(self) -> bool:

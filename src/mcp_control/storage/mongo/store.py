@@ -4,8 +4,10 @@ Changes go through `writer.py` in transactions, facts get their order from `sequ
 are majority reads on the primary: they never show what a failover could take back, and show every change that was acknowledged before.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Final, TypeVar
 
@@ -23,6 +25,7 @@ from mcp_control.storage.mongo.client import (
     Client,
     Database,
     Document,
+    NewPrimaryError,
     Primary,
     connect,
     database_of,
@@ -88,6 +91,7 @@ class MongoStore:
         self._lead = False
         self._client: Client | None = None
         self._writer: GroupCommit | None = None  # while open
+        self._watch: asyncio.Task[None]
         self._tail: Tail
         self._sequencer: Sequencer
         self._database: Database
@@ -156,11 +160,13 @@ class MongoStore:
             if isinstance(error, PyMongoError):
                 raise unavailable(error) from None
             raise
-        self._tail = Tail(self._database, committed, position, self._lost)
-        self._sequencer = Sequencer(self._client, self._database, self._tail, self._tell)
+        self._watch = asyncio.create_task(self._seen.watch(), name="mongo-primary")
+        self._tail = Tail(self._seen, self._database, committed, position, self._lost)
+        self._sequencer = Sequencer(self._client, self._seen, self._database, self._tail, self._tell)
         self._sequencer.lead = self._lead
         self._writer = GroupCommit(
             self._client,
+            self._seen,
             self._database,
             self._shapes,
             max_waiting=self._max_waiting,
@@ -189,6 +195,7 @@ class MongoStore:
         await writer.close()
         await self._sequencer.stop()
         await self._tail.stop()
+        self._watch.cancel()
         await self._client.close()
         self._client = None
 
@@ -310,12 +317,22 @@ class MongoStore:
 
     async def _read(self, read: Callable[[AsyncClientSession | None], Awaitable[T]], *, snapshot: bool = False) -> T:
         """Read, in one snapshot where an entity is put together from several documents."""
+        seen = self._seen
+        assert self._client is not None
+        assert seen is not None
         try:
-            if snapshot:
-                assert self._client is not None
-                async with self._client.start_session(causal_consistency=False, snapshot=True) as session:
-                    return await read(session)
-            return await read(None)
+            while True:
+                # A snapshot belongs to its session, so each try has its own.
+                async with AsyncExitStack() as stack:
+                    session: AsyncClientSession | None = None
+                    if snapshot:
+                        made = self._client.start_session(causal_consistency=False, snapshot=True)
+                        session = await stack.enter_async_context(made)
+                    try:
+                        async with seen.lasting():
+                            return await read(session)
+                    except NewPrimaryError:
+                        continue
         except PyMongoError as error:
             raise unavailable(error) from error
 

@@ -7,7 +7,8 @@ is, which MongoDB answers alike however often it is asked. What no answer could 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import pymongo
@@ -34,7 +35,16 @@ from mcp_control.storage.mongo.batch import (
     prepare,
     questions,
 )
-from mcp_control.storage.mongo.client import BUDGET, MAJORITY, SNAPSHOT, Client, Database, Document, unavailable
+from mcp_control.storage.mongo.client import (
+    BUDGET,
+    MAJORITY,
+    SNAPSHOT,
+    Client,
+    Database,
+    Document,
+    Primary,
+    unavailable,
+)
 from mcp_control.storage.mongo.commands import NOT_READ, many_updates, steps
 from mcp_control.storage.mongo.schema import PENDING
 from mcp_control.storage.mongo.sequencer import NotPlacedError, Placed, Sequencer
@@ -82,6 +92,7 @@ class GroupCommit:
 
     Args:
         client: what the database was reached through.
+        primary: of the replica set.
         database: where the collections are.
         shapes: the kinds that may be written.
         max_waiting: changes that may wait; more raise Overloaded.
@@ -93,6 +104,7 @@ class GroupCommit:
     def __init__(
         self,
         client: Client,
+        primary: Primary,
         database: Database,
         shapes: Shapes,
         *,
@@ -101,7 +113,7 @@ class GroupCommit:
         sequencer: Sequencer,
         wrote: Callable[[], None],
     ) -> None:
-        self._client = client
+        self._primary = primary
         self._database = database
         self._shapes = shapes
         self._max_waiting = max_waiting
@@ -202,6 +214,8 @@ class GroupCommit:
                 return
             except (OutcomeUnknown, StoreUnavailable) as problem:
                 self._fail(calls, problem)
+                if isinstance(problem, OutcomeUnknown):
+                    self._fail(self._take_all(), StoreUnavailable("MongoDB does not confirm commits", retry_after=1))
                 return
             except (OperationFailure, BSONError, DocumentTooLarge, OverflowError, ValueError) as error:
                 await self._refused(calls, error)
@@ -263,7 +277,7 @@ class GroupCommit:
         placed = None
         await self._session.start_transaction(SNAPSHOT, MAJORITY, ReadPreference.PRIMARY)
         try:
-            with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
+            async with self._asking(deadline):
                 if plan is None:
                     plan = await self._decide(items)
                 for step in steps(self._shapes, plan, await self._before(plan)):
@@ -279,6 +293,12 @@ class GroupCommit:
             raise
         await self._commit(deadline)
         return plan, placed
+
+    @asynccontextmanager
+    async def _asking(self, deadline: float) -> AsyncIterator[None]:
+        with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
+            async with self._primary.lasting():
+                yield
 
     async def _before(self, plan: Plan) -> dict[Place, Document]:
         found: dict[Place, Document] = {}
@@ -336,7 +356,7 @@ class GroupCommit:
     async def _commit(self, deadline: float) -> None:
         while True:
             try:
-                with pymongo.timeout(max(deadline - self._loop.time(), 0.01)):
+                async with self._asking(deadline):
                     await self._session.commit_transaction()
             except PyMongoError as error:
                 if error.has_error_label(_TRANSIENT):

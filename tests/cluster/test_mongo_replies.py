@@ -1,0 +1,61 @@
+"""The database did what it was asked and the answer did not say so (fault matrix, row 17)."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from mcp_control.testing.databases import MongoSet
+from mcp_control.testing.server import running_server
+from tests.integration.support import API, admin
+
+_DONE_BUT_UNSURE: dict[str, Any] = {"writeConcernError": {"code": 91, "errmsg": "shutting down"}}
+_CUT: dict[str, Any] = {"closeConnection": True}
+
+
+async def _submit(client: httpx2.AsyncClient, key: str | None) -> httpx2.Response:
+    return await client.post(f"{API}/tasks", json={"type": "it.none", "payload": 1, "idempotency_key": key})
+
+
+async def _all(client: httpx2.AsyncClient) -> list[str]:
+    answer = await client.get(f"{API}/tasks", params={"limit": 100})
+    return [task["id"] for task in answer.json()["items"]]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("how", [pytest.param(_DONE_BUT_UNSURE, id="unsure"), pytest.param(_CUT, id="cut")])
+async def test_an_answer_that_gets_lost_once_or_twice_is_not_even_noticed(
+    how: dict[str, Any], times: int, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
+) -> None:
+    """The commit is asked for again and answered alike: the client hears success, and one task is there."""
+    async with running_server(tmp_path, mongo__uri=mongo_uri) as server, admin(server) as client:
+        mongo_set.fail_command("commitTransaction", times=times, **how)
+        answer = await _submit(client, "key")
+        mongo_set.clear_failures()
+        assert answer.status_code == 201, answer.text
+        assert await _all(client) == [answer.json()["id"]]
+
+
+@pytest.mark.parametrize("key", ["key", pytest.param(None, id="control-no-key")])
+async def test_a_submit_of_unknown_outcome_can_be_repeated_with_its_key(
+    key: str | None, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
+) -> None:
+    """Where no answer is to be had, the client hears 503 within 5 s, and the same key has the same effect and answer afterwards.
+
+    Without a key, as the control, the repetition makes a second task: the first one had happened.
+    """
+    async with running_server(tmp_path, mongo__uri=mongo_uri) as server, admin(server) as client:
+        mongo_set.fail_command("commitTransaction", times=None, **_DONE_BUT_UNSURE)
+        unsure = await _submit(client, key)
+        mongo_set.clear_failures()
+        assert unsure.status_code == 503
+        assert unsure.json()["code"] == "outcome-unknown"
+        assert unsure.elapsed.total_seconds() <= 6.0
+        again = [await _submit(client, key) for _ in range(2)]
+        assert {answer.status_code for answer in again} <= {200, 201}, [answer.text for answer in again]
+        ids = {answer.json()["id"] for answer in again}
+        if key is None:
+            assert len(await _all(client)) == 3
+        else:
+            assert await _all(client) == [*ids]
