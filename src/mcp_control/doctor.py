@@ -294,14 +294,18 @@ def _no_redis(why: str) -> Check:
 
 
 async def _look_at_redis(client: "RedisClient", timeout: float) -> list[Check]:
+    from redis.asyncio import RedisCluster
+
     trips = []
     for _ in range(_ROUND_TRIPS):
         began = time.perf_counter()
         await client.ping()
         trips.append(time.perf_counter() - began)
     found = [_pace("redis", min(trips) * 1000, timeout * 1000 / 5)]
-    each = _nodes(await client.info("server"), "redis_version")
-    memories = _nodes(await client.info("memory"), "used_memory")
+    # One server answers for itself, a cluster for all of its nodes.
+    everywhere = {"target_nodes": "all"} if isinstance(client, RedisCluster) else {}
+    each = _nodes(await client.info("server", **everywhere), "redis_version")
+    memories = _nodes(await client.info("memory", **everywhere), "used_memory")
     versions = sorted({str(one["redis_version"]) for one in each})
     old = [one for one in versions if tuple(map(int, one.split(".")[:2])) < _REDIS]
     seen = f"Redis {', '.join(versions)}" + (f", {len(each)} nodes" if len(each) > 1 else "")
@@ -318,5 +322,5 @@ async def _look_at_redis(client: "RedisClient", timeout: float) -> list[Check]:
 
 
 def _nodes(told: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return what each node said; a cluster answers for all of its nodes."""
+    """Return what each node said."""
     return [told] if name in told else list(told.values())
