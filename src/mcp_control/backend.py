@@ -177,7 +177,8 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         mongo.lead = await leadership.once()
 
     async def bury(_: int) -> None:
-        if leadership.leading and await nodes.bury() and made.resilient is not None:
+        # Every server does so: a leader that was killed may hold up the order of the facts until its transaction is ended.
+        if await nodes.bury() and made.resilient is not None:
             # A server that died between a commit and its push left Redis without the entry.
             made.resilient.doubt()
 
@@ -213,7 +214,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
             ("cluster-clock", 5.0, lambda _: clock.once()),
             ("cluster-node", seconds / 4, lambda _: nodes.once()),
             ("cluster-leader", seconds / 4, lead),
-            ("cluster-gone", seconds / 2, bury),
+            ("cluster-gone", seconds / 5, bury),
         ):
             stack.push_async_callback(every(pace, once, name=loop, clock=clock).stop)
 

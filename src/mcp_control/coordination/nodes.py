@@ -1,4 +1,4 @@
-"""The servers of a cluster: each says that it is there; the leader clears up after those that are gone."""
+"""The servers of a cluster: each says that it is there, and clears up after those that are gone."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -81,7 +81,7 @@ class Nodes:
         return sorted((_decode(entity.hot) for entity in found), key=lambda node: node.id)
 
     async def bury(self) -> int:
-        """End what servers left behind that are gone, and their entries; returns how many. For the leader."""
+        """End what servers left behind that are gone, and their entries; returns how many. Done twice it does no harm."""
         now = self._clock.now()
         gone = await self._store.find(
             NODE_KIND.name, Query(where=[Where("until", "lt", now)], order="until", limit=_MAX)
