@@ -7,7 +7,7 @@
     ├── conflicts (409, 412, 428)  Conflict Duplicate LeaseSuperseded AlreadyTerminal InvalidTransition InProgress NameTaken
     │                              VersionConflict PreconditionRequired
     ├── size and type (408, 413, 415)  BodyTimeout PayloadTooLarge UnsupportedMediaType
-    ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline GateFailed
+    ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline InvalidSchedule GateFailed
     └── not now (429, 503)  RateLimited Overloaded StorageFull StoreUnavailable OutcomeUnknown
 
 The wire form is a problem document (RFC 9457); `api/problem.py` writes it. A 4xx changed nothing. `OutcomeUnknown` means what it
@@ -243,6 +243,12 @@ class InvalidPipeline(Problem):
     """The definition cannot be accepted; the first error's code says why (`dag-cycle`, `dag-unknown-node` …)."""
 
     code, status, title = "invalid-pipeline", 422, "Invalid pipeline"
+
+
+class InvalidSchedule(Problem):
+    """No moment can be found at which the schedule would fire: the time, the zone or the interval is none, or it lies in the past."""
+
+    code, status, title = "invalid-schedule", 422, "Invalid schedule"
 
 
 class PreconditionRequired(Problem):
