@@ -30,16 +30,17 @@ async def submitted_batched(there: Cluster, count: int) -> list[str]:
         for start in starts:
             numbers = range(start, min(start + BATCH, count))
             specs = [TaskSpec(type="bench.noop", payload=msgspec.Raw(encode(payload(number)))) for number in numbers]
-            while True:
-                try:
-                    handles = await client.tasks.submit_many(specs)
-                    break
-                except NotNow:  # more was offered than the servers take; the client waited as it was told
-                    there.refused += 1
-            for handle in handles:
+            for handle in await accepted(client, specs):
                 if isinstance(handle, ApiProblem):
                     raise handle
                 ids.append(handle.id)
+
+    async def accepted(client: AsyncClient, specs: list[TaskSpec]) -> list[AsyncTaskHandle | ApiProblem]:
+        while True:
+            try:
+                return await client.tasks.submit_many(specs)
+            except NotNow:  # more was offered than the servers take; the client waited as it was told
+                there.refused += 1
 
     async def with_client(url: str, token: str) -> None:
         async with AsyncClient(url, token=token) as client:
