@@ -209,7 +209,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         )
         engine = PipelineEngine(store, clock, ids, settler, catalogue, shared)
         settler.follower = engine
-        artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=settings.limits.max_artifact_bytes)
+        limit = settings.limits.max_artifact_bytes
+        artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)
         if shared:
             hearing += [manager.registry.heard, tasks.heard, engine.heard]
 

@@ -187,7 +187,7 @@ def _attributes(path: Path) -> set[str]:
 
 def test_no_setting_is_without_effect() -> None:
     """Every setting is read by a part of the server that may read settings; one that does nothing would deceive who sets it."""
-    readers = [PACKAGE / "app.py", *(PACKAGE / "api").glob("*.py"), *(PACKAGE / "cli").glob("*.py")]
+    readers = [*PACKAGE.glob("*.py"), *(PACKAGE / "api").glob("*.py"), *(PACKAGE / "cli").glob("*.py")]
     read = set().union(*map(_attributes, [*readers, *(PACKAGE / "configuration").glob("*.py")]))
     names = [source.name for source in load(environ={}).sources()]
     assert [name for name in names if not set(name.split(".")) <= read] == []

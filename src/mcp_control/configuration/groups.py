@@ -87,7 +87,7 @@ class Security(_Group):
 
     jwt_secret: SecretStr | None = Field(
         default=None,
-        description="secret the token key is derived from; without it a key file is made in the data folder",
+        description="secret the token key is derived from; without it a key is made, in the data folder or the shared store",
     )
     token_seconds: Annotated[int, Field(ge=300, le=900)] = Field(default=600, description="life of an access token")
     leeway_seconds: Annotated[int, Field(ge=0, le=30)] = Field(
@@ -144,10 +144,10 @@ class Cluster(_Group):
 
     leader_seconds: Annotated[float, Field(ge=0.5, le=300)] = Field(
         default=5.0,
-        description="how often the leader renews its lease; after three times that another server takes over",
+        description="how long leadership and a server's place in the cluster last without renewal; renewed four times as often",
     )
     advertise: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = Field(
-        default="", description="URL under which this server is reached, shown in status; empty: where it listens"
+        default="", description="URL under which this server is reached, shown in status; empty: none is shown"
     )
 
 
