@@ -16,9 +16,9 @@ from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Queued
 from mcp_control.storage.sqlite.store import SqliteStore
-from mcp_control.tasks.agent_sessions import PollOutbox
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.model import Origin, Task, TaskSpec, TaskState
+from mcp_control.tasks.polling import PollOutbox
 from mcp_control.tasks.records import read
 from mcp_control.tasks.service import Submitted, TaskEdit
 from mcp_control.tasks.wire import Assignment, Done, Hello

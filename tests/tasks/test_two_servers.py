@@ -8,6 +8,9 @@ import pytest
 from mcp_control.agents.model import AgentState, Beat
 from mcp_control.kernel.errors import LeaseSuperseded
 from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.polling import PollOutbox
+from mcp_control.tasks.wire import Report, Started
+from mcp_control.testing.clock import FakeClock
 from tests.tasks.world import ADMIN, Peer, World, two_servers_at
 
 
@@ -161,6 +164,40 @@ async def test_a_polling_agent_may_meet_another_server_with_every_request(tmp_pa
         stranger = await one.agent("stranger")
         with pytest.raises(Exception, match="another agent"):
             await two.agents.resume(stranger.actor, str(peer.instance_id), frames.extend)
+
+
+async def test_work_that_stayed_behind_at_another_server_is_sent_again(tmp_path: Path) -> None:
+    """What a polling agent did not fetch before it went elsewhere comes with its session, or when heartbeats show that it is missing."""
+    clock = FakeClock()
+    async with two_servers_at(tmp_path, clock) as (one, two):
+        peer = await one.agent(slots=2)
+        await one.submit()
+        await peer.until_given()  # put on its way on the first server, and never fetched
+        near, away = PollOutbox(), PollOutbox()
+        session = await two.agents.resume(peer.actor, str(peer.instance_id), near.send)
+        assert (await near.claim(session, two.dispatcher, 1, 0))[0] == [], "it may be on its way still"
+        clock.advance(session.instance.lease_ms / 2000)
+        await two.agents.heartbeat(session, Beat(tick=1))
+        (sent,) = (await near.claim(session, two.dispatcher, 1, 0))[0]
+        session = await one.agents.resume(peer.actor, str(peer.instance_id), away.send)
+        assert (await away.claim(session, one.dispatcher, 1, 0))[0] == [sent]
+        await one.agents.report(
+            session, Report(id=1, started=[Started(task_id=sent.task_id, lease_token=sent.lease_token)])
+        )
+        await one.agents.heartbeat(session, Beat(tick=2, running=[sent.task_id]))
+        assert (await away.claim(session, one.dispatcher, 1, 0))[0] == [], "it has come"
+
+
+async def test_a_long_poll_ends_when_the_session_goes_elsewhere(tmp_path: Path) -> None:
+    """The agent asks again, and so reaches the server that has work for it."""
+    async with two_servers_at(tmp_path) as (one, two):
+        peer = await one.agent()
+        here, there = PollOutbox(), PollOutbox()
+        session = await one.agents.resume(peer.actor, str(peer.instance_id), here.send)
+        asking = asyncio.create_task(here.claim(session, one.dispatcher, 1, 30))
+        await two.agents.resume(peer.actor, str(peer.instance_id), there.send)
+        async with asyncio.timeout(5):
+            assert await asking == ([], [])
 
 
 async def _true(condition: bool) -> bool:

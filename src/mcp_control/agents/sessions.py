@@ -28,9 +28,10 @@ class Session:
         allowance: how many further tasks it takes right now beside its free slots; None for a socket, which takes as many as it has slots.
             A long poll sets it while it waits.
         accepting: whether it may be given work at all.
+        parted: called when the session is dropped; a long poll sets it while it waits.
     """
 
-    __slots__ = ("accepting", "agent", "allowance", "held", "instance", "leaving", "send", "slots", "stalled")
+    __slots__ = ("accepting", "agent", "allowance", "held", "instance", "leaving", "parted", "send", "slots", "stalled")
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Session:
         self.send = send
         self.allowance = allowance
         self.held: set[str] = set()
+        self.parted: Callable[[], None] | None = None
         self.leaving = False
         self.stalled = False
         self.accepting = True
@@ -113,6 +115,8 @@ class Sessions:
         if session is None:
             return None
         session.accepting = False
+        if session.parted is not None:
+            session.parted()
         siblings = self._by_agent[session.agent.id]
         del siblings[instance_id]
         if not siblings:

@@ -11,7 +11,7 @@ from mcp_control.api.decode import Body
 from mcp_control.api.query import Query, WaitSeconds
 from mcp_control.api.routing import Endpoint
 from mcp_control.kernel.errors import AlreadyTerminal, Forbidden, LeaseSuperseded, NotFound, Problem
-from mcp_control.tasks.agent_sessions import PollOutbox
+from mcp_control.tasks.polling import PollOutbox
 from mcp_control.tasks.wire import Ack, Assignment, BeatAck, Hello, Report, Welcome
 
 

@@ -21,7 +21,7 @@ class VerifiedCache:
         size: entries kept; the oldest goes first.
     """
 
-    def __init__(self, recheck_ms: int = 5_000, size: int = 10_000) -> None:
+    def __init__(self, recheck_ms: int = 4_000, size: int = 10_000) -> None:
         self._recheck_ms = recheck_ms
         self._size = size
         self._entries: dict[bytes, _Entry] = {}

@@ -1,6 +1,5 @@
 """What an agent's connection can ask for, whichever door it came through: connect, heartbeat, report, claim, leave."""
 
-import asyncio
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -25,9 +24,7 @@ from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.verbs import losing, releasing
 from mcp_control.tasks.wire import (
     Ack,
-    Assignment,
     BeatAck,
-    Cancel,
     Hello,
     Refusal,
     Report,
@@ -36,6 +33,7 @@ from mcp_control.tasks.wire import (
 )
 
 _HELD_MAX: Final = 10_000
+_ON_ITS_WAY_MS: Final = 3000  # how long an assignment may be under way to an agent that polls
 
 
 class AgentSessions:
@@ -136,7 +134,10 @@ class AgentSessions:
         agent = self._manager.registry.by_id(actor.id) or await self._manager.registry.fetch(actor.id)
         if agent is None:
             raise LeaseSuperseded("this session is over; say hello again")
-        beat = replace(instance.beat, running=[task.id for task in await self.held_by(instance_id)])
+        # What was put on its way on the other server just before may have stayed there: it is sent again unless it is known to have come.
+        since = self._clock.now() - _ON_ITS_WAY_MS
+        held = await self.held_by(instance_id)
+        beat = replace(instance.beat, running=[task.id for task in held if not _lost_on_its_way(task, since)])
         hello = Hello(
             protocol=PROTOCOL_VERSION,
             agent=agent.spec,
@@ -198,7 +199,10 @@ class AgentSessions:
             self._missing[instance_id] = gone
         unheard = [task_id for task_id in stored if task_id not in session.held]
         session.held.update(unheard)
-        if missing := [task_id for task_id in unheard if task_id not in beat.running]:
+        if session.allowance is not None:
+            since = self._clock.now() - max(_ON_ITS_WAY_MS, session.instance.lease_ms // 3)
+            unheard += [task.id for task in stored.values() if _lost_on_its_way(task, since)]
+        if missing := [task_id for task_id in dict.fromkeys(unheard) if task_id not in beat.running]:
             found = await self._ledger.load_with_payload(missing)
             again = [assignment(task, payload) for task, payload in filter(None, found) if task.lease is not None]
             if again:
@@ -323,6 +327,11 @@ class AgentSessions:
             raise LeaseSuperseded("this session is over")
 
 
+def _lost_on_its_way(task: Task, since: int) -> bool:
+    """Say whether a task was given out before this moment and nobody has said yet that it has begun."""
+    return task.state is TaskState.ASSIGNED and task.lease is not None and task.lease.since < since
+
+
 def _noting(decide: Decide, changed: dict[int, bool], place: int) -> Decide:
     """Note under `place` whether the last decision moved the task."""
 
@@ -332,60 +341,3 @@ def _noting(decide: Decide, changed: dict[int, bool], place: int) -> Decide:
         return move
 
     return noting
-
-
-class PollOutbox:
-    """Keeps frames for an agent without a socket until it asks, and assignments until it is heard of that they arrived."""
-
-    def __init__(self) -> None:
-        self._frames: list[Frame] = []
-        self._given: dict[str, tuple[Assignment, int]] = {}
-        self._there = asyncio.Event()
-
-    def send(self, frames: Sequence[Frame]) -> None:
-        """Keep frames."""
-        self._frames.extend(frames)
-        if any(isinstance(frame, Tasks | Cancel) for frame in frames):
-            self._there.set()
-
-    def welcome(self) -> Welcome:
-        """Return the welcome frame of the session."""
-        return next(frame for frame in self._frames if isinstance(frame, Welcome))
-
-    async def claim(
-        self, session: Session, dispatcher: Dispatcher, limit: int, seconds: float
-    ) -> tuple[list[Assignment], list[str]]:
-        """Wait up to so many seconds for at most `limit` tasks; returns them, and ids of tasks to cancel."""
-        session.allowance = limit
-        dispatcher.freed(session)
-        try:
-            async with asyncio.timeout(seconds):
-                await self._there.wait()
-        except TimeoutError:
-            pass
-        finally:
-            session.allowance = 0
-        self._there.clear()
-        frames, self._frames = self._frames, []
-        tasks = [task for frame in frames if isinstance(frame, Tasks) for task in frame.tasks]
-        cancel = [task_id for frame in frames if isinstance(frame, Cancel) for task_id in frame.task_ids]
-        self._given.update((task.task_id, (task, 0)) for task in tasks)
-        return tasks, cancel
-
-    def heard(self, session: Session, running: Sequence[str]) -> None:
-        """Learn from a heartbeat what the agent runs; what it holds and does not know of is sent again with its next claim.
-
-        The heartbeat may have left before the answer to the claim arrived, so one that lacks a task is no sign yet; the second one is.
-        """
-        known = set(running)
-        again: list[Assignment] = []
-        for task_id, (task, missed) in list(self._given.items()):
-            if task_id in known or task_id not in session.held:
-                del self._given[task_id]
-            elif missed:
-                del self._given[task_id]
-                again.append(task)
-            else:
-                self._given[task_id] = (task, missed + 1)
-        if again:
-            self.send([Tasks(tasks=again)])
