@@ -36,9 +36,13 @@ from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.retention import RunRetention
+from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
+from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
+from mcp_control.pipelines.timekeeping import ScheduleKeeper, ScheduleRetention
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
@@ -69,6 +73,7 @@ KINDS: Final = (
     GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,
+    *SCHEDULE_KINDS,
     *ARTIFACT_KINDS,
     *COORDINATION_KINDS,
     *SECURITY_KINDS,
@@ -209,6 +214,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         )
         engine = PipelineEngine(store, clock, ids, settler, catalogue, shared)
         settler.follower = engine
+        firing = Firing(store, clock, engine, settler)
         limit = settings.limits.max_artifact_bytes
         artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)
         if shared:
@@ -260,6 +266,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             sessions=agent_sessions,
             dispatcher=dispatcher,
             pipelines=engine,
+            scheduler=Scheduler(store, clock, ids, firing),
             artifacts=artifacts,
             cluster=Cluster(
                 store=base.kind,
@@ -282,6 +289,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
         old_runs = RunRetention(store, artifacts, round(keep.runs_days * _DAY_MS))
+        old_schedules = ScheduleRetention(store, round(keep.runs_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
         one_server: list[tuple[str, float, Once]] = [
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
@@ -291,6 +299,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
             ("runs", 1.0, engine.heal),
             ("runs-retention", keep.interval_seconds, old_runs.once),
+            ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
+            ("schedules-retention", keep.interval_seconds, old_schedules.once),
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),

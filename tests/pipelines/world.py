@@ -14,6 +14,7 @@ from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
+from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.security.model import Actor
 from mcp_control.storage.local.queue import LocalQueue
@@ -124,7 +125,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
     problems: list[Problem] = []
     facts: list[StoredFact] = []
     store = SqliteStore(folder, fatal=problems.append)
-    await store.open([TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, *ARTIFACT_KINDS], facts.extend)
+    await store.open([TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS], facts.extend)
     made = World(store, facts)
     try:
         yield made

@@ -2,7 +2,20 @@
 
 import functools
 
-from mcp_control.api import agents, artifacts, asyncapi, auth, bundles, docs, events, pipelines, runs, system, tasks
+from mcp_control.api import (
+    agents,
+    artifacts,
+    asyncapi,
+    auth,
+    bundles,
+    docs,
+    events,
+    pipelines,
+    runs,
+    schedules,
+    system,
+    tasks,
+)
 from mcp_control.api.agent_polling import Pollers
 from mcp_control.api.agent_polling import endpoints as polling
 from mcp_control.api.agent_socket import AgentSocket
@@ -23,6 +36,7 @@ def routes(version: str) -> tuple[Endpoint, ...]:
         *pipelines.ENDPOINTS,
         *runs.ENDPOINTS,
         *bundles.ENDPOINTS,
+        *schedules.ENDPOINTS,
         *artifacts.ENDPOINTS,
         *events.ENDPOINTS,
         *system.ENDPOINTS,

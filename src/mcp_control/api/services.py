@@ -15,6 +15,7 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.ids import IdSource
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.metrics import Metrics
+from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
@@ -72,6 +73,7 @@ class Services:
     sessions: AgentSessions
     dispatcher: Dispatcher
     pipelines: PipelineEngine
+    scheduler: Scheduler
     artifacts: Artifacts
     cluster: Cluster
     sockets: OpenSockets = field(default_factory=OpenSockets)

@@ -148,7 +148,9 @@ class Firing:
         target = target_id(after, slot, key)
         fire = new_fire(after, slot, now, source, "started", known=known, target=target, by=by, key=key)
         failed = replace(fire, outcome="failed", target="")
-        started = replace(after, fired=after.fired + 1, last_slot=slot, last_target=target)
+        started = replace(after, fired=after.fired + 1, last_target=target)
+        if source != "manual":
+            started = replace(started, last_slot=max(slot, after.last_slot or slot))
         if follow:
             started = replace(started, active=[*after.active, target])
         if after.backfill is not None and source == "backfill":
