@@ -1,5 +1,7 @@
 """One way in for all doors: an Authorization header becomes an actor, or a refusal that tells nothing."""
 
+import asyncio
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -25,6 +27,7 @@ from mcp_control.security.verified import VerifiedCache
 from mcp_control.storage.ports import Store
 
 _USED_EVERY_MS: Final = 600_000
+_NOTE_SECONDS: Final = 0.25
 _NOBODY: Final = bytes(32)
 
 
@@ -35,6 +38,7 @@ class Authenticator:
         self._store = store
         self._tokens = tokens
         self._verified = verified
+        self._writing: set[asyncio.Task[None]] = set()
 
     def known(self, header: str, now: int) -> Actor | None:
         """Return the actor of a header that was verified within the last seconds, without waiting."""
@@ -123,10 +127,15 @@ class Authenticator:
         if token.last_used_at is not None and now - token.last_used_at < _USED_EVERY_MS:
             return
         used = msgspec.structs.replace(token, version=token.version + 1, last_used_at=now)
-        try:
-            await self._store.commit([Change(writes=(to_entity(used),))])
-        except Problem:
-            return  # a store that takes no writes must not keep anybody from reading
+        writing = asyncio.create_task(self._write(used))
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
+        # A store that takes its time with writes, or takes none, must not keep anybody from what they came for.
+        await asyncio.wait([writing], timeout=_NOTE_SECONDS)
+
+    async def _write(self, token: ApiToken) -> None:
+        with suppress(Problem):
+            await self._store.commit([Change(writes=(to_entity(token),))])
 
 
 def _actor(user: User, kind: str, credential: str, expires_at: int | None) -> Actor:
