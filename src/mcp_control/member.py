@@ -64,7 +64,7 @@ class Member:
         """Fill Redis from the store where it lacks something. For the leader."""
         queue = self._base.resilient
         if queue is not None and await queue.needs_refill():
-            waiting = await self._reconciler.rebuild()
+            waiting = await self._reconciler.refill(queue)
             done = await queue.refilled()
             _log.info("cluster.refilled", tasks=waiting, complete=done)
 

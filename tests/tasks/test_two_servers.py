@@ -43,6 +43,22 @@ async def test_work_is_found_that_nobody_told_of(tmp_path: Path) -> None:
         await peer.until_given()
 
 
+async def test_what_is_known_of_lanes_is_set_right(tmp_path: Path) -> None:
+    """A server that counted entries which another one took, or counted them twice, learns better when it looks."""
+    async with two_servers_at(tmp_path) as (one, two):
+        task = await one.submit()
+        await one.dispatcher.enqueue([task])  # as when the lanes are filled again
+        lane = one.dispatcher.known(task.lane)
+        assert lane is not None
+        await one.dispatcher.look()
+        assert lane.waiting == 1
+        peer = await two.agent()
+        await two.dispatcher.look()
+        await peer.until_given()
+        await one.dispatcher.look()
+        assert lane.waiting == 0
+
+
 async def test_a_caller_waits_on_any_server(tmp_path: Path) -> None:
     """Waiting for a task ends when it ends, whichever server its agent is connected to."""
     async with two_servers_at(tmp_path) as (one, two):

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ from mcp_control.plugins.manager import Plugins
 from mcp_control.sdk.profiles import Profile, Profiles, normal_url
 
 AGENTS_SECONDS: Final = 20.0
+_NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._-]")
 _NO_ADDRESS: Final = (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES)
 TOKEN_NAME: Final = "mcpctl up"  # noqa: S105 - the name of a token
 
@@ -83,7 +85,9 @@ class _Server:
         for name, why in there.services.plugins.failed.items():
             say(f"the plugin {name} is left out: {why}")
         count = self._settings.agents
-        wanted = [LocalAgent(f"{name}-{n}", target) for name, target in targets for n in range(1, count + 1)]
+        # The servers of a cluster share the agents' names, and each has agents of its own.
+        place = f"-{_NOT_IN_NAMES.sub('-', there.services.node)[:60]}" if self._settings.mongo.uri is not None else ""
+        wanted = [LocalAgent(f"{name}{place}-{n}", target) for name, target in targets for n in range(1, count + 1)]
         folder = self._settings.data / "local-agents"
         self._agents = LocalAgents(wanted, there.services, url, folder, self._settings.log)
         self._on_signals(there)
@@ -97,13 +101,14 @@ class _Server:
             told = {
                 "url": url,
                 "pid": os.getpid(),
-                "data": str(self._settings.data),
+                "data": str(self._settings.data) if self._settings.mongo.uri is None else "mongodb",
                 "agents": [agent.name for agent in wanted],
                 "one_time_password": there.one_time_password,
             }
             write_json(told)
             return
-        _line(f"Data: {self._settings.data}   profile: {profile}")
+        data = str(self._settings.data) if self._settings.mongo.uri is None else "MongoDB, as a member of a cluster"
+        _line(f"Data: {data}   profile: {profile}")
         if wanted:
             _line(f"Agents: {', '.join(agent.name for agent in wanted)}")
         _line(f"Ready: {url}   (docs: {url}/docs; Ctrl-C stops)")

@@ -30,19 +30,25 @@ HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
 
 
+def queued(task: Task) -> Queued:
+    """Return a task as an entry of its lane."""
+    return Queued(task.lane, task.id, task.priority, task.order)
+
+
 class Lane:
     """What is known of a lane: what it asks, who fits, and bounds of what waits in it.
 
     `waiting` may be too high and `priority` an upper bound; both correct themselves when entries are taken.
     """
 
-    __slots__ = ("demand", "key", "oldest", "priority", "sessions", "tenant", "waiting")
+    __slots__ = ("demand", "key", "oldest", "priority", "pushed", "sessions", "tenant", "waiting")
 
     def __init__(self, key: str, tenant: str, demand: Demand) -> None:
         self.key = key
         self.tenant = tenant
         self.demand = demand
         self.waiting = 0
+        self.pushed = 0
         self.priority = 0
         self.oldest = 0
         self.sessions: set[Session] = set()
@@ -167,13 +173,14 @@ class Dispatcher:
 
     async def enqueue(self, tasks: Sequence[Task]) -> None:
         """Put queued tasks in their lanes."""
-        await self._queue.push([Queued(task.lane, task.id, task.priority, task.order) for task in tasks])
+        await self._queue.push([queued(task) for task in tasks])
         for task in tasks:
             lane = self.lane(task)
             if not lane.waiting:
                 lane.priority, lane.oldest = task.priority, task.order
                 self._waiting[lane.key] = lane
             lane.waiting += 1
+            lane.pushed += 1
             if task.priority > lane.priority:
                 lane.priority = task.priority
         if self._free:
@@ -184,8 +191,18 @@ class Dispatcher:
         )
 
     async def look(self) -> None:
-        """Look at the lanes of the queue, for entries of other servers that nobody told of."""
-        await self.heard(await self._queue.depths())
+        """Look at the lanes of the queue, for entries of other servers that nobody told of, and set right what is known of them."""
+        before = {lane.key: lane.pushed for lane in self._waiting.values()}
+        depths = await self._queue.depths()
+        there = {depth.lane: depth.waiting for depth in depths}
+        for key, pushed in before.items():
+            lane = self._waiting.get(key)
+            if lane is None or lane.pushed != pushed:
+                continue  # something was pushed meanwhile
+            lane.waiting = there.get(key, 0)
+            if not lane.waiting:
+                del self._waiting[key]
+        await self.heard(depths)
 
     async def heard(self, depths: Sequence[Depth]) -> None:
         """Hear of entries that other servers put in lanes."""

@@ -1,7 +1,7 @@
 """The janitors of tasks: what time brings about, one `once` each. The app runs them with `kernel/loops.py`; tests call them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 import structlog
@@ -10,17 +10,18 @@ from mcp_control.agents.service import AgentManager
 from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import StoreUnavailable
-from mcp_control.storage.ports import Store
+from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.agent_sessions import AgentSessions
-from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.dispatcher import Dispatcher, queued
 from mcp_control.tasks.ledger import Intent, Ledger
-from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.records import read
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.verbs import losing, timing
 
 _log = structlog.get_logger(__name__)
 _BATCH: Final = 500
+_PAGE: Final = 2000
 _JUMP_MS: Final = 1000
 _USUAL_LEASE_MS: Final = 30_000
 _LOGS: Final = 2000
@@ -147,17 +148,30 @@ class Reconciler:
     async def rebuild(self) -> int:
         """Fill the lanes from the store, at start; returns how many tasks wait."""
         waiting = 0
+        async for tasks in self._queued():
+            await self._dispatcher.enqueue(tasks)
+            waiting += len(tasks)
+        return waiting
+
+    async def refill(self, queue: Queue) -> int:
+        """Push everything that waits into a queue that several servers share and that lost something; returns how many tasks wait."""
+        waiting = 0
+        async for tasks in self._queued():
+            await queue.push([queued(task) for task in tasks])
+            waiting += len(tasks)
+        return waiting
+
+    async def _queued(self) -> AsyncIterator[list[Task]]:
         after: list[str] | None = None
         while True:
             page = await self._store.find(
-                "task", Query(where=[Where("state", "eq", TaskState.QUEUED.value)], after=after, limit=2000)
+                "task", Query(where=[Where("state", "eq", TaskState.QUEUED.value)], after=after, limit=_PAGE)
             )
             if page:
-                await self._dispatcher.enqueue([read(entity) for entity in page])
-                waiting += len(page)
+                yield [read(entity) for entity in page]
                 after = [page[-1].id]
-            if len(page) < 2000:
-                return waiting
+            if len(page) < _PAGE:
+                return
 
     async def once(self) -> int:
         """Queue tasks again whose holder has ended without them; returns how many were found."""
