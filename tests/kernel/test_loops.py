@@ -76,7 +76,7 @@ async def test_errors_are_logged_slow_it_down_and_do_not_end_it() -> None:
         for _ in range(8):
             await pace.step()
         await loop.stop()
-    assert pace.asked == [1, 2, 4, 8, 16, 32, 32, 32, 1]
+    assert pace.asked == [1, 2, 4, 5, 5, 5, 5, 5, 1]
     assert [(entry["event"], entry["loop"], entry["failures"]) for entry in logged] == [
         ("loop-failed", "sweeper", n) for n in range(1, 8)
     ]

@@ -14,11 +14,11 @@ from mcp_control.kernel.clock import Clock
 
 _log = structlog.get_logger(__name__)
 _JITTER: Final = 0.1
-_SLOWEST: Final = 32
+_SLOWEST: Final = 5.0  # seconds: what failed comes back within ten after the fault has gone
 
 
 class Loop:
-    """A running loop. After errors it waits longer, up to 32 intervals, and returns to its pace with the first success.
+    """A running loop. After errors it waits longer, up to five seconds, and returns to its pace with the first success.
 
     Attributes:
         passes: how often `once` returned.
@@ -86,8 +86,8 @@ class Loop:
 
     def _pause(self) -> float:
         """Return the next wait: the interval, spread so that loops and servers do not beat together, and longer after failures."""
-        longer = min(1 << min(self.failures, 10), _SLOWEST)
-        return self.interval * longer * (1 - _JITTER + 2 * _JITTER * self._random())
+        longer = min(self.interval * (1 << min(self.failures, 10)), max(self.interval, _SLOWEST))
+        return longer * (1 - _JITTER + 2 * _JITTER * self._random())
 
 
 def every(
