@@ -20,6 +20,7 @@ from mcp_control.cli import (
     pipelines,
     profiles,
     runs,
+    schedules,
     system,
     tasks,
 )
@@ -96,6 +97,7 @@ for noun in (
     agents.app,
     pipelines.app,
     runs.app,
+    schedules.app,
     artifacts.app,
     events.app,
     system.settings_app,

@@ -21,6 +21,7 @@ from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.runs import AsyncPipelines, AsyncRuns, Pipelines, Runs
+from mcp_control.sdk.schedules import AsyncSchedules, Schedules
 from mcp_control.sdk.tasks import AsyncTasks, Tasks
 from mcp_control.sdk.transport import AsyncTransport, Transport
 
@@ -54,6 +55,7 @@ class Client:
         self.tasks = Tasks(self)
         self.runs = Runs(self)
         self.pipelines = Pipelines(self)
+        self.schedules = Schedules(self)
         self.artifacts = Artifacts(self)
         self.agents = Agents(self)
 
@@ -150,6 +152,7 @@ class AsyncClient:
         self.tasks = AsyncTasks(self)
         self.runs = AsyncRuns(self)
         self.pipelines = AsyncPipelines(self)
+        self.schedules = AsyncSchedules(self)
         self.artifacts = AsyncArtifacts(self)
         self.agents = AsyncAgents(self)
 
