@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
@@ -129,12 +129,15 @@ def port_of(url: str) -> int:
 class Submits:
     """Clients that submit at a rate and repeat, with the same key, whatever they got no answer for.
 
+    Args:
+        body: makes the submission, without its key.
+
     Attributes:
         refused: answers other than success, by status; 0 is a connection that broke.
         longest: seconds from the first try of a submit to its acknowledgement, the longest of all.
     """
 
-    def __init__(self, history: History, rate: float, body: Mapping[str, object]) -> None:
+    def __init__(self, history: History, rate: float, body: Callable[[], Mapping[str, object]]) -> None:
         self._history = history
         self._rate = rate
         self._body = body
@@ -156,7 +159,7 @@ class Submits:
 
     async def one(self, client: httpx2.AsyncClient, key: str, seconds: float = 60.0) -> str:
         """Submit one task, however many tries it takes, and return its id."""
-        body = {**self._body, "idempotency_key": key}
+        body = {**self._body(), "idempotency_key": key}
         began = time.monotonic()
         while True:
             try:

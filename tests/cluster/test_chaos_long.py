@@ -5,6 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,33 @@ class Disaster:
         self._running.append(place)
 
 
+class Gates:
+    """Files for which tasks wait: one comes every second, so that a task is in hand for a second or so."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = 0
+
+    def next(self) -> str:
+        """Return the file after the one that comes next."""
+        return str(self._folder / f"gate-{self._number + 1}")
+
+    async def run(self, ends: asyncio.Event) -> None:
+        """Open one after the other until told to end, and then all that were named."""
+        while not ends.is_set():
+            (self._folder / f"gate-{self._number}").touch()
+            self._number += 1
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ends.wait(), 1.0)
+        for number in (self._number, self._number + 1):
+            (self._folder / f"gate-{number}").touch()
+
+
 @pytest.mark.parametrize(
     ("seconds", "every", "rate"),
     [
         pytest.param(20.0, 4.0, 20.0, id="short"),
-        pytest.param(180.0, 4.0, 100.0, id="long", marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+        pytest.param(180.0, 5.0, 40.0, id="long", marks=[pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )
 async def test_nothing_acknowledged_is_lost_or_done_twice_while_servers_die(
@@ -76,11 +99,15 @@ async def test_nothing_acknowledged_is_lost_or_done_twice_while_servers_die(
     """I1 to I9 hold after kill -9 of servers every few seconds, two empty starts of Redis and two changes of the primary."""
     history = History()
     written = tmp_path / "journal"
-    body = {"type": "it.hold", "payload": {"until": "/", "journal": str(written)}}
+    gates = Gates(tmp_path)
+
+    def work() -> dict[str, object]:
+        return {"type": "it.hold", "payload": {"until": gates.next(), "journal": str(written)}}
+
     async with running_cluster(tmp_path, mongo_uri, redis_server.url) as cluster, cluster.client() as client:
-        await cluster.work(["one", "two", "three", "four"], slots=8, lease=10)
+        await cluster.work(["one", "two", "three", "four"], slots=16, lease=10)
         follower = await Follower(history).start(client)
-        submits = Submits(history, rate, body)
+        submits = Submits(history, rate, work)
         disaster = Disaster(
             cluster,
             every,
@@ -93,6 +120,7 @@ async def test_nothing_acknowledged_is_lost_or_done_twice_while_servers_die(
         )
         ends = asyncio.Event()
         async with asyncio.TaskGroup() as group:
+            group.create_task(gates.run(ends))
             group.create_task(submits.run(client, ends))
             await disaster.strike(seconds)
             ends.set()

@@ -56,7 +56,8 @@ async def test_a_change_of_the_primary_is_a_pause_and_no_more(
     """Submits go on within seconds; a step-down is not even seen as an error; nothing is lost, doubled or skipped (rows 13 and 14)."""
     history = History()
     written = tmp_path / "journal"
-    submits = Submits(history, RATE, {"type": "it.hold", "payload": {"until": "/", "journal": str(written)}})
+    work = {"type": "it.hold", "payload": {"until": "/", "journal": str(written)}}
+    submits = Submits(history, RATE, lambda: work)
     async with running_cluster(tmp_path, mongo_uri, None, count=2) as cluster, cluster.client() as client:
         await cluster.work(["one"], slots=8, lease=10)
         follower = await Follower(history).start(client)
