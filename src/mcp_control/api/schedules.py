@@ -6,7 +6,6 @@ import msgspec
 
 from mcp_control.api.call import NO_CONTENT, Call, Reply, reply, tagged
 from mcp_control.api.decode import Body
-from mcp_control.api.pipelines import CreateQuery
 from mcp_control.api.query import PageQuery, Query
 from mcp_control.api.routing import Endpoint
 from mcp_control.api.tasks import Nothing, Reason, with_key
@@ -26,6 +25,12 @@ from mcp_control.pipelines.schedule_records import schedule_view
 from mcp_control.pipelines.scheduler import NEXT_MAX
 
 
+class DryRunQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`dry_run` checks the schedule and keeps nothing."""
+
+    dry_run: bool = False
+
+
 class NextQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How many slots to come."""
 
@@ -39,7 +44,7 @@ class TriggerRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 _SPEC: Final = Body(ScheduleSpec, envelope=3)
-_CREATE: Final = Query(CreateQuery)
+_CREATE: Final = Query(DryRunQuery)
 _PAGE: Final = Query(PageQuery)
 _NEXT: Final = Query(NextQuery)
 _REASON: Final = Body(Reason, optional=True)
