@@ -10,6 +10,8 @@ from typing import Any, Final
 import uvloop
 from rich.console import Console
 
+from bench.cluster_events import fanout
+from bench.cluster_growth import growth
 from bench.cluster_loads import dispatch, throughput, without_redis
 from bench.cluster_report import show
 from bench.cluster_stand import Databases, databases
@@ -17,10 +19,14 @@ from bench.stand import machine
 from bench.statistics import Line
 
 _IDLE: Final = 0.5
+_SIZES: Final = [1_000, 10_000, 100_000]
+_LARGEST: Final = 1_000_000
 Bench = Callable[[Databases, argparse.Namespace], Coroutine[Any, Any, list[Line]]]
 BENCHES: Final[dict[str, Bench]] = {
     "T": lambda there, given: throughput(there, given.reps),
     "D": lambda there, given: dispatch(there, given.rounds),
+    "G": lambda there, given: growth(there, _SIZES + ([_LARGEST] if given.full else []), given.rounds // 3),
+    "E": lambda there, given: fanout(there, 1000, 100, 10.0),
     "R": lambda there, given: without_redis(there, given.reps, given.rounds),
 }
 

@@ -13,6 +13,7 @@ from bench.loads import BATCH, CONNECTIONS, payload
 from bench.statistics import Line, median, percentile, rounded
 from mcp_control import AsyncClient
 from mcp_control.sdk.errors import ApiProblem, NotNow
+from mcp_control.sdk.tasks import AsyncTaskHandle
 from mcp_control.tasks.model import TaskSpec
 
 DURABLE: Final = "MongoDB, three members, majority and journal: submission, assignment and result are each in an acknowledged transaction"

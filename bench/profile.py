@@ -43,7 +43,7 @@ PARTS: Final = (
         "agent protocol",
         ("tasks/reports.py", "tasks/agent_sessions.py", "tasks/wire.py", "api/agent_socket.py", "api/outbox.py"),
     ),
-    ("decode and check the body", ("api/decode.py", "api/invalid.py")),
+    ("decode and check the body", ("api/decode.py", "kernel/shapes.py")),
     ("authenticate", ("security/", "api/auth.py")),
     ("HTTP", ("api/", "monitoring/", "kernel/")),
     ("HTTP and WebSocket protocol", ("uvicorn/", "websockets/", "httptools", "h11/")),
