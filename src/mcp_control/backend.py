@@ -161,6 +161,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         id=server,
         name=name,
         url=settings.cluster.advertise,
+        port=settings.port,
         software=__version__,
         started_at=system.now(),
         until=0,
@@ -202,6 +203,10 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
         stack.push_async_callback(announcer.close)
         mongo.announce = announcer.put
         await clock.once()
+        earlier = await nodes.succeed()
+        leadership.heir_of = frozenset(earlier)
+        if earlier and made.resilient is not None:
+            made.resilient.doubt()
         await nodes.once()
         await lead(0)
         for topic in ("pending", "facts"):

@@ -77,12 +77,14 @@ async def test_never_do_two_lead_at_once(
     await store.close()
 
 
-def _nodes(store: SqliteStore, clock: FakeClock, name: str, ended: list[bytes]) -> Nodes:
+def _nodes(
+    store: SqliteStore, clock: FakeClock, id: str, ended: list[bytes], name: str | None = None, port: int = 0
+) -> Nodes:
     async def end(ids: Sequence[bytes]) -> None:
         ended.extend(ids)
 
-    me = Node(id=f"node_{name}", name=name, started_at=clock.now(), until=0)
-    return Nodes(store, clock, me, 5.0, lambda: [name.encode()], end)
+    me = Node(id=f"node_{id}", name=name or id, port=port, started_at=clock.now(), until=0)
+    return Nodes(store, clock, me, 5.0, lambda: [id.encode()], end)
 
 
 async def test_servers_know_each_other_and_bury_the_dead(store: SqliteStore) -> None:
@@ -105,6 +107,37 @@ async def test_servers_know_each_other_and_bury_the_dead(store: SqliteStore) -> 
     assert [node.name for node in await one.all()] == ["one", "two"]
     await two.leave()
     assert [node.name for node in await one.all()] == ["one"]
+
+
+async def test_a_server_that_starts_again_ends_what_its_last_process_left_behind(store: SqliteStore) -> None:
+    """Same name and port: the earlier one is gone, at once; others are left alone, and so are those that let the system choose a port."""
+    clock = FakeClock()
+    ended: list[bytes] = []
+    places = [("one", 8640), ("one", 8641), ("two", 8640), ("one", 0)]
+    before = [_nodes(store, clock, f"{name}{port}", ended, name, port) for name, port in places]
+    for nodes in before:
+        await nodes.once()
+    assert await _nodes(store, clock, "new", ended, "one", 0).succeed() == []
+    assert await _nodes(store, clock, "new", ended, "one", 8640).succeed() == ["node_one8640"]
+    assert ended == [b"one8640"]
+    assert len(await before[1].all()) == 3
+
+
+async def test_the_dead_are_freed_before_any_is_removed(store: SqliteStore) -> None:
+    """One of them may have died while it removed another, and hold that entry until its session is ended."""
+    clock = FakeClock()
+    ended: list[bytes] = []
+    for name in ("one", "two"):
+        await _nodes(store, clock, name, ended).once()
+    clock.advance(6)
+    seen: list[int] = []
+
+    async def end(ids: Sequence[bytes]) -> None:
+        seen.append(len(ids))
+
+    me = Node(id="node_me", name="me", started_at=clock.now(), until=0)
+    assert await Nodes(store, clock, me, 5.0, list, end).bury() == 2
+    assert seen == [2]
 
 
 async def test_a_server_knows_that_it_is_cut_off(store: SqliteStore) -> None:

@@ -29,6 +29,9 @@ class Leadership:
     Args:
         node: id of this server.
         seconds: the term; call `once` at least three times in it.
+
+    Attributes:
+        heir_of: ids of servers that are known to be gone, whose term need not end.
     """
 
     def __init__(self, store: Store, clock: Clock, node: str, seconds: float) -> None:
@@ -40,6 +43,7 @@ class Leadership:
         self.term = 0
         self.holder = ""
         self.taken = 0
+        self.heir_of: frozenset[str] = frozenset()
 
     @property
     def leading(self) -> bool:
@@ -57,7 +61,7 @@ class Leadership:
         leader = Leader() if found is None else replace(_decode(found.hot), version=found.version)
         self.holder, self.term = leader.holder, leader.term
         now = self._clock.now()
-        if leader.holder != self._node and leader.until > now:
+        if leader.holder != self._node and leader.holder not in self.heir_of and leader.until > now:
             self._deadline = 0.0
             return False
         new = leader.holder != self._node

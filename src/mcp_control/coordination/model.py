@@ -29,6 +29,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         id: made anew with every start.
         name: as people call it.
         url: where it answers; empty when it does not say.
+        port: where it listens, on a machine or in a container of this name. Of two servers with the same name and port the earlier one is
+            gone. 0 where the system chose one.
         software: version of the server.
         until: wall milliseconds on the store's clock; a server that has not been heard of by then is gone.
         sessions: ids of its sessions with the database, to be ended when it is gone.
@@ -38,6 +40,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: int = 0
     name: str
     url: str = ""
+    port: int = 0
     software: str = ""
     started_at: int
     until: int

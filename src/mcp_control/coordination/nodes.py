@@ -83,17 +83,34 @@ class Nodes:
     async def bury(self) -> int:
         """End what servers left behind that are gone, and their entries; returns how many. Done twice it does no harm."""
         now = self._clock.now()
-        gone = await self._store.find(
+        found = await self._store.find(
             NODE_KIND.name, Query(where=[Where("until", "lt", now)], order="until", limit=_MAX)
         )
-        for entity in gone:
-            node = _decode(entity.hot)
-            if node.id == self._me.id:
-                continue
-            await self._end(node.sessions)
-            await self._store.commit([Change(deletes=[Key(NODE_KIND.name, entity.id, entity.version)])])
-            _log.warning("cluster.node_gone", node=node.name, id=node.id)
+        gone = [_stored(entity) for entity in found if entity.id != self._me.id]
+        await self._remove(gone)
         return len(gone)
+
+    async def succeed(self) -> list[str]:
+        """End what an earlier process of this server left behind that was killed; returns its ids. For the start, before the first commit.
+
+        Without this it would hold up commits until it counts as gone.
+        """
+        if not self._me.port:
+            return []
+        found = await self._store.find(NODE_KIND.name, Query(order="until", limit=_MAX))
+        mine = (self._me.name, self._me.port)
+        earlier = [node for node in map(_stored, found) if (node.name, node.port) == mine and node.id != self._me.id]
+        await self._remove(earlier)
+        return [node.id for node in earlier]
+
+    async def _remove(self, gone: Sequence[Node]) -> None:
+        if not gone:
+            return
+        # All of their sessions first: one of the dead may have died while it removed another one's entry, and hold that up.
+        await self._end([session for node in gone for session in node.sessions])
+        await self._store.commit([Change(deletes=[Key(NODE_KIND.name, node.id, node.version)]) for node in gone])
+        for node in gone:
+            _log.warning("cluster.node_gone", node=node.name, id=node.id)
 
     async def leave(self) -> None:
         """Remove this server's entry, as when it stops in good order. Never raises."""
@@ -101,6 +118,10 @@ class Nodes:
             await self._store.commit([Change(deletes=[Key(NODE_KIND.name, self._me.id)])])
         except Problem as problem:
             _log.warning("cluster.not_left", code=problem.code)
+
+
+def _stored(entity: Entity) -> Node:
+    return replace(_decode(entity.hot), version=entity.version)
 
 
 def _entity(node: Node) -> Entity:
