@@ -88,6 +88,9 @@ class SocketLink:
                 response.status_code, code, detail, _seconds(response.headers.get("Retry-After"))
             ) from error
         except (InvalidHandshake, InvalidURI) as error:
+            if isinstance(error.__cause__, (EOFError, OSError)):
+                # It ended before an answer came, as when a server dies; that says nothing against sockets.
+                raise LinkLost(f"cannot connect to {url}: {error}") from error
             raise LinkRefused(400, "no-upgrade", str(error)) from error
         except (OSError, EOFError, TimeoutError, WebSocketException) as error:
             raise LinkLost(f"cannot connect to {url}: {str(error) or type(error).__name__}") from error
