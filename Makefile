@@ -124,6 +124,10 @@ bench: setup system-packages ## Benchmarks in at most 8 minutes: JSON lines and 
 bench-full: setup system-packages ## All benchmark sizes, and ratios to the peers in MCP_CONTROL_BENCH_PEERS
 	@$(BIN)/python -m bench --full
 
+.PHONY: bench-cluster
+bench-cluster: setup system-packages ## Benchmarks of servers on MongoDB and Redis (ARGS=--full: a million tasks; ARGS=--profile)
+	@$(BIN)/python -m bench.cluster $(ARGS)
+
 .PHONY: clean
 clean: ## Remove .venv and all that was built or cached
 	rm -rf $(VENV) build dist docs/_build ui/docs/node_modules $(SWAGGER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

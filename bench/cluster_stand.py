@@ -123,16 +123,27 @@ async def cluster(there: Databases, servers: int, *, database: str = "", redis: 
         stack.callback(there.mongo.drop, database)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mcp-bench-")))
         stands: list[Stand] = []
-        for number in range(servers):
+        processes = [
+            await asyncio.to_thread(stack.enter_context, ServerProcess(folder / f"server-{number}", **settings))
+            for number in range(servers)
+        ]
+        for number, process in enumerate(processes):
             # Every server has a token; any of them holds for all servers.
-            process = stack.enter_context(ServerProcess(folder / f"server-{number}", **settings))
             (api,) = await stack.enter_async_context(connections(process.url, process.admin_token, 1))
             stand = Stand(process.url, process.admin_token, process.pid, api, folder, name=f"s{number}-")
             stack.callback(stand.stop_agents)
             stands.append(stand)
         made = Cluster(there, stands, uri, folder)
-        await made.queue_is("redis" if redis else "store")
-        yield made
+        try:
+            await made.queue_is("redis" if redis else "store")
+            yield made
+        except Exception as error:
+            error.add_note(_logs(folder))
+            raise
+
+
+def _logs(folder: Path) -> str:
+    return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in sorted(folder.rglob("*.log")))
 
 
 def new_database() -> str:

@@ -20,8 +20,9 @@ class Refused(Exception):
 class Connection(asyncio.Protocol):
     """One connection. `request` sends and waits; never call it twice at once."""
 
-    def __init__(self, host: str, token: str) -> None:
-        self._fixed = f"host: {host}\r\nauthorization: Bearer {token}\r\n".encode()
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self._address = host, port
+        self._fixed = f"host: {host}:{port}\r\nauthorization: Bearer {token}\r\n".encode()
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[bytes] | None = None
         self._buffer = b""
@@ -53,6 +54,8 @@ class Connection(asyncio.Protocol):
     async def request(self, method: str, path: str, body: bytes = b"") -> bytes:
         """Return the body of the answer. Raises Refused for one that is not 2xx, ConnectionResetError."""
         assert self._transport is not None
+        if self._transport.is_closing():  # the server ends connections that were idle for seconds
+            await asyncio.get_running_loop().create_connection(lambda: self, *self._address)
         self._buffer, self._wanted = b"", 0
         self._answer = asyncio.get_running_loop().create_future()
         head = b"%s /api/v1%s HTTP/1.1\r\n%scontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % (
@@ -86,7 +89,7 @@ async def connections(url: str, token: str, count: int) -> AsyncIterator[list[Co
     try:
         for _ in range(count):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: Connection(f"{host}:{port}", token), host, port
+                lambda: Connection(host, port, token), host, port
             )
             opened.append(connection)
         yield opened
