@@ -110,7 +110,7 @@ async def test_artifacts_go_in_and_out_with_checked_digests_and_ranges(
 
 
 async def test_a_pipeline_is_defined_in_json_and_yaml_and_started(client: httpx2.AsyncClient) -> None:
-    """The same definition in both forms is one version; a dry run keeps nothing; a run starts and can be cancelled."""
+    """The same definition in both forms is one version; a check keeps nothing; a run starts and can be cancelled."""
     spec = {
         "apiVersion": "mcp-control/v1",
         "kind": "Pipeline",
@@ -118,7 +118,7 @@ async def test_a_pipeline_is_defined_in_json_and_yaml_and_started(client: httpx2
         "spec": {"stages": [{"id": "a", "uses": "none"}]},
     }
     text = "apiVersion: mcp-control/v1\nkind: Pipeline\nmetadata: {name: two}\nspec:\n  stages:\n  - id: a\n    uses: none\n"
-    dry = await client.post("/api/v1/pipelines?dry_run=true", json=spec)
+    dry = await client.post("/api/v1/pipelines/validate", json=spec)
     assert dry.json()["valid"] is True
     assert (await client.get("/api/v1/pipelines/two")).status_code == 404
     assert (await client.post("/api/v1/pipelines", json=spec)).status_code == 201
@@ -130,3 +130,27 @@ async def test_a_pipeline_is_defined_in_json_and_yaml_and_started(client: httpx2
     assert [task["type"] for task in (await client.get(f"{path}/tasks")).json()["items"]] == ["none"]
     assert (await client.post(f"{path}/cancel", json={"reason": "enough"})).status_code == 200
     assert (await client.get(f"{path}?wait=5")).json()["state"] == "cancelled"
+
+
+async def test_all_faults_of_a_definition_are_told_with_lines_and_pointers(client: httpx2.AsyncClient) -> None:
+    """Checking and defining refuse alike; in JSON and YAML each fault has its pointer, line and column."""
+    text = "metadata: {name: lines}\nspec:\n  stages:\n  - id: a\n    uses: 5\n  - id: b\n    uses: t\n    needs: [c]\n"
+    wanted = [("wrong-type", "#/spec/stages/0/uses", 5, 5), ("dag-unknown-node", "#/spec/stages/1/needs/0", 8, 13)]
+    for path in ("/api/v1/pipelines/validate", "/api/v1/pipelines"):
+        refused = await client.post(path, content=text, headers={"content-type": "application/yaml"})
+        assert refused.status_code == 422, refused.text
+        places = [(e["code"], e["pointer"], e["line"], e["column"]) for e in refused.json()["errors"]]
+        assert places == wanted
+        same = {
+            "metadata": {"name": "lines"},
+            "spec": {"stages": [{"id": "a", "uses": 5}, {"id": "b", "uses": "t", "needs": ["c"]}]},
+        }
+        refused = await client.post(path, json=same)
+        assert [(e["code"], e["pointer"]) for e in refused.json()["errors"]] == [place[:2] for place in wanted]
+        assert refused.json()["errors"][1]["line"] == 1
+    broken = await client.post(
+        "/api/v1/pipelines/validate", content="a: [", headers={"content-type": "application/yaml"}
+    )
+    assert (broken.json()["errors"][0]["code"], broken.json()["errors"][0]["line"]) == ("malformed-yaml", 2), (
+        broken.text
+    )

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from mcp_control import Client
+from mcp_control.pipelines.definition import from_yaml
 from mcp_control.pipelines.model import PipelineSpec
-from mcp_control.sdk.submission import read_pipeline
 from mcp_control.testing.server import ServerProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -124,8 +124,8 @@ def test_the_python_definition_is_the_yaml_definition(monkeypatch: pytest.Monkey
     import three_stages  # found in the folder of the examples only
 
     definitions = [
-        msgspec.json.decode(read_pipeline(source), type=PipelineSpec)
-        for source in (three_stages.pipeline(), EXAMPLES / "three_stages.yaml")
+        msgspec.json.decode(msgspec.json.encode(three_stages.pipeline().build()), type=PipelineSpec),
+        from_yaml((EXAMPLES / "three_stages.yaml").read_text(encoding="utf-8")),
     ]
     assert definitions[0] == definitions[1]
 

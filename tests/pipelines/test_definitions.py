@@ -1,10 +1,14 @@
 """Definitions: three ways to write one, and everything that is refused, with its code and place."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Final
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mcp_control.kernel.errors import (
     DuplicateKey,
@@ -16,10 +20,11 @@ from mcp_control.kernel.errors import (
     TooDeep,
 )
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.definition import from_json, from_yaml, to_json
+from mcp_control.pipelines.definition import from_data, from_json, from_yaml, parse_yaml, to_json
 from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Stage
+from mcp_control.pipelines.places import located
 from mcp_control.pipelines.schema import definition_schema
-from mcp_control.pipelines.validate import validate
+from mcp_control.pipelines.validate import further, validate
 from mcp_control.tasks.model import Needs, RetryPolicy
 
 YAML = """
@@ -99,13 +104,13 @@ def test_all_errors_of_a_text_are_told_at_once() -> None:
         from_yaml(text)
     assert {(error.pointer, error.code) for error in refused.value.errors} == {
         ("#/spec/stages/0/id", "wrong-type"),
-        ("#/spec/stages/1", "missing-field"),
+        ("#/spec/stages/1/uses", "missing-field"),
         ("#/spec/stages/2/retry/max_attempts", "wrong-type"),
-        ("#/spec/stages/3", "unknown-field"),
-        ("#/spec/params/p/type", "out-of-range"),
-        ("#/spec", "unknown-field"),
+        ("#/spec/stages/3/shape", "unknown-field"),
+        ("#/spec/params/p/type", "invalid-value"),
+        ("#/spec/speed", "unknown-field"),
         ("#/metadata/name", "wrong-type"),
-        ("#", "unknown-field"),
+        ("#/more", "unknown-field"),
     }
 
 
@@ -264,3 +269,72 @@ def test_the_schema_names_the_fields_as_they_are_written() -> None:
     assert {"$ref", "$defs", "$schema"} <= set(schema)
     assert "with" in schema["$defs"]["Stage"]["properties"]
     assert "apiVersion" in schema["$defs"]["PipelineSpec"]["properties"]
+
+
+MANY: Final = """\
+apiVersion: mcp-control/v1
+kind: Pipeline
+metadata: {name: many}
+spec:
+  stages:
+    - id: a
+      uses: t
+      needs: [b]
+    - id: b
+      uses: t
+      needs: [a]
+    - id: c
+      uses: 5
+      speed: fast
+      needs: [nobody]
+    - id: d
+      uses: t
+      needs: [c]
+      with:
+        x: ${{ stages.z.output }}
+        y: ${{ size( }}
+  wrong: 1
+"""
+
+
+def test_faults_of_shape_and_of_meaning_are_told_together_with_their_lines() -> None:
+    """A wrong type in one stage hides neither a cycle nor bad expressions elsewhere; each has its line and column."""
+    data = parse_yaml(MANY)
+    with pytest.raises(Invalid) as refused:
+        from_data(data)
+    found = located(MANY, [*refused.value.errors, *further(data)])
+    assert {(error.code, error.pointer, error.line, error.column) for error in found} == {
+        ("wrong-type", "#/spec/stages/2/uses", 13, 7),
+        ("unknown-field", "#/spec/stages/2/speed", 14, 7),
+        ("unknown-field", "#/spec/wrong", 22, 3),
+        ("dag-cycle", "#/spec/stages/0/needs", 8, 7),
+        ("dag-unknown-node", "#/spec/stages/2/needs/0", 15, 15),
+        ("unknown-reference", "#/spec/stages/3/with/x", 20, 9),
+        ("expression-invalid", "#/spec/stages/3/with/y", 21, 9),
+    }
+
+
+def test_what_cannot_be_known_is_not_called_wrong() -> None:
+    """Where a stage's id cannot be read, nobody is told that the stage they need is not there."""
+    text = MANY.replace("id: c", "id: [c]").replace("needs: [nobody]", "needs: []")
+    found = {error.code for error in further(parse_yaml(text))}
+    assert found == {"dag-cycle", "expression-invalid"}
+
+
+KEYS: Final = st.sampled_from(["id", "uses", "needs", "with", "a", "x/~y"])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text("ab${ }.", max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+        max_leaves=20,
+    )
+)
+def test_whatever_is_given_as_a_definition_is_looked_through_without_failing(data: object) -> None:
+    """Looking for further faults never raises, and every fault is found in the text again."""
+    text = json.dumps({"metadata": data, "spec": {"stages": [data, {"id": "a", "uses": "t", "with": data}]}})
+    again = parse_yaml(text)
+    for error in located(text, further(again)):
+        assert error.line == 1
+        assert error.column is not None

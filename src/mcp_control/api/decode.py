@@ -12,8 +12,8 @@ from typing import Any, Final, Generic, TypeVar
 import msgspec
 import orjson
 
-from mcp_control.api.invalid import field_errors, out_of_range
 from mcp_control.kernel.errors import DuplicateKey, FieldError, Invalid, MalformedJson, TooDeep
+from mcp_control.kernel.shapes import field_errors, out_of_range
 
 T = TypeVar("T")
 MAX_DEPTH: Final = 32

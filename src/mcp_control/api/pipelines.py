@@ -1,25 +1,26 @@
 """Routes of `/pipelines`."""
 
-from typing import Annotated, Final
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Final, TypeVar
 
 import msgspec
+import orjson
 
 from mcp_control.api.call import Call, Reply, check_media_type, reply
 from mcp_control.api.decode import Body
 from mcp_control.api.query import PageQuery, Query
 from mcp_control.api.routing import Endpoint
 from mcp_control.api.tasks import with_key
+from mcp_control.kernel.errors import Invalid, InvalidPipeline
 from mcp_control.kernel.paging import Page
-from mcp_control.pipelines.definition import from_yaml
+from mcp_control.pipelines.definition import from_data, parse_yaml
 from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunRequest, RunView
+from mcp_control.pipelines.places import located
+from mcp_control.pipelines.validate import ERRORS_MAX, further
 
+T = TypeVar("T")
 YAML: Final = "application/yaml"
-
-
-class CreateQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`dry_run` checks the definition and keeps nothing."""
-
-    dry_run: bool = False
 
 
 class VersionQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +30,7 @@ class VersionQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Validated(msgspec.Struct, frozen=True, kw_only=True):
-    """The definition would be accepted; the answer to `dry_run`."""
+    """The definition would be accepted."""
 
     valid: bool
     warnings: list[str]
@@ -37,22 +38,41 @@ class Validated(msgspec.Struct, frozen=True, kw_only=True):
 
 _SPEC: Final = Body(PipelineSpec, envelope=8, media_types=("application/json", YAML))
 _RUN: Final = Body(RunRequest, envelope=2, optional=True)
-_CREATE: Final = Query(CreateQuery)
 _VERSION: Final = Query(VersionQuery)
 _PAGE: Final = Query(PageQuery)
 
 
 async def create_pipeline(call: Call) -> Reply:
     """Accept a definition as a new version, in JSON or YAML; one identical to the newest version changes nothing."""
-    dry = call.query(_CREATE).dry_run
+    pipeline, created = await _defined(call, lambda spec: call.services.pipelines.create(call.actor, spec))
+    return reply(call.services.pipelines.view_pipeline(pipeline), 201 if created else 200)
+
+
+async def validate_pipeline(call: Call) -> Reply:
+    """Check a definition, in JSON or YAML, and keep nothing: it is refused with all that is wrong, place by place."""
+    warnings = await _defined(call, lambda spec: call.services.pipelines.check(call.actor, spec))
+    return reply(Validated(valid=True, warnings=warnings))
+
+
+async def _defined(call: Call, use: Callable[[PipelineSpec], Awaitable[T]]) -> T:
+    """Read the definition in the body and use it; what is wrong is told all at once, with lines and columns."""
     raw = await call.read()
     check_media_type(call.headers.get(b"content-type"), _SPEC.media_types)
-    spec = from_yaml(raw) if call.headers[b"content-type"].lower().startswith(YAML.encode()) else _SPEC.decode(raw)
-    engine = call.services.pipelines
-    if dry:
-        return reply(Validated(valid=True, warnings=await engine.check(call.actor, spec)))
-    pipeline, created = await engine.create(call.actor, spec)
-    return reply(call.services.pipelines.view_pipeline(pipeline), 201 if created else 200)
+    yaml = call.headers[b"content-type"].lower().startswith(YAML.encode())
+    try:
+        return await use(await asyncio.to_thread(_read, raw, yaml))
+    except (Invalid, InvalidPipeline) as problem:
+        problem.errors = tuple(await asyncio.to_thread(located, raw, problem.errors))
+        raise
+
+
+def _read(raw: bytes, yaml: bool) -> PipelineSpec:
+    data = parse_yaml(raw) if yaml else None
+    try:
+        return from_data(data) if yaml else _SPEC.decode(raw)
+    except Invalid as problem:
+        more = further(data if yaml else orjson.loads(raw)) if raw else []
+        raise Invalid(problem.detail, errors=[*problem.errors, *more][:ERRORS_MAX]) from None
 
 
 async def list_pipelines(call: Call) -> Reply:
@@ -92,8 +112,11 @@ _EXAMPLE: Final = {
 ENDPOINTS: Final = (
     Endpoint(
         method="POST", path="/pipelines", handler=create_pipeline, summary="Define a pipeline", tag="pipelines",
-        body=_SPEC, query=_CREATE,
-        returns=PipelineView, others={200: Validated}, status=201, example=_EXAMPLE,
+        body=_SPEC, returns=PipelineView, status=201, statuses=(200,), example=_EXAMPLE,
+    ),
+    Endpoint(
+        method="POST", path="/pipelines/validate", handler=validate_pipeline, summary="Check a definition", tag="pipelines",
+        body=_SPEC, returns=Validated, example=_EXAMPLE,
     ),
     Endpoint(
         method="GET", path="/pipelines", handler=list_pipelines, summary="List pipelines", tag="pipelines",

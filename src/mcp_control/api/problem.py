@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
+from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline, Problem
 
 MEDIA_TYPE: Final = b"application/problem+json"
 URN: Final = "urn:mcp-control:problem:"
@@ -29,7 +29,7 @@ class ProblemDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     code: str
     instance: str
     retryable: bool
-    errors: list[dict[str, str]] = []
+    errors: list[FieldError] = []
 
 
 def code_of(problem: Problem) -> str:

@@ -5,8 +5,8 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from mcp_control.api.invalid import field_errors
 from mcp_control.kernel.errors import FieldError, Invalid, TokenInUrl, UnknownParameter
+from mcp_control.kernel.shapes import field_errors
 
 T = TypeVar("T")
 Limit = Annotated[int, msgspec.Meta(ge=1, le=500)]

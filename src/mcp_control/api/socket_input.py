@@ -6,9 +6,9 @@ import msgspec
 
 from mcp_control.api.call import Receive, Scope
 from mcp_control.api.decode import MAX_DEPTH, check_json
-from mcp_control.api.invalid import field_errors
 from mcp_control.api.services import Services
 from mcp_control.kernel.errors import Forbidden, MalformedJson, Unauthenticated
+from mcp_control.kernel.shapes import field_errors
 from mcp_control.security.model import Actor
 
 PROBLEMS_MAX: Final = 10

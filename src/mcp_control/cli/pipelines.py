@@ -1,7 +1,8 @@
 """`mcpctl pipelines`: definitions, and starting them."""
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,23 +48,11 @@ def _definition(file: Path) -> str:
         raise CliError(f"{file}: {getattr(error, 'strerror', None) or error}", USAGE) from None
 
 
-def _checked(text: str) -> Any:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise CliError(f"not YAML: {error}", USAGE) from None
-    if not isinstance(found, dict):
-        raise CliError("a definition is a mapping with apiVersion, kind, metadata and spec", USAGE)
-    return found
-
-
 @app.command("validate")
 def validate(file: File, as_json: Json = False) -> None:
-    """Check a definition without keeping it: exit code 0 when it would be accepted."""
-    definition = _checked(_definition(file))
-    with connect() as client:
+    """Check a definition without keeping it: all that is wrong, each with line and column; exit code 0 when there is nothing."""
+    definition = _definition(file)
+    with connect() as client, _named(file, as_json):
         found = client.pipelines.validate(definition)
     if as_json:
         write_json(found)
@@ -71,6 +60,28 @@ def validate(file: File, as_json: Json = False) -> None:
     for warning in found.get("warnings", ()):
         say(f"warning: {warning}")
     sys.stdout.write("valid\n")
+
+
+@contextmanager
+def _named(file: Path, as_json: bool = False) -> Iterator[None]:
+    """Tell what is wrong with a file as compilers do: `file:line:column: …`; with `as_json` as one object."""
+    from mcp_control.sdk.errors import InvalidRequest
+
+    try:
+        yield
+    except InvalidRequest as problem:
+        if as_json:
+            write_json({"valid": False, "warnings": [], "errors": problem.errors})
+            raise typer.Exit(USAGE) from None
+        if not any("line" in error for error in problem.errors):
+            raise
+        lines = sorted(problem.errors, key=lambda error: (error.get("line", 0), error.get("column", 0)))
+        shown = [
+            f"{file}:{error.get('line', 1)}:{error.get('column', 1)}: {error['detail']} [{error['code']}] {error['pointer']}"
+            for error in lines
+        ]
+        count = f"{len(lines)} fault{'s' if len(lines) > 1 else ''}"
+        raise CliError(f"{file} has {count}\n" + "\n".join(shown), USAGE) from None
 
 
 @app.command("apply")
@@ -86,8 +97,8 @@ def apply(
         validate(file, as_json)
         return
     view = View.of(out, as_json, fields)
-    definition = _checked(_definition(file))
-    with connect() as client:
+    definition = _definition(file)
+    with connect() as client, _named(file):
         view.one(client.pipelines.apply(definition), COLUMNS, key="name")
 
 

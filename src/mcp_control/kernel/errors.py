@@ -20,12 +20,17 @@ from typing import ClassVar
 import msgspec
 
 
-class FieldError(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing wrong with one place of the input. `pointer` is a JSON pointer with a leading `#` (RFC 6901)."""
+class FieldError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One thing wrong with one place of the input. `pointer` is a JSON pointer with a leading `#` (RFC 6901).
+
+    `line` and `column`, from 1, are told where the input was a text that people write.
+    """
 
     pointer: str
     code: str
     detail: str
+    line: int | None = None
+    column: int | None = None
 
 
 class Problem(Exception):

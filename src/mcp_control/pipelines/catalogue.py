@@ -15,6 +15,7 @@ from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
 from mcp_control.pipelines.model import Pipeline, PipelineSpec, PipelineView
+from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
 from mcp_control.pipelines.validate import validate
 from mcp_control.security.model import Actor
@@ -39,10 +40,11 @@ class Catalogue:
         self._ids = ids
         self._offered = offered
 
-    def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
+    async def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
         allow(actor, "pipelines.create")
-        return validate(spec, None if self._offered is None else self._offered(actor.tenant))
+        offered = None if self._offered is None else self._offered(actor.tenant)
+        return await off_loop(spec, validate, spec, offered)
 
     async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
         """Accept a definition as the newest version of its name, and say whether it is new: one equal to the newest is that one.
@@ -51,8 +53,8 @@ class Catalogue:
             InvalidPipeline: with all that is wrong.
             Conflict: too many at once.
         """
-        self.check(actor, spec)
-        digest = sha256(to_json(spec)).hexdigest()
+        await self.check(actor, spec)
+        digest = sha256(await off_loop(spec, to_json, spec)).hexdigest()
         for _ in range(_TRIES):
             now = self._clock.now()
             latest = await self._latest(actor.tenant, spec.metadata.name)

@@ -2,21 +2,22 @@
 
 import json
 import math
-import re
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import msgspec
 import yaml
+from msgspec.structs import replace
 
 from mcp_control.kernel.errors import DuplicateKey, FieldError, Invalid, MalformedJson, PayloadTooLarge, TooDeep
+from mcp_control.kernel.shapes import field_errors
 from mcp_control.pipelines.model import Body, Metadata, Param, PipelineSpec, Stage
 
+T = TypeVar("T")
 TEXT_MAX: Final = 1 << 20
 DEPTH_MAX: Final = 48  # a payload may have 32 levels, and `spec.stages[0].with` stands around it
 NODES_MAX: Final = 500_000
 ERRORS_MAX: Final = 50
 _decode: Final = msgspec.json.Decoder(PipelineSpec).decode
-_STEP: Final = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]")
 
 
 # YAML reduced to what JSON can say: dates stay text.
@@ -30,15 +31,24 @@ def from_yaml(text: str | bytes) -> PipelineSpec:
     """Read a definition written in YAML.
 
     Raises:
+        PayloadTooLarge, TooDeep, DuplicateKey, Invalid: what `parse_yaml` raises.
+        Invalid: it is no definition; all places are named.
+    """
+    return from_data(parse_yaml(text))
+
+
+def parse_yaml(text: str | bytes) -> object:
+    """Return what a YAML text says.
+
+    Raises:
         PayloadTooLarge: the text is larger than 1 MiB.
-        Invalid: it is not YAML, grows beyond bounds by its aliases, or is no definition; all places are named.
+        Invalid: it is not YAML, or grows beyond bounds by its aliases.
         TooDeep, DuplicateKey: as for JSON.
     """
     _check_size(text)
     try:
         _check_depth(text)
-        loader = _loader(text)
-        loader.yaml_implicit_resolvers = _RESOLVERS
+        loader = loader_of(text)
         try:
             node = loader.get_single_node()
             if node is None:
@@ -46,7 +56,7 @@ def from_yaml(text: str | bytes) -> PipelineSpec:
                     "the document is empty", errors=[FieldError(pointer="#", code="wrong-type", detail="empty")]
                 )
             _expanded(node, {}, 0)
-            data = loader.construct_document(node)
+            data: object = loader.construct_document(node)
         finally:
             loader.dispose()
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
@@ -54,10 +64,11 @@ def from_yaml(text: str | bytes) -> PipelineSpec:
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = getattr(error, "problem", None) or "not readable as YAML"
         detail = f"malformed YAML{where}: {what}"
-        raise Invalid(detail, errors=[FieldError(pointer="#", code="malformed-yaml", detail=detail)]) from error
+        found = FieldError(pointer="#", code="malformed-yaml", detail=detail, **_place(mark))
+        raise Invalid(detail, errors=[found]) from error
     except RecursionError as error:
         raise TooDeep from error
-    return from_data(data)
+    return data
 
 
 def from_json(text: str | bytes) -> PipelineSpec:
@@ -90,7 +101,7 @@ def from_data(data: object) -> PipelineSpec:
         try:
             return msgspec.convert(data, PipelineSpec)
         except msgspec.ValidationError as error:
-            found = _all_errors(data) or [_field_error("#", error)]
+            found = field_errors(data, PipelineSpec, error)
     raise Invalid(found[0].detail, errors=found[:ERRORS_MAX])
 
 
@@ -120,13 +131,20 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _loader(text: str | bytes) -> yaml.SafeLoader | yaml.CSafeLoader:
-    return yaml.CSafeLoader(text) if yaml.__with_libyaml__ else yaml.SafeLoader(text)
+def loader_of(text: str | bytes) -> yaml.SafeLoader | yaml.CSafeLoader:
+    """Return what reads a text as YAML without anything that JSON cannot say. Dispose of it after use."""
+    loader = yaml.CSafeLoader(text) if yaml.__with_libyaml__ else yaml.SafeLoader(text)
+    loader.yaml_implicit_resolvers = _RESOLVERS
+    return loader
+
+
+def _place(mark: yaml.Mark | None) -> dict[str, int]:
+    return {} if mark is None else {"line": mark.line + 1, "column": mark.column + 1}
 
 
 def _check_depth(text: str | bytes) -> None:
     """Refuse deep nesting before anything recurses over it: the composer in C would overflow its stack."""
-    loader = _loader(text)
+    loader = loader_of(text)
     depth = 0
     try:
         while loader.check_event():
@@ -155,9 +173,9 @@ def _expanded(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
-                raise DuplicateKey(
-                    f"the key {key.value[:64]!r} stands twice in one mapping (line {key.start_mark.line + 1})"
-                )
+                detail = f"the key {key.value[:64]!r} stands twice in one mapping (line {key.start_mark.line + 1})"
+                found = FieldError(pointer="#", code="duplicate-key", detail=detail, **_place(key.start_mark))
+                raise DuplicateKey(detail, errors=[found])
             seen.add(key.value)
             size += _expanded(value, sizes, depth + 1)
     elif isinstance(node, yaml.SequenceNode):
@@ -213,51 +231,45 @@ def _token(key: str) -> str:
     return key[:64].replace("~", "~0").replace("/", "~1")
 
 
-def _all_errors(data: object) -> list[FieldError]:
-    """Convert piece by piece, since a conversion stops at the first error: one error per stage, parameter and field."""
-    found: list[FieldError] = []
-    if not isinstance(data, dict):
-        return [
-            FieldError(pointer="#", code="wrong-type", detail="a definition is an object with `metadata` and `spec`")
-        ]
-    body = data.get("spec")
-    if isinstance(body, dict):
-        stages = body.get("stages")
-        if isinstance(stages, list):
-            for index, stage in enumerate(stages):
-                _try(stage, Stage, f"#/spec/stages/{index}", found)
-            body = body | {"stages": []}
-        params = body.get("params")
-        if isinstance(params, dict):
-            for name, param in params.items():
-                _try(param, Param, f"#/spec/params/{_token(name)}", found)
-            body = body | {"params": {}}
-        _try(body, Body, "#/spec", found)
-        data = data | {"spec": {"stages": []}}
-    if "metadata" in data:
-        _try(data["metadata"], Metadata, "#/metadata", found)
-        data = data | {"metadata": {"name": "-"}}
-    _try(data, PipelineSpec, "#", found)
-    return found
+def readable(data: object) -> tuple[PipelineSpec, frozenset[int], bool]:
+    """Return what can be read of a definition that has faults, to look for further faults in it.
+
+    Returns:
+        The definition with stand-ins for what is wrong, the places of stages that are stand-ins, and whether ids and needs of all
+        stages could be read.
+    """
+    whole = data if isinstance(data, dict) else {}
+    given = whole.get("spec")
+    body = given if isinstance(given, dict) else {}
+    params = body.get("params")
+    stages = body.get("stages")
+    read: list[Stage] = []
+    broken: set[int] = set()
+    sure = isinstance(stages, list)
+    for place, stage in enumerate(stages if isinstance(stages, list) else ()):
+        found = _converted(stage, Stage)
+        if found is None:
+            broken.add(place)
+            parts = stage if isinstance(stage, dict) else {}
+            name, needs = _converted(parts.get("id"), str), _converted(parts.get("needs", []), list[str])
+            sure = sure and name is not None and needs is not None
+            found = Stage(id=name or f"\0{place}", uses="-", needs=needs or [])
+        read.append(found)
+    known = {
+        name: _converted(param, Param) or Param()
+        for name, param in (params.items() if isinstance(params, dict) else ())
+        if isinstance(name, str)
+    }
+    rest = _converted({**body, "stages": [], "params": {}}, Body) or Body(stages=[])
+    spec = PipelineSpec(
+        metadata=_converted(whole.get("metadata"), Metadata) or Metadata(name="-"),
+        spec=replace(rest, stages=read, params=known),
+    )
+    return spec, frozenset(broken), sure
 
 
-def _try(data: object, wanted: type, pointer: str, found: list[FieldError]) -> None:
+def _converted(data: object, wanted: type[T]) -> T | None:
     try:
-        msgspec.convert(data, wanted)
-    except msgspec.ValidationError as error:
-        found.append(_field_error(pointer, error))
-
-
-def _field_error(pointer: str, error: msgspec.ValidationError) -> FieldError:
-    text, _, path = str(error).partition(" - at `")
-    for name, index in _STEP.findall(path.rstrip("`")):
-        pointer += "/" + (name or index)
-    if "unknown field" in text:
-        code = "unknown-field"
-    elif "missing required field" in text:
-        code = "missing-field"
-    elif "Invalid enum value" in text:
-        code = "out-of-range"
-    else:
-        code = "wrong-type"
-    return FieldError(pointer=pointer, code=code, detail=text)
+        return msgspec.convert(data, wanted)
+    except msgspec.ValidationError:
+        return None

@@ -1,12 +1,26 @@
 """A definition made ready for running: places instead of names, expressions compiled once."""
 
+import asyncio
+from collections.abc import Callable
 from graphlib import TopologicalSorter
+from typing import Final, ParamSpec, TypeVar
 
 import msgspec
 
 from mcp_control.pipelines.expressions import Expression
 from mcp_control.pipelines.model import PipelineSpec, Stage
 from mcp_control.pipelines.templates import Template
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_STAGES_AT_ONCE: Final = 100
+
+
+async def off_loop(spec: PipelineSpec, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do some work on a definition; in a thread where it is so large that the event loop would stand still meanwhile."""
+    if len(spec.spec.stages) <= _STAGES_AT_ONCE:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
 
 
 class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):

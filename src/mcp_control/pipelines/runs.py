@@ -16,7 +16,7 @@ from mcp_control.pipelines.counting import items_in, task_id
 from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run
-from mcp_control.pipelines.plan import Plan, compile_plan
+from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished, NewTask
@@ -76,13 +76,13 @@ class Plans:
         entity = (await self._store.get("pipeline", [pipeline_id]))[0]
         if entity is None:
             raise NotFound("no such pipeline version")
-        return self.of(read_pipeline(entity))
+        return await self.of(read_pipeline(entity))
 
-    def of(self, pipeline: Pipeline) -> Plan:
-        """Return the plan of a definition in hand."""
+    async def of(self, pipeline: Pipeline) -> Plan:
+        """Return the plan of a definition in hand; a large one is compiled beside the event loop."""
         plan = self._kept.get(pipeline.id)
         if plan is None:
-            plan = self._kept[pipeline.id] = compile_plan(pipeline.spec)
+            plan = self._kept[pipeline.id] = await off_loop(pipeline.spec, compile_plan, pipeline.spec)
             if len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
         return plan

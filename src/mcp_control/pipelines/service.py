@@ -78,7 +78,7 @@ class PipelineEngine:
 
     async def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """See `Catalogue.check`."""
-        return self._catalogue.check(actor, spec)
+        return await self._catalogue.check(actor, spec)
 
     async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
         """See `Catalogue.create`."""
@@ -140,7 +140,7 @@ class PipelineEngine:
         params = {name: msgspec.Raw(text) for name, text in resolve(pipeline.spec.spec.params, request.params).items()}
         now = self._clock.now()
         run = new_run(actor, pipeline, request, origin, run_id=run_id, digest=digest, now=now)
-        active = Active(run, self._plans.of(pipeline), Material(params))
+        active = Active(run, await self._plans.of(pipeline), Material(params))
         decision = await self._runs.decide(active, run, (), now)
         created = [run_fact("run.created", run, actor.id, now)]
         cold = {"params": _encode(params)}

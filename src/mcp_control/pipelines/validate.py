@@ -13,6 +13,7 @@ import msgspec
 
 from mcp_control.kernel.errors import FieldError, InvalidPipeline
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
+from mcp_control.pipelines.definition import readable
 from mcp_control.pipelines.expressions import Expression, ExpressionError
 from mcp_control.pipelines.model import Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
@@ -27,16 +28,21 @@ _PARAMS_MAX: Final = 200
 _STAGE_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 _PARAM_NAME: Final = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
 _REASON: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
+_RESERVED: Final = frozenset({"plan", "validate"})
 _DEADLINE_MAX: Final = 366 * 86_400.0
 _WHERE_WITH: Final = frozenset({"params", "stages", "run"})
 
 
 class _Known(msgspec.Struct, frozen=True):
-    """What a reference may name: parameters, and places of stages. `ancestors` is empty while the graph is not sound."""
+    """What a reference may name: parameters, and places of stages.
+
+    `ancestors` is empty while the graph is not sound; `sure` says whether all ids are known.
+    """
 
     params: frozenset[str]
     places: dict[str, int]
     ancestors: dict[str, int]
+    sure: bool = True
 
 
 def validate(spec: PipelineSpec, capabilities: Collection[str] | None = None) -> list[str]:
@@ -51,24 +57,44 @@ def validate(spec: PipelineSpec, capabilities: Collection[str] | None = None) ->
     Raises:
         InvalidPipeline: with at most 50 errors; `cycle` in its data is the path of the first cycle, where there is one.
     """
+    found, cycle = _faults(spec, frozenset(), True)
+    if found:
+        raise _invalid(found, cycle)
+    return [] if capabilities is None else list(_warnings(spec.spec.stages, capabilities))
+
+
+def further(data: object) -> list[FieldError]:
+    """Return what else is wrong with a definition whose shape is not right: the faults of those parts that can be read."""
+    spec, broken, sure = readable(data)
+    found, _ = _faults(spec, broken, sure)
+    return [error for error in found if spec.spec.stages or error.pointer != "#/spec/stages"]
+
+
+def _faults(spec: PipelineSpec, broken: frozenset[int], sure: bool) -> tuple[list[FieldError], list[str] | None]:
+    """Return all faults and the path of a cycle.
+
+    Args:
+        broken: places of stages that could not be read; only their ids and needs count.
+        sure: ids and needs of all stages are known, so that what is not among them is not there.
+    """
     stages = spec.spec.stages
     if len(stages) > STAGES_MAX:
-        raise _invalid([_error("#/spec/stages", "limit-exceeded", f"{len(stages)} stages; at most {STAGES_MAX}")])
+        return [_error("#/spec/stages", "limit-exceeded", f"{len(stages)} stages; at most {STAGES_MAX}")], None
     found = _head(spec)
-    graph, cycle = _graph(stages)
+    graph, cycle = _graph(stages, sure)
     found += graph
     known = _Known(
         params=frozenset(spec.spec.params),
         places={stage.id: index for index, stage in enumerate(stages)},
-        ancestors={} if graph else _ancestors(stages),
+        ancestors={} if graph or not sure else _ancestors(stages),
+        sure=sure,
     )
     for index, stage in enumerate(stages):
         if len(found) >= ERRORS_MAX:
             break
-        found += _stage(stage, f"#/spec/stages/{index}", known)
-    if found:
-        raise _invalid(found, cycle)
-    return [] if capabilities is None else list(_warnings(stages, capabilities))
+        if index not in broken:
+            found += _stage(stage, f"#/spec/stages/{index}", known)
+    return found, cycle
 
 
 def _invalid(found: list[FieldError], cycle: list[str] | None = None) -> InvalidPipeline:
@@ -84,7 +110,7 @@ def _error(pointer: str, code: str, detail: str) -> FieldError:
 # --- the graph ----------------------------------------------------------------------------------------------------
 
 
-def _graph(stages: list[Stage]) -> tuple[list[FieldError], list[str] | None]:
+def _graph(stages: list[Stage], sure: bool) -> tuple[list[FieldError], list[str] | None]:
     """Return what is wrong with ids and needs, and the path of a cycle."""
     found: list[FieldError] = []
     places: dict[str, int] = {}
@@ -97,6 +123,8 @@ def _graph(stages: list[Stage]) -> tuple[list[FieldError], list[str] | None]:
     for index, stage in enumerate(stages):
         for at, need in enumerate(stage.needs):
             pointer = f"#/spec/stages/{index}/needs/{at}"
+            if need not in places and not sure:
+                continue
             if need not in places:
                 found.append(
                     _error(
@@ -149,6 +177,8 @@ def _head(spec: PipelineSpec) -> list[FieldError]:
     found = name_errors("#/metadata/name", metadata.name, 100)
     if "/" in metadata.name:
         found.append(_error("#/metadata/name", "invalid-character", "no `/`: the name stands in paths"))
+    if metadata.name in _RESERVED:
+        found.append(_error("#/metadata/name", "invalid-value", f"`{metadata.name}` has a meaning in paths"))
     found += text_errors("#/metadata/description", metadata.description.replace("\n", " "), 4000)
     found += label_errors("#/metadata/labels", metadata.labels)
     found += range_errors("#/spec/priority", body.priority, 0, 100)
@@ -245,6 +275,8 @@ def _references(
         yield _error(pointer, "unknown-reference", f"there is no parameter `{name[:64]}`")
     for name in sorted(expression.stages):
         place = known.places.get(name)
+        if place is None and not known.sure:
+            continue
         if place is None:
             yield _error(pointer, "unknown-reference", f"there is no stage `{name[:64]}`")
         elif known.ancestors and not known.ancestors[stage.id] >> place & 1:

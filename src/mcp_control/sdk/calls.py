@@ -12,7 +12,7 @@ from mcp_control.events.model import Event
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.model import RUN_FINAL, PipelineView, RunRequest, RunView
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
-from mcp_control.sdk.submission import RunOptions, batch_body, encode_json, fresh_key
+from mcp_control.sdk.submission import DefinitionText, RunOptions, batch_body, encode_json, fresh_key
 from mcp_control.sdk.transport import Call, Reply
 from mcp_control.tasks.model import FINAL_STATES, Explanation, LogLine, TaskSpec, TaskView
 
@@ -181,12 +181,20 @@ def logs(task_id: str, after: int = 0, limit: int | None = None, wait: float | N
 # --- pipelines and runs ---
 
 
-def apply_pipeline(definition: bytes, dry_run: bool = False) -> Request[Any]:
-    """Give a definition; the same as the newest version changes nothing. A dry run only validates."""
-    call = Call(
-        method="POST", path="/pipelines", params=query({"dry_run": dry_run or None}), body=definition, repeatable=True
-    )
-    return Request(call, lambda reply: reply.json(dict[str, Any] if dry_run else PipelineView))
+def apply_pipeline(definition: DefinitionText) -> Request[PipelineView]:
+    """Give a definition; the same as the newest version changes nothing."""
+    return _define(PipelineView, "/pipelines", definition)
+
+
+def validate_pipeline(definition: DefinitionText) -> Request[dict[str, Any]]:
+    """Check a definition."""
+    return _define(dict[str, Any], "/pipelines/validate", definition)
+
+
+def _define(type: Any, path: str, definition: DefinitionText) -> Request[Any]:
+    headers = (("Content-Type", definition.media_type),)
+    call = Call(method="POST", path=path, headers=headers, body=definition.text, repeatable=True)
+    return Request(call, lambda reply: reply.json(type))
 
 
 def get_pipeline(name: str, version: int | None = None) -> Request[PipelineView]:

@@ -8,7 +8,7 @@ from mcp_control.artifacts.model import ArtifactView
 from mcp_control.pipelines.model import PipelineView, RunState, RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
-from mcp_control.sdk.submission import Definition, RunOptions, read_pipeline
+from mcp_control.sdk.submission import Definition, RunOptions, definition_text
 from mcp_control.tasks.model import TaskView
 
 if TYPE_CHECKING:
@@ -99,12 +99,12 @@ class Pipelines:
 
     def apply(self, definition: Definition) -> PipelineView:
         """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
-        found: PipelineView = self._client.do(calls.apply_pipeline(read_pipeline(definition)))
+        found: PipelineView = self._client.do(calls.apply_pipeline(definition_text(definition)))
         return found
 
     def validate(self, definition: Definition) -> dict[str, Any]:
-        """Check a definition without keeping it. Raises InvalidRequest with what is wrong, place by place."""
-        found: dict[str, Any] = self._client.do(calls.apply_pipeline(read_pipeline(definition), dry_run=True))
+        """Check a definition without keeping it. Raises InvalidRequest with all that is wrong, place by place."""
+        found: dict[str, Any] = self._client.do(calls.validate_pipeline(definition_text(definition)))
         return found
 
     def run(self, name: str, params: Mapping[str, object] | None = None, **options: Unpack[RunOptions]) -> RunHandle:
@@ -195,12 +195,12 @@ class AsyncPipelines:
 
     async def apply(self, definition: Definition) -> PipelineView:
         """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
-        found: PipelineView = await self._client.do(calls.apply_pipeline(read_pipeline(definition)))
+        found: PipelineView = await self._client.do(calls.apply_pipeline(definition_text(definition)))
         return found
 
     async def validate(self, definition: Definition) -> dict[str, Any]:
-        """Check a definition without keeping it. Raises InvalidRequest with what is wrong, place by place."""
-        found: dict[str, Any] = await self._client.do(calls.apply_pipeline(read_pipeline(definition), dry_run=True))
+        """Check a definition without keeping it. Raises InvalidRequest with all that is wrong, place by place."""
+        found: dict[str, Any] = await self._client.do(calls.validate_pipeline(definition_text(definition)))
         return found
 
     async def run(

@@ -12,6 +12,7 @@ from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import PipelineSpec
 from mcp_control.tasks.model import Needs, RetryPolicy, TaskSpec
 
+YAML: Final = "application/yaml"
 BATCH_TASKS: Final = 500
 BATCH_BYTES: Final = 768 * 1024
 
@@ -111,24 +112,24 @@ def batch_body(encoded: Sequence[bytes]) -> bytes:
 Definition = PipelineBuilder | PipelineSpec | Mapping[str, Any] | str | Path
 
 
-def read_pipeline(source: Definition) -> bytes:
-    """Return a definition as JSON. Strings are YAML (or JSON) text, paths are files of it.
+class DefinitionText(msgspec.Struct, frozen=True):
+    """A definition as it is sent: as it was written where it was written, so that the server can name lines."""
+
+    text: bytes
+    media_type: str = "application/json"
+
+
+def definition_text(source: Definition) -> DefinitionText:
+    """Return a definition as text. Strings are YAML (or JSON) text, paths are files of it.
 
     Raises:
-        ValueError: the text is not YAML.
         OSError: the file cannot be read.
     """
     if isinstance(source, PipelineBuilder):
         source = source.build()
-    if isinstance(source, PipelineSpec):
-        return encode_json(source)
     if isinstance(source, Path):
-        source = source.read_text(encoding="utf-8")
+        media_type = "application/json" if source.suffix == ".json" else YAML
+        return DefinitionText(source.read_bytes(), media_type)
     if isinstance(source, str):
-        import yaml  # takes longer than most commands; few read definitions
-
-        try:
-            source = yaml.safe_load(source)
-        except yaml.YAMLError as error:
-            raise ValueError(f"not YAML: {error}") from error
-    return encode_json(source)
+        return DefinitionText(source.encode(), YAML)
+    return DefinitionText(encode_json(source))

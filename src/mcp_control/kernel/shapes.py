@@ -42,6 +42,11 @@ def _faults(value: object, kind: object, pointer: str) -> Iterator[FieldError]:
             if not value:
                 yield from _converted(value, kind, pointer)
             return
+        inner = _member(kind)
+        if inner is not None and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            for key, item in list(value.items())[:1000]:
+                yield from _faults(item, inner, f"{pointer}/{_escape(key)}")
+            return
         yield from _converted(value, kind, pointer)
         return
     fields = {field.encode_name: field for field in msgspec.structs.fields(struct)}
@@ -120,6 +125,13 @@ def _struct_of(kind: object) -> Any:
 def _list_item(kind: object) -> object | None:
     arguments = getattr(kind, "__args__", ())
     return arguments[0] if getattr(kind, "__origin__", None) is list and arguments else None
+
+
+def _member(kind: object) -> object | None:
+    """Return the Struct that a dictionary's values are; None where they are something else."""
+    arguments: tuple[object, ...] = getattr(kind, "__args__", ())
+    found = arguments[1] if getattr(kind, "__origin__", None) is dict and len(arguments) == 2 else None
+    return found if found is not None and _struct_of(found) is not None else None
 
 
 def out_of_range(value: object, pointer: str = "#") -> Iterator[str]:
