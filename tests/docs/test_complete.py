@@ -97,7 +97,7 @@ def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
 
 def test_every_event_type_is_listed() -> None:
     """Those written out in the code, and those made of a state."""
-    nouns = "agent|task|run|stage|pipeline|artifact|user|token|credential|enrolment|store"
+    nouns = "agent|task|run|stage|pipeline|schedule|artifact|user|token|credential|enrolment|store"
     written = {
         name
         for folder in ("agents", "tasks", "pipelines", "artifacts", "security", "archive")
