@@ -284,3 +284,19 @@ async def test_store_that_breaks_the_order_is_reported(tmp_path: Path) -> None:
         world.events.committed([StoredFact(seq, happened("task.queued"))])
     assert world.broken == ["facts_out_of_order"] * 2
     await world.store.close()
+
+
+async def test_what_others_recorded_while_a_server_opened_may_be_told_late(world: World) -> None:
+    """Facts that are in the store already when the server starts, and are told after that, are in order and reach nobody twice."""
+    await world.tell(happened("task.queued"), happened("task.assigned"), happened("task.started"))
+    broken: list[str] = []
+    late = Broadcaster(world.store, broken=broken.append)
+    await late.start()
+    subscription = await late.subscribe()
+    for seq, kind in ((2, "task.assigned"), (3, "task.started"), (4, "task.completed")):
+        late.committed([StoredFact(seq, happened(kind))])
+        assert late.newest == max(3, seq)
+    assert seqs(await take(subscription, 1)) == [4]
+    assert broken == []
+    late.committed([StoredFact(6, happened("task.queued"))])
+    assert broken == ["facts_out_of_order"]
