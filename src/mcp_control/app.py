@@ -11,7 +11,6 @@ from typing import Final
 import structlog
 
 from mcp_control import __version__
-from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
@@ -19,17 +18,16 @@ from mcp_control.api.app import ControlApp
 from mcp_control.api.assembly import application, routes
 from mcp_control.api.network import NetworkServer, listening, on_signals
 from mcp_control.api.services import Cluster, Services
-from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.backend import Around, Backend, backend
 from mcp_control.configuration.settings import Settings
-from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.events.retention import EventRetention
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
+from mcp_control.kinds import KINDS as KINDS
 from mcp_control.member import Member
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
@@ -37,9 +35,7 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
-from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.retention import RunRetention
-from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.pipelines.timekeeping import ScheduleKeeper, ScheduleRetention
@@ -49,35 +45,22 @@ from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
 from mcp_control.security.model import SYSTEM
 from mcp_control.security.passwords import Passwords
-from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.security.throttle import LoginThrottle
 from mcp_control.security.tokens import AccessTokens, shared_seed, signing_seed
 from mcp_control.security.verified import VerifiedCache
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.figures import TaskFigures
+from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
-from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND, Task
+from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 
 _log = structlog.get_logger(__name__)
-KINDS: Final = (
-    AGENT_KIND,
-    INSTANCE_KIND,
-    TASK_KIND,
-    LOG_KIND,
-    GENERATION_KIND,
-    PIPELINE_KIND,
-    RUN_KIND,
-    *SCHEDULE_KINDS,
-    *ARTIFACT_KINDS,
-    *COORDINATION_KINDS,
-    *SECURITY_KINDS,
-)
 _DAY_MS: Final = 86_400_000
 Once = Callable[[int], Awaitable[object]]
 
@@ -151,7 +134,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             limit=settings.overload.max_connections,
             broken=metrics.violation,
         )
-        figures = TaskFigures(metrics, clock)
+        history = TaskHistory(store, clock)
+        figures = TaskFigures(metrics, clock, ran=history.ran)
 
         hearing: list[Callable[[Sequence[StoredFact]], None]] = [broadcaster.committed, figures.heard]
 
@@ -263,6 +247,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             credentials=credentials,
             agents=manager,
             tasks=tasks,
+            history=history,
             sessions=agent_sessions,
             dispatcher=dispatcher,
             pipelines=engine,
@@ -296,6 +281,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("events-retention", keep.interval_seconds, events.once),
+            ("statistics-retention", keep.interval_seconds, history.forget),
             ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
             ("runs", 1.0, engine.heal),
             ("runs-retention", keep.interval_seconds, old_runs.once),
@@ -305,7 +291,10 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
         ]
-        every_server: list[tuple[str, float, Once]] = [("lanes", 0.25, look_at_lanes)]
+        every_server: list[tuple[str, float, Once]] = [
+            ("lanes", 0.25, look_at_lanes),
+            ("statistics", 2.0, lambda now: history.once(now, leading=base.leading)),
+        ]
         if shared:
             member = Member(
                 base, peers, dispatcher, agent_sessions, settler, lease_keeper, reconciler, services.sockets

@@ -264,7 +264,7 @@ async def test_a_wrong_definition_is_refused(client: AsyncClient, tmp_path: Path
     assert (await client.pipelines.validate(path))["valid"] is True
     with pytest.raises(Missing):
         await client.pipelines.get("adding")
-    with pytest.raises(ValueError, match="not YAML"):
+    with pytest.raises(InvalidRequest, match="malformed-yaml"):
         await client.pipelines.apply("a: [")
 
 

@@ -24,6 +24,7 @@ from mcp_control.security.credentials import Credentials
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.service import TaskOrchestrator
 
 
@@ -70,6 +71,7 @@ class Services:
     credentials: Credentials
     agents: AgentManager
     tasks: TaskOrchestrator
+    history: TaskHistory
     sessions: AgentSessions
     dispatcher: Dispatcher
     pipelines: PipelineEngine

@@ -4,12 +4,12 @@ It hears every fact once, in order, and remembers the last of what is under way;
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
 
-from mcp_control.kernel.changes import StoredFact
+from mcp_control.kernel.changes import Fact, StoredFact
 from mcp_control.kernel.clock import Clock
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.storage.ports import Depth
@@ -19,7 +19,11 @@ from mcp_control.tasks.handing import ORDER_SHIFT
 _FINAL: Final = {f"task.{word}": word for word in ("completed", "failed", "cancelled", "expired", "rejected")}
 _OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "task.released": ""}
 _HEARD: Final = frozenset({"task.queued", "task.assigned", *_OUTCOMES})
+_JUDGED: Final = frozenset({"task.completed", "task.failed", "task.retrying"})
 _REMEMBERED: Final = 50_000
+
+Ran = Callable[[str, str, float, bool], None]
+"""Told of an attempt that ended: tenant, type, seconds since an agent was given it, whether it completed."""
 
 
 class _Data(msgspec.Struct, gc=False):
@@ -42,11 +46,17 @@ class _Seen:
 class TaskFigures:
     """Turns facts into figures.
 
+    Args:
+        ran: told of attempts that completed or failed.
+
     Attributes:
         waiting: queued tasks when the lanes were last looked at.
     """
 
-    def __init__(self, metrics: Metrics, clock: Clock, remembered: int = _REMEMBERED) -> None:
+    def __init__(
+        self, metrics: Metrics, clock: Clock, remembered: int = _REMEMBERED, ran: Ran = lambda *_: None
+    ) -> None:
+        self._ran = ran
         self._metrics = metrics
         self._clock = clock
         self._remembered = remembered
@@ -73,7 +83,7 @@ class TaskFigures:
             if kind == "task.assigned":
                 self._assigned(fact.subject, seen, data, fact.at)
             else:
-                self._ended_attempt(fact.subject, kind, seen, data, fact.at)
+                self._ended_attempt(fact, seen, data)
                 if outcome := _OUTCOMES[kind]:
                     key = (data.type, outcome)
                     outcomes[key] = outcomes.get(key, 0) + 1
@@ -96,10 +106,14 @@ class TaskFigures:
                 self._metrics.violation("fence_not_growing")
         seen.attempt, seen.at, seen.held = data.attempt, at, True
 
-    def _ended_attempt(self, task_id: str, kind: str, seen: _Seen | None, data: _Data, at: int) -> None:
+    def _ended_attempt(self, fact: Fact, seen: _Seen | None, data: _Data) -> None:
+        task_id, kind, at = fact.subject, fact.type, fact.at
         if seen is not None:
             if seen.held:
-                self._metrics.task_ran(data.type, (at - seen.at) / 1000)
+                seconds = (at - seen.at) / 1000
+                self._metrics.task_ran(data.type, seconds)
+                if kind in _JUDGED:
+                    self._ran(fact.tenant, data.type, seconds, kind == "task.completed")
             if kind == "task.completed" and seen.attempt and not (seen.held and data.attempt == seen.attempt):
                 self._metrics.violation("stale_write_accepted")
             seen.at, seen.held = at, False

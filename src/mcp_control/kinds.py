@@ -1,0 +1,27 @@
+"""Everything the product keeps in its store."""
+
+from typing import Final
+
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
+from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
+from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
+from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
+from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
+from mcp_control.security.records import KINDS as SECURITY_KINDS
+from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
+from mcp_control.tasks.statistics import STATISTIC_KIND
+
+KINDS: Final = (
+    AGENT_KIND,
+    INSTANCE_KIND,
+    TASK_KIND,
+    LOG_KIND,
+    GENERATION_KIND,
+    PIPELINE_KIND,
+    RUN_KIND,
+    STATISTIC_KIND,
+    *SCHEDULE_KINDS,
+    *ARTIFACT_KINDS,
+    *COORDINATION_KINDS,
+    *SECURITY_KINDS,
+)
