@@ -28,7 +28,7 @@ from mcp_control.pipelines.schedule_records import (
     write_fire,
     write_schedule,
 )
-from mcp_control.pipelines.schedules import local
+from mcp_control.pipelines.schedules import ACTIVE_MAX, local
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.pipelines.starting import Along, check_request
 from mcp_control.pipelines.templates import Template
@@ -152,7 +152,7 @@ class Firing:
         if source != "manual":
             started = replace(started, last_slot=max(slot, after.last_slot or slot))
         if follow:
-            started = replace(started, active=[*after.active, target])
+            started = replace(started, active=[*after.active, target][-ACTIVE_MAX:])
         if after.backfill is not None and source == "backfill":
             plan = after.backfill
             started = replace(started, backfill=replace(plan, fired=plan.fired + 1, active=[*plan.active, target]))

@@ -147,12 +147,10 @@ class Scheduler:
         if found:
             raise Invalid(found[0].detail, errors=found)
         try:
-            when = timing(spec, now)
+            timing(spec, now)
         except Unusable as wrong:
             raise _no_schedule(wrong.member, str(wrong)) from None
-        position = now if when.first is None else max(now, when.first - 1)
-        if spec.at is not None:
-            position = now - 1
+        position = now if spec.at is None else now - 1
         made = Schedule(
             id=self._ids.new("sched"),
             version=0,

@@ -24,7 +24,10 @@ LATE_MS: Final = 30_000
 ACTIVE_MAX: Final = 20
 FORGOTTEN_MAX: Final = 200
 MISSED_MAX: Final = 1000
+HISTORY_MAX: Final = 1000
+PRUNED: Final = 100
 _CRON_MAX: Final = 200
+_YEAR_MAX: Final = 3000  # a hundred slots ten years apart are still moments
 _HINT_MARGIN_MS: Final = 2 * 3_600_000
 _ZONE: Final = re.compile(r"[A-Za-z][A-Za-z0-9_+/-]{0,63}")
 
@@ -56,7 +59,7 @@ def timing(spec: ScheduleSpec, anchor: int) -> Timing:
         raise Unusable(given[1] if given else "cron", "a schedule has one of `cron`, `every` and `at`")
     for name in ("at", "starts_at", "ends_at"):
         moment = getattr(spec, name)
-        if moment is not None and (moment.tzinfo is None or not 1971 <= moment.year <= 9000):
+        if moment is not None and (moment.tzinfo is None or not 1971 <= moment.year <= _YEAR_MAX):
             raise Unusable(name, "a time needs a zone and a year this clock can wait for, e.g. 2026-11-22T10:00:00Z")
     if spec.every is not None and not EVERY_MIN <= spec.every <= EVERY_MAX:
         raise Unusable("every", f"seconds, from {EVERY_MIN:g} to {EVERY_MAX:g}")
@@ -265,8 +268,15 @@ def _next_due(when: Timing, position: int, now: int, limit: int) -> int | None:
 
 
 def due(schedule: Schedule) -> int | None:
-    """Return the moment from which a schedule is to be looked at, None for never. What waits for work to end is looked at always."""
-    if schedule.deleted or schedule.pause is not None:
+    """Return the moment from which a schedule is to be looked at, None for never.
+
+    What waits for work to end, and what has more history than is kept, is looked at always.
+    """
+    if schedule.deleted:
+        return None
+    if schedule.records > HISTORY_MAX + PRUNED:
+        return 1
+    if schedule.pause is not None:
         return None
     if schedule.queued is not None or schedule.backfill is not None:
         return 1

@@ -12,14 +12,23 @@ from mcp_control.kernel.errors import Conflict
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.schedule_model import FIRE_KIND, SCHEDULE_KIND, Fire, Schedule
 from mcp_control.pipelines.schedule_records import new_fire, read_fire, read_schedule, schedule_fact, write_schedule
-from mcp_control.pipelines.schedules import ACTIVE_MAX, Turn, between, covered, decide, following, remember, stored
+from mcp_control.pipelines.schedules import (
+    ACTIVE_MAX,
+    HISTORY_MAX,
+    PRUNED,
+    Turn,
+    between,
+    covered,
+    decide,
+    following,
+    remember,
+    stored,
+)
 from mcp_control.security.model import SYSTEM
 from mcp_control.storage.ports import Store
 
 _PAGE: Final = 100
 _TURNS_MAX: Final = 50
-HISTORY_MAX: Final = 1000
-_PRUNED: Final = 100
 _TAKEN: Final = frozenset({"started", "queued"})
 
 
@@ -66,11 +75,12 @@ class ScheduleKeeper:
             if turn is None:
                 break
             schedule = await self._take(turn, now)
-        if schedule is not None and schedule.queued is not None and schedule.spec.overlap == "cancel-previous":
-            await self._firing.cancel(schedule)
-        if schedule is not None and schedule.backfill is not None and schedule.pause is None:
-            schedule = await self._backfill(schedule, now)
-        if schedule is not None and schedule.records > self._history + _PRUNED:
+        if schedule is not None and schedule.pause is None:
+            if schedule.queued is not None and schedule.spec.overlap == "cancel-previous":
+                await self._firing.cancel(schedule)
+            if schedule.backfill is not None:
+                schedule = await self._backfill(schedule, now)
+        if schedule is not None and schedule.records > self._history + PRUNED:
             await self._prune(schedule, now)
 
     async def _take(self, turn: Turn, now: int) -> Schedule | None:
@@ -130,7 +140,7 @@ class ScheduleKeeper:
 
     async def _prune(self, schedule: Schedule, now: int) -> None:
         """Forget the oldest fires, but not which slots were fired."""
-        query = Query(where=[Where("schedule", "eq", schedule.id)], order="slot", limit=_PRUNED)
+        query = Query(where=[Where("schedule", "eq", schedule.id)], order="slot", limit=PRUNED)
         old = [read_fire(row) for row in await self._store.find(FIRE_KIND.name, query)]
         old = [fire for fire in old if fire.slot != schedule.queued]
         fired = [fire.slot for fire in old if fire.outcome == "started" and fire.source != "manual"]
