@@ -24,6 +24,7 @@ from mcp_control.kernel.errors import (
     StoreUnavailable,
     VersionConflict,
 )
+from mcp_control.pipelines import schedules
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.model import RunState
@@ -431,3 +432,30 @@ def test_records_are_small() -> None:
     """A fire costs little more than its facts."""
     fire = Fire(id="f", version=1, schedule_id="s", slot=1, at=1, source="schedule", outcome="started")
     assert len(msgspec.json.encode(fire)) < 200
+
+
+async def test_an_edit_of_the_beginning_counts_from_now(tmp_path: Path) -> None:
+    """A schedule that was to begin much later, and is to begin at once after all, fires its next slot."""
+    async with timed(tmp_path) as it:
+        far = to_datetime(it.here.clock.now() + 10**9)
+        made = await it.create(every=60, starts_at=far, task=TASK)
+        await it.later(10 * MINUTE)
+        assert await it.tasks() == []
+        spec = msgspec.structs.replace(made.spec, starts_at=None)
+        await it.scheduler.replace(ANNA, "s", spec, (await it.get()).version)
+        await it.later(MINUTE)
+        assert len(await it.tasks()) == 1
+
+
+async def test_triggers_of_a_paused_schedule_pile_up_nowhere(tmp_path: Path) -> None:
+    """Its history is bounded, and so is what it remembers of the work it started."""
+    async with timed(tmp_path) as it:
+        it.keeper = ScheduleKeeper(it.here.store, it.here.clock, it.firing)
+        await it.create(every=60, task=TASK)
+        await it.scheduler.pause(ANNA, "s")
+        for place in range(25):
+            await it.scheduler.trigger(ANNA, "s", str(place))
+        made = await it.get()
+        assert len(made.active) == 20
+        assert schedules.due(msgspec.structs.replace(made, records=1101)) == 1
+        assert schedules.due(made) is None
