@@ -457,5 +457,5 @@ async def test_triggers_of_a_paused_schedule_pile_up_nowhere(tmp_path: Path) -> 
             await it.scheduler.trigger(ANNA, "s", str(place))
         made = await it.get()
         assert len(made.active) == 20
-        assert schedules.due(msgspec.structs.replace(made, records=1101)) == 1
-        assert schedules.due(made) is None
+        assert schedules.due(msgspec.structs.replace(made, records=1101), None) == 1
+        assert schedules.due(made, made.position + 1) is None

@@ -93,13 +93,18 @@ def write_schedule(schedule: Schedule, now: int) -> tuple[Schedule, Entity, list
     after = replace(schedule, version=schedule.version + 1)
     index: dict[str, IndexValue] = {"name": None, "due": None, "finished": 0}
     if not after.deleted:
-        ended = finished(after)
+        upcoming = following(stored(after), after.position)
+        ended = finished(after, upcoming)
         if ended and after.finished_at is None:
             after = replace(after, finished_at=now)
             facts.append(schedule_fact("schedule.finished", after, "system", now))
         elif not ended:
             after = replace(after, finished_at=None)
-        index = {"name": scoped(after.tenant, after.spec.name), "due": due(after), "finished": after.finished_at}
+        index = {
+            "name": scoped(after.tenant, after.spec.name),
+            "due": due(after, upcoming),
+            "finished": after.finished_at,
+        }
     return after, Entity(SCHEDULE_KIND.name, after.id, schedule.version, index, _encode(after)), facts
 
 

@@ -267,10 +267,13 @@ def _next_due(when: Timing, position: int, now: int, limit: int) -> int | None:
     return few[0] if few else None
 
 
-def due(schedule: Schedule) -> int | None:
+def due(schedule: Schedule, upcoming: int | None) -> int | None:
     """Return the moment from which a schedule is to be looked at, None for never.
 
     What waits for work to end, and what has more history than is kept, is looked at always.
+
+    Args:
+        upcoming: its first slot after its position.
     """
     if schedule.deleted:
         return None
@@ -280,14 +283,12 @@ def due(schedule: Schedule) -> int | None:
         return None
     if schedule.queued is not None or schedule.backfill is not None:
         return 1
-    return following(stored(schedule), schedule.position)
+    return upcoming
 
 
-def finished(schedule: Schedule) -> bool:
-    """Say whether nothing is left to do, for ever."""
-    if schedule.queued is not None or schedule.backfill is not None:
-        return False
-    return following(stored(schedule), schedule.position) is None
+def finished(schedule: Schedule, upcoming: int | None) -> bool:
+    """Say whether nothing is left to do, for ever; `upcoming` is its first slot after its position."""
+    return upcoming is None and schedule.queued is None and schedule.backfill is None
 
 
 # --- the past -----------------------------------------------------------------------------------------------------
