@@ -14,6 +14,7 @@ TASK = "/api/v1/tasks"
 AGENT = "/api/v1/agents/register"
 LOGIN = "/api/v1/auth/login"
 PIPELINES = "/api/v1/pipelines"
+SCHEDULES = "/api/v1/schedules"
 
 
 def with_payload(payload: bytes) -> bytes:
@@ -36,6 +37,10 @@ def pipeline(*stages: dict[str, object]) -> bytes:
     return json.dumps(
         {"metadata": {"name": "p"}, "spec": {"stages": [{"uses": "echo", **stage} for stage in stages]}}
     ).encode()
+
+
+def schedule(**when: object) -> bytes:
+    return json.dumps({"name": "s", "task": {"type": "echo"}, **when}).encode()
 
 
 def chain(length: int) -> bytes:
@@ -99,6 +104,14 @@ BODIES = [
     ("22 year 9999", TASK, spec(run_at="9999-12-31T23:59:59-10:00"), 422, "invalid-timestamp"),
     ("22 30 February", TASK, spec(run_at="2030-02-30T00:00:00Z"), 422, "invalid-timestamp"),
     ("22 leap second", TASK, spec(run_at="2016-12-31T23:59:60Z"), 422, "invalid-timestamp"),
+    ("23 minute 61", SCHEDULES, schedule(cron="61 * * * *"), 422, "invalid-schedule"),
+    ("23 negative interval in cron", SCHEDULES, schedule(cron="@every -1s"), 422, "invalid-schedule"),
+    ("23 negative interval", SCHEDULES, schedule(every=-1), 422, "invalid-schedule"),
+    ("23 never", SCHEDULES, schedule(cron="0 0 30 2 *"), 422, "invalid-schedule"),
+    ("23 past", SCHEDULES, schedule(at="2001-01-01T00:00:00Z"), 422, "invalid-schedule"),
+    ("23 far away", SCHEDULES, schedule(every=60, starts_at="9000-01-01T00:00:00Z"), 422, "invalid-schedule"),
+    ("23 no such zone", SCHEDULES, schedule(cron="* * * * *", timezone="../etc/passwd"), 422, "invalid-schedule"),
+    ("23 nothing", SCHEDULES, schedule(), 422, "invalid-schedule"),
     ("24 cycle", PIPELINES, pipeline({"id": "a", "needs": ["b"]}, {"id": "b", "needs": ["a"]}), 422, "dag-cycle"),
     ("25 unknown node", PIPELINES, pipeline({"id": "a", "needs": ["zz"]}), 422, "dag-unknown-node"),
     ("26 self-edge", PIPELINES, pipeline({"id": "a", "needs": ["a"]}), 422, "dag-cycle"),

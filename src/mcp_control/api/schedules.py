@@ -43,7 +43,7 @@ class TriggerRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     idempotency_key: str | None = None
 
 
-_SPEC: Final = Body(ScheduleSpec, envelope=3)
+_SPEC: Final = Body(ScheduleSpec, envelope=2)
 _CREATE: Final = Query(DryRunQuery)
 _PAGE: Final = Query(PageQuery)
 _NEXT: Final = Query(NextQuery)
