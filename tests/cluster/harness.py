@@ -133,7 +133,7 @@ class Submits:
         body: makes the submission, without its key.
 
     Attributes:
-        refused: answers other than success, by status; 0 is a connection that broke.
+        refused: answers other than success, by the code of the problem; `""` is a connection that broke.
         longest: seconds from the first try of a submit to its acknowledgement, the longest of all.
     """
 
@@ -142,7 +142,7 @@ class Submits:
         self._rate = rate
         self._body = body
         self.made = 0
-        self.refused: dict[int, int] = {}
+        self.refused: dict[str, int] = {}
         self.longest = 0.0
 
     async def run(self, client: httpx2.AsyncClient, ends: asyncio.Event) -> None:
@@ -172,8 +172,9 @@ class Submits:
                 self._history.acked(key, task_id)
                 self.longest = max(self.longest, time.monotonic() - began)
                 return task_id
-            self.refused[status] = self.refused.get(status, 0) + 1
             assert status in (0, 429, 503), (status, answer and answer.text)
+            code = "" if answer is None else str(answer.json()["code"])
+            self.refused[code] = self.refused.get(code, 0) + 1
             assert time.monotonic() - began < seconds, f"{key} was not taken within {seconds} s: {status}"
             await asyncio.sleep(RETRY_SECONDS)
 
