@@ -221,7 +221,7 @@ def run_request(spec: ScheduleSpec, slot: int) -> RunRequest:
     assert run is not None
     return RunRequest(
         params=_rendered(spec, run.params, slot, "#/run/params"),
-        labels={"schedule": spec.name, **run.labels},
+        labels={**run.labels, "schedule": spec.name},
         priority=run.priority,
     )
 
@@ -236,7 +236,7 @@ def task_spec(spec: ScheduleSpec, slot: int) -> TaskSpec:
         type_version=task.type_version,
         priority=task.priority,
         needs=task.needs,
-        labels={"schedule": spec.name, **task.labels},
+        labels={**task.labels, "schedule": spec.name},
         retry=task.retry,
         timeout=task.timeout,
     )

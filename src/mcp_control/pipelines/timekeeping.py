@@ -44,6 +44,7 @@ class ScheduleKeeper:
         self._clock = clock
         self._firing = firing
         self._history = history
+        self._batch = min(PRUNED, history)
 
     async def once(self, now: int) -> int:
         """Look at every schedule that is due; returns how many those were.
@@ -80,7 +81,7 @@ class ScheduleKeeper:
                 await self._firing.cancel(schedule)
             if schedule.backfill is not None:
                 schedule = await self._backfill(schedule, now)
-        if schedule is not None and schedule.records > self._history + PRUNED:
+        if schedule is not None and schedule.records > self._history + self._batch:
             await self._prune(schedule, now)
 
     async def _take(self, turn: Turn, now: int) -> Schedule | None:
@@ -140,7 +141,7 @@ class ScheduleKeeper:
 
     async def _prune(self, schedule: Schedule, now: int) -> None:
         """Forget the oldest fires, but not which slots were fired."""
-        query = Query(where=[Where("schedule", "eq", schedule.id)], order="slot", limit=PRUNED)
+        query = Query(where=[Where("schedule", "eq", schedule.id)], order="slot", limit=self._batch)
         old = [read_fire(row) for row in await self._store.find(FIRE_KIND.name, query)]
         old = [fire for fire in old if fire.slot != schedule.queued]
         fired = [fire.slot for fire in old if fire.outcome == "started" and fire.source != "manual"]
