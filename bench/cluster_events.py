@@ -15,6 +15,7 @@ from bench.statistics import Line, percentile, rounded
 
 _TYPE: Final = "bench.parked"
 _SETTLE: Final = 2.0
+_DRAIN: Final = 3.0  # for the last events to arrive
 
 
 async def _follower(stand: Stand, count: int) -> Process:
@@ -59,9 +60,9 @@ async def fanout(there: Databases, clients: int, rate: int, seconds: float) -> l
             before = cpu_seconds(pids)
             with made.metered() as effort:
                 count = await _paced(made, rate, seconds) + round(rate * _SETTLE)
-                await asyncio.sleep(1)
+                await asyncio.sleep(_DRAIN)
             effort.cpu["followers"] = cpu_seconds(pids) - before
-            found = [json.loads((await follower.communicate())[0]) for follower in followers]
+            found = [json.loads((await follower.communicate(b"stop\n"))[0]) for follower in followers]
         finally:
             for follower in followers:
                 if follower.returncode is None:

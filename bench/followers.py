@@ -1,6 +1,6 @@
 """Follows events over many WebSockets: `python -m bench.followers URL COUNT`, the token on the first line of standard input.
 
-Writes `ready` when all are subscribed. When standard input ends it writes what it got, as JSON: events by socket, and how late they were.
+Writes `ready` when all are subscribed. At the next line it writes what it got, as JSON: events by socket, and how late they were.
 A client of its own, since what it takes of the machine the servers do not have: frames that many sockets get alike are read once.
 """
 
@@ -127,7 +127,7 @@ class _Follower(asyncio.Protocol):
 
 
 async def follow(url: str, count: int, token: str) -> dict[str, Any]:
-    """Open the sockets, follow until standard input ends, and return what came."""
+    """Open the sockets, follow until the next line of standard input, and return what came."""
     address = urlsplit(url)
     host, port = address.hostname or "", address.port or 80
     tally = Tally(count)
@@ -138,7 +138,7 @@ async def follow(url: str, count: int, token: str) -> dict[str, Any]:
         followers.append(follower)
     await tally.all_subscribed.wait()
     print("ready", flush=True)
-    await loop.run_in_executor(None, sys.stdin.read)
+    await loop.run_in_executor(None, sys.stdin.readline)
     late = sorted(tally.late)
     # A thousandth of them says enough of where they lie.
     return {
