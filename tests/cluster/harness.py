@@ -1,6 +1,7 @@
 """Several servers on one database and one Redis behind a load balancer, with agents and load, all of them real processes."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -176,7 +177,9 @@ class Submits:
             code = "" if answer is None else str(answer.json()["code"])
             self.refused[code] = self.refused.get(code, 0) + 1
             assert time.monotonic() - began < seconds, f"{key} was not taken within {seconds} s: {status}"
-            await asyncio.sleep(RETRY_SECONDS)
+            # An overloaded server says when to come back; whoever hears it does not come all at once.
+            asked = float(answer.headers.get("Retry-After", 0)) if code == "overloaded" and answer is not None else 0.0
+            await asyncio.sleep(max(RETRY_SECONDS, asked * random.uniform(0.5, 1.0)))
 
 
 class Follower:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx2
+import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
@@ -164,6 +165,7 @@ async def test_a_server_that_is_cut_off_steps_back_and_its_agents_go_on_elsewher
                 agent.kill()
 
 
+@pytest.mark.long
 async def test_control_a_server_that_seldom_looks_for_its_store_stays_open(
     mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
 ) -> None:

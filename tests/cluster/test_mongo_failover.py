@@ -41,8 +41,8 @@ def _freeze(mongo: MongoSet) -> None:
     ("harm", "seconds", "refusals"),
     [
         pytest.param(_step_down, STEP_DOWN_SECONDS, False, id="step-down"),
-        pytest.param(_kill, KILL_SECONDS, True, id="kill"),
-        pytest.param(_freeze, FREEZE_SECONDS, True, id="freeze"),
+        pytest.param(_kill, KILL_SECONDS, True, id="kill", marks=pytest.mark.long),
+        pytest.param(_freeze, FREEZE_SECONDS, True, id="freeze", marks=pytest.mark.long),
     ],
 )
 async def test_a_change_of_the_primary_is_a_pause_and_no_more(
@@ -83,6 +83,7 @@ async def test_a_change_of_the_primary_is_a_pause_and_no_more(
     assert 0.2 < submits.longest <= seconds, "the primary was changed, and that took as long as it may"
 
 
+@pytest.mark.long
 async def test_without_a_majority_nothing_is_given_out_and_with_it_all_goes_on(
     mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
 ) -> None:

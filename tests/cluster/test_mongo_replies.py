@@ -23,7 +23,7 @@ async def _all(client: httpx2.AsyncClient) -> list[str]:
     return [task["id"] for task in answer.json()["items"]]
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("how", [pytest.param(_DONE_BUT_UNSURE, id="unsure"), pytest.param(_CUT, id="cut")])
 async def test_an_answer_that_gets_lost_once_or_twice_is_not_even_noticed(
     how: dict[str, Any], times: int, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
