@@ -54,7 +54,7 @@ class Timed:
 
     async def create(self, **fields: object) -> Schedule:
         """Keep a schedule."""
-        spec = msgspec.convert({"name": "s", **fields}, ScheduleSpec)
+        spec = msgspec.convert({"name": "s"} | fields, ScheduleSpec)
         return (await self.scheduler.create(ANNA, spec))[0]
 
     async def get(self) -> Schedule:
@@ -83,14 +83,19 @@ class Timed:
         return [read_task(row) for row in await self.here.store.find("task", Query(limit=1000))]
 
 
+async def made_pipeline(here: World) -> None:
+    """Define the pipeline `small`, with the parameter `day`."""
+    p = PipelineBuilder("small")
+    day = p.param("day")
+    p.stage("a", "work", with_={"day": day})
+    await here.engine.create(ANNA, p.build())
+
+
 @asynccontextmanager
 async def timed(folder: Path, **options: int) -> AsyncIterator[Timed]:
     """Open a world with schedules over a folder."""
     async with world(folder) as here:
-        p = PipelineBuilder("small")
-        day = p.param("day")
-        p.stage("a", "work", with_={"day": day})
-        await here.engine.create(ANNA, p.build())
+        await made_pipeline(here)
         yield Timed(here, **options)
 
 
