@@ -158,7 +158,7 @@ class Submits:
             await pace()
         await asyncio.gather(*sending)
 
-    async def one(self, client: httpx2.AsyncClient, key: str, seconds: float = 60.0) -> str:
+    async def one(self, client: httpx2.AsyncClient, key: str, seconds: float = 120.0) -> str:
         """Submit one task, however many tries it takes, and return its id."""
         body = {**self._body(), "idempotency_key": key}
         began = time.monotonic()

@@ -15,6 +15,7 @@ _CLONE_NEWNET: Final = 0x40000000
 _CHUNK: Final = 1 << 16
 _CHECK_SECONDS: Final = 0.25
 _ANSWER_SECONDS: Final = 1.0
+_HEALTH_SECONDS: Final = 2.5
 P = ParamSpec("P")
 T = TypeVar("T")
 Door = Callable[[], Awaitable[socket.socket]]
@@ -191,20 +192,20 @@ class Balancer(Relay):
         await super().close()
 
     async def _choose(self) -> socket.socket:
-        for _ in self._doors:
-            self._turn = (self._turn + 1) % len(self._doors)
-            if self.ready[self._turn]:
-                place = self._turn
-                try:
-                    return await self._doors[place]()
-                except (OSError, TimeoutError):
-                    self.ready[place] = False
-        raise ConnectionRefusedError("no server is ready")
+        places = [(self._turn + step) % len(self._doors) for step in range(1, len(self._doors) + 1)]
+        # Where none says that it is ready, any that answers is better than nobody.
+        for place in sorted(places, key=lambda place: not self.ready[place]):
+            with suppress(OSError, TimeoutError):
+                opened = await self._doors[place]()
+                self._turn = place
+                return opened
+            self.ready[place] = False
+        raise ConnectionRefusedError("no server is there")
 
     async def _check(self, place: int) -> None:
         while True:
             try:
-                async with asyncio.timeout(_ANSWER_SECONDS):
+                async with asyncio.timeout(_HEALTH_SECONDS):
                     self.ready[place] = await status_of(self._doors[place], "/health/ready") == 200
             except (OSError, TimeoutError):
                 self.ready[place] = False

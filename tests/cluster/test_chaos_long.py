@@ -83,8 +83,8 @@ class Gates:
 @pytest.mark.parametrize(
     ("seconds", "every", "rate"),
     [
-        pytest.param(20.0, 4.0, 20.0, id="short"),
-        pytest.param(180.0, 5.0, 40.0, id="long", marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+        pytest.param(12.0, 3.0, 20.0, id="short"),
+        pytest.param(180.0, 6.0, 25.0, id="long", marks=[pytest.mark.long, pytest.mark.timeout(900)]),
     ],
 )
 async def test_nothing_acknowledged_is_lost_or_done_twice_while_servers_die(
