@@ -348,7 +348,7 @@ async def serve(
     try:
         fate = Fate()
         async with composed(settings, fate, around) as control:
-            server = NetworkServer(control.app, settings, control.services.broadcaster.close)
+            server = NetworkServer(control.app, settings, control.services.end)
 
             def stop() -> None:
                 server.should_exit = True

@@ -12,6 +12,7 @@ from mcp_control.kernel.errors import (
     BodyTimeout,
     FieldError,
     Invalid,
+    Overloaded,
     PayloadTooLarge,
     PreconditionRequired,
     UnsupportedMediaType,
@@ -196,16 +197,24 @@ class Call:
         return text[1:-1]
 
     async def until_gone(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do the work, but stop it when the caller hangs up. Only after the body has been read. Raises ClientGone."""
+        """Do the work, but stop it when the caller hangs up or the server stops. Only after the body has been read.
+
+        Raises:
+            ClientGone, Overloaded: so it was.
+        """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(self.gone())
+        ending = asyncio.ensure_future(self.services.ending.wait())
         try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task, gone, ending), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            raise ClientGone
+            if gone.done():
+                raise ClientGone
+            raise Overloaded("the server is stopping; ask again, another one may answer", retry_after=1)
         finally:
             gone.cancel()
+            ending.cancel()
             if not task.done():
                 task.cancel()
 

@@ -1,5 +1,6 @@
 """What the handlers call: every component, as the composition root made them."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -79,6 +80,13 @@ class Services:
     artifacts: Artifacts
     cluster: Cluster
     sockets: OpenSockets = field(default_factory=OpenSockets)
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self) -> None:
+        """Hear that the server is about to stop: streams and long polls end now."""
+        self.health.stopping()
+        self.ending.set()
+        self.broadcaster.close()
 
     @property
     def body_stall_seconds(self) -> float:
