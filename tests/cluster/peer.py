@@ -17,12 +17,12 @@ class Peer:
     """One instance of an agent.
 
     Args:
-        type: the one task type that it does.
+        spec: what it says of itself.
         headers: its credential.
     """
 
-    def __init__(self, name: str, type: str, headers: dict[str, str], slots: int = 1) -> None:
-        self.spec = {"name": name, "capabilities": [{"name": type}], "slots": slots, "lease_seconds": 30}
+    def __init__(self, spec: Frame, headers: dict[str, str]) -> None:
+        self.spec = spec
         self.headers = headers
         self.instance_id: str | None = None
         self.running: list[str] = []
@@ -30,13 +30,15 @@ class Peer:
         self._ticks = 0
 
     @classmethod
-    async def registered(cls, client: httpx2.AsyncClient, name: str, type: str, slots: int = 1) -> Self:
-        """Enrol a new agent."""
-        token = (await client.post(f"{API}/agents/enrolment-tokens", json={"uses": 1})).json()["token"]
-        body = {"name": name, "capabilities": [{"name": type}], "slots": slots, "lease_seconds": 30}
-        made = await client.post(f"{API}/agents/register", json=body, headers={"Authorization": f"Bearer {token}"})
+    async def registered(
+        cls, client: httpx2.AsyncClient, name: str, type: str, slots: int = 1, lease: float = 30, token: str = ""
+    ) -> Self:
+        """Enrol a new agent that does tasks of one type; `token` is an enrolment token, one is made where there is none."""
+        token = token or (await client.post(f"{API}/agents/enrolment-tokens", json={"uses": 1})).json()["token"]
+        spec = {"name": name, "capabilities": [{"name": type}], "slots": slots, "lease_seconds": lease}
+        made = await client.post(f"{API}/agents/register", json=spec, headers={"Authorization": f"Bearer {token}"})
         assert made.status_code in (200, 201), made.text
-        return cls(name, type, {"Authorization": f"Bearer {made.json()['credential']}"}, slots)
+        return cls(spec, {"Authorization": f"Bearer {made.json()['credential']}"})
 
     def hello(self) -> Frame:
         """Return the first frame of a connection."""
