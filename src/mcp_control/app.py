@@ -35,7 +35,8 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
-from mcp_control.pipelines.retention import RunRetention
+from mcp_control.pipelines.planning import Planner
+from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.pipelines.timekeeping import ScheduleKeeper, ScheduleRetention
@@ -248,6 +249,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             agents=manager,
             tasks=tasks,
             history=history,
+            catalogue=catalogue,
+            planner=Planner(clock, catalogue, manager, history, figures.lanes),
             sessions=agent_sessions,
             dispatcher=dispatcher,
             pipelines=engine,
@@ -273,6 +276,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         keep = settings.retention
         events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
         old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
+        old_pipelines = PipelineRetention(store, round(keep.runs_days * _DAY_MS))
         old_runs = RunRetention(store, artifacts, round(keep.runs_days * _DAY_MS))
         old_schedules = ScheduleRetention(store, round(keep.runs_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
@@ -287,6 +291,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("runs-retention", keep.interval_seconds, old_runs.once),
             ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
             ("schedules-retention", keep.interval_seconds, old_schedules.once),
+            ("pipelines-retention", keep.interval_seconds, old_pipelines.once),
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),

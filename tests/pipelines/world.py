@@ -51,8 +51,8 @@ class World:
 
         dispatcher = Dispatcher(LocalQueue(), sessions, hand_out)
         self.settler = Settler(ledger, sessions, dispatcher, self.clock, self.ids)
-        catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
-        self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, catalogue)
+        self.catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
+        self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue)
         self.settler.follower = self.engine
 
     async def start(self, spec: PipelineSpec, **params: object) -> Run:

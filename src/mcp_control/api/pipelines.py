@@ -1,22 +1,23 @@
 """Routes of `/pipelines`."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Final, TypeVar
 
 import msgspec
 import orjson
 
-from mcp_control.api.call import Call, Reply, check_media_type, reply
+from mcp_control.api.call import NO_CONTENT, Call, Reply, check_media_type, reply
 from mcp_control.api.decode import Body
 from mcp_control.api.query import PageQuery, Query
 from mcp_control.api.routing import Endpoint
 from mcp_control.api.tasks import with_key
-from mcp_control.kernel.errors import Invalid, InvalidPipeline
+from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.definition import from_data, parse_yaml
 from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunRequest, RunView
 from mcp_control.pipelines.places import located
+from mcp_control.pipelines.plan_model import Difference, PlanRequest, RunPlan
 from mcp_control.pipelines.validate import ERRORS_MAX, further
 
 T = TypeVar("T")
@@ -29,6 +30,13 @@ class VersionQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     version: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
 
 
+class DiffQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two versions of the pipeline: `after`, by default the newest, and `before`, by default the one before that."""
+
+    before: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    after: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+
+
 class Validated(msgspec.Struct, frozen=True, kw_only=True):
     """The definition would be accepted."""
 
@@ -37,8 +45,10 @@ class Validated(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _SPEC: Final = Body(PipelineSpec, envelope=8, media_types=("application/json", YAML))
+_PLAN: Final = Body(PlanRequest, envelope=2)
 _RUN: Final = Body(RunRequest, envelope=2, optional=True)
 _VERSION: Final = Query(VersionQuery)
+_DIFF: Final = Query(DiffQuery)
 _PAGE: Final = Query(PageQuery)
 
 
@@ -72,7 +82,8 @@ def _read(raw: bytes, yaml: bool) -> PipelineSpec:
         return from_data(data) if yaml else _SPEC.decode(raw)
     except Invalid as problem:
         more = further(data if yaml else orjson.loads(raw)) if raw else []
-        raise Invalid(problem.detail, errors=[*problem.errors, *more][:ERRORS_MAX]) from None
+        problem.errors = tuple([*problem.errors, *more][:ERRORS_MAX])
+        raise
 
 
 async def list_pipelines(call: Call) -> Reply:
@@ -86,6 +97,45 @@ async def get_pipeline(call: Call) -> Reply:
     version = call.query(_VERSION).version
     pipeline = await call.services.pipelines.get(call.actor, call.params["pipeline"], version)
     return reply(call.services.pipelines.view_pipeline(pipeline))
+
+
+async def plan_pipeline(call: Call) -> Reply:
+    """Say what would become of a run that began now: who could take each stage, the critical path, and a forecast from history."""
+    request = await call.decode(_PLAN)
+    try:
+        return reply(await call.services.planner.plan(call.actor, request))
+    except (Invalid, InvalidPipeline) as problem:
+        if request.definition is not None:
+            problem.errors = tuple(await asyncio.to_thread(_placed, request.definition, problem.errors))
+        raise
+
+
+def _placed(text: str, errors: Sequence[FieldError]) -> list[FieldError]:
+    """Return the errors, those of the definition with line and column."""
+    ours = [error for error in errors if error.pointer.startswith("#/params")]
+    return [*located(text, [error for error in errors if error not in ours]), *ours]
+
+
+async def list_versions(call: Call) -> Reply:
+    """List the versions of a pipeline, the newest first."""
+    query = call.query(_PAGE)
+    found = call.services.catalogue.versions(
+        call.actor, call.params["pipeline"], cursor=query.cursor, limit=query.limit
+    )
+    return reply(await found)
+
+
+async def compare_versions(call: Call) -> Reply:
+    """Say what differs between two versions: stages added, removed and changed, and everything else by place."""
+    query = call.query(_DIFF)
+    return reply(await call.services.catalogue.diff(call.actor, call.params["pipeline"], query.before, query.after))
+
+
+async def delete_pipeline(call: Call) -> Reply:
+    """Delete a version, or the pipeline with all of them; refused while a run that has not ended, or a schedule, uses it."""
+    version = call.query(_VERSION).version
+    await call.services.catalogue.delete(call.actor, call.params["pipeline"], version)
+    return NO_CONTENT
 
 
 async def execute_pipeline(call: Call) -> Reply:
@@ -109,6 +159,8 @@ _EXAMPLE: Final = {
     },
 }
 
+_TEXT: Final = "metadata: {name: greeting}\nspec:\n  params: {name: {}}\n  stages:\n  - {id: greet, uses: greet}\n"
+
 ENDPOINTS: Final = (
     Endpoint(
         method="POST", path="/pipelines", handler=create_pipeline, summary="Define a pipeline", tag="pipelines",
@@ -119,12 +171,28 @@ ENDPOINTS: Final = (
         body=_SPEC, returns=Validated, example=_EXAMPLE,
     ),
     Endpoint(
+        method="POST", path="/pipelines/plan", handler=plan_pipeline, summary="Forecast a run", tag="pipelines",
+        body=_PLAN, returns=RunPlan, example={"definition": _TEXT, "params": {"name": "World"}},
+    ),
+    Endpoint(
         method="GET", path="/pipelines", handler=list_pipelines, summary="List pipelines", tag="pipelines",
         query=_PAGE, returns=Page[PipelineView],
     ),
     Endpoint(
         method="GET", path="/pipelines/{pipeline:name}", handler=get_pipeline, summary="Get a pipeline", tag="pipelines", query=_VERSION,
         returns=PipelineView,
+    ),
+    Endpoint(
+        method="DELETE", path="/pipelines/{pipeline:name}", handler=delete_pipeline, summary="Delete a pipeline", tag="pipelines",
+        query=_VERSION, status=204,
+    ),
+    Endpoint(
+        method="GET", path="/pipelines/{pipeline:name}/versions", handler=list_versions, summary="List versions", tag="pipelines",
+        query=_PAGE, returns=Page[PipelineView],
+    ),
+    Endpoint(
+        method="GET", path="/pipelines/{pipeline:name}/diff", handler=compare_versions, summary="Compare two versions", tag="pipelines",
+        query=_DIFF, returns=Difference,
     ),
     Endpoint(
         method="POST", path="/pipelines/{pipeline:name}/execute", handler=execute_pipeline, summary="Start a run", tag="pipelines",

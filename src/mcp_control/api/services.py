@@ -16,6 +16,8 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.ids import IdSource
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.metrics import Metrics
+from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.plugins.manager import Plugins
@@ -76,6 +78,8 @@ class Services:
     sessions: AgentSessions
     dispatcher: Dispatcher
     pipelines: PipelineEngine
+    catalogue: Catalogue
+    planner: Planner
     scheduler: Scheduler
     artifacts: Artifacts
     cluster: Cluster

@@ -15,7 +15,7 @@ from mcp_control.kernel.errors import IdempotencyKeyInvalid, NotFound, Problem, 
 from mcp_control.kernel.ids import is_id
 from mcp_control.kernel.paging import Page
 from mcp_control.tasks.listing import TaskFilter
-from mcp_control.tasks.model import Explanation, Task, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.model import Explanation, StatisticView, Task, TaskSpec, TaskState, TaskView
 from mcp_control.tasks.records import view
 from mcp_control.tasks.service import Submitted, TaskEdit
 
@@ -291,8 +291,20 @@ async def _logs(call: Call, query: LogsQuery) -> LogPage:
 
 
 _EXAMPLE: Final = {"type": "echo", "payload": {"text": "hello"}, "priority": "high", "labels": {"team": "a"}}
+_PAGE: Final = Query(PageQuery)
+
+
+async def list_statistics(call: Call) -> Reply:
+    """List how many tasks of each type completed and failed, and how long they took."""
+    query = call.query(_PAGE)
+    return reply(await call.services.history.list(call.actor, cursor=query.cursor, limit=query.limit))
+
 
 ENDPOINTS: Final = (
+    Endpoint(
+        method="GET", path="/tasks/statistics", handler=list_statistics, summary="List times of task types", tag="tasks",
+        query=_PAGE, returns=Page[StatisticView],
+    ),
     Endpoint(
         method="POST", path="/tasks", handler=submit_task, summary="Submit a task", tag="tasks", weight="submit", body=_SPEC, query=_WAIT,
         returns=TaskView, status=201, statuses=(200,), example=_EXAMPLE,

@@ -131,11 +131,11 @@ def _server(folder: Path, agents: int) -> "Iterator[Client]":
 
 
 def _run(client: "Client", source: Path, truth: "Truth | None", output: Path, settings: list[str], view: View) -> int:
-    from mcp_control.cli.pipelines import parameters
+    from mcp_control.cli.pipelines import declared, parameters
     from mcp_control.cli.report import ended, follow
 
     pipeline = client.pipelines.get("techdeck")
-    values = parameters(pipeline, {}, settings)
+    values = parameters(pipeline.name, declared(pipeline), {}, settings)
     size = os.path.getsize(source)
     say(f"Input: {source if truth is None else 'generated'}, {size / 1e6:,.1f} MB")
     values["input"] = client.artifacts.upload(source, role="input").id

@@ -18,18 +18,24 @@ from mcp_control.cli.options import (
     Out,
     Timeout,
     Wait,
+    confirm,
     json_argument,
     loose,
     pairs,
     seconds,
 )
 from mcp_control.cli.output import View, plain, say, write_json
+from mcp_control.cli.plans import changes, show
 from mcp_control.cli.report import ended, follow, started
 
 if TYPE_CHECKING:
     from mcp_control.pipelines.model import Param, PipelineView
 
-app = typer.Typer(name="pipelines", help="Definitions of work in stages: validate, apply, run.", no_args_is_help=True)
+app = typer.Typer(
+    name="pipelines",
+    help="Definitions of work in stages: validate, plan, apply, run, compare, delete.",
+    no_args_is_help=True,
+)
 COLUMNS = ("name", "version", "stages", "created_at", "description")
 WIDE = ("id", "labels", "created_by")
 File = Annotated[
@@ -38,6 +44,24 @@ File = Annotated[
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name or id of the pipeline.")]
 Version = Annotated[
     int | None, typer.Option("--version", min=1, help="Its version. Default: the newest.", show_default=False)
+]
+OneVersion = Annotated[
+    int | None, typer.Option("--version", min=1, help="This version alone. Default: all.", show_default=False)
+]
+Before = Annotated[
+    int | None, typer.Argument(metavar="A", min=1, help="A version. Default: the one before B.", show_default=False)
+]
+After = Annotated[
+    int | None, typer.Argument(metavar="B", min=1, help="A version. Default: the newest.", show_default=False)
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="A.B=VALUE", help="A parameter, or a place inside one; repeatable.", show_default=False
+    ),
+]
+Params = Annotated[
+    str, typer.Option("--params", metavar="JSON", help="All parameters as JSON, @file, or -.", show_default=False)
 ]
 
 
@@ -118,6 +142,66 @@ def get(name: Name, version: Version = None, as_json: Json = False, out: Out = N
         view.one(client.pipelines.get(name, version), COLUMNS, key="name")
 
 
+@app.command("versions")
+def versions(name: Name, limit: Limit = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """List the versions of a pipeline, the newest first."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.many(client.pipelines.versions(name), COLUMNS, WIDE, key="version", limit=limit)
+
+
+@app.command("delete")
+def delete(name: Name, version: OneVersion = None) -> None:
+    """Delete a version, or the pipeline with all of them; not while a run that has not ended or a schedule uses it."""
+    confirm(f"Delete {f'version {version}' if version else 'all versions'} of the pipeline {name}?")
+    with connect() as client:
+        client.pipelines.delete(name, version)
+
+
+@app.command("diff")
+def diff(name: Name, before: Before = None, after: After = None, as_json: Json = False) -> None:
+    """Show what changed between two versions: + added, - removed, ~ changed; by default between the newest and the one before."""
+    with connect() as client:
+        found = plain(client.pipelines.diff(name, before, after))
+    if as_json:
+        write_json(found)
+        return
+    sys.stdout.write("\n".join(changes(found)) + "\n")
+
+
+@app.command("plan")
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="FILE|NAME", help="A definition in YAML or JSON, - for standard input, or a pipeline."),
+    ],
+    settings: Settings = None,
+    params: Params = "",
+    version: Version = None,
+    as_json: Json = False,
+) -> None:
+    """Say who could take each stage now, when a run would end going by history, and what one more agent would save."""
+    given = json_argument(params, "--params") if params else {}
+    if not isinstance(given, dict):
+        raise CliError("--params is not a JSON object", USAGE)
+    file = Path(source)
+    named = source != "-" and not file.exists() and not file.suffix
+    with connect() as client:
+        if named:
+            pipeline = client.pipelines.get(source, version)
+            values = parameters(pipeline.name, declared(pipeline), given, settings or [])
+            found = client.pipelines.plan(name=source, version=version, params=values)
+        else:
+            definition = _definition(file)
+            values = parameters(source, _declared_in(definition), given, settings) if settings else given
+            with _named(file, as_json):
+                found = client.pipelines.plan(definition, values)
+    if as_json:
+        write_json(plain(found))
+        return
+    show(found)
+
+
 @app.command("graph")
 def graph(name: Name, version: Version = None) -> None:
     """Print a pipeline's stages and what each needs, as a Mermaid flow chart."""
@@ -147,15 +231,8 @@ def run(
         Path | None,
         typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="A.B=VALUE", help="A parameter, or a place inside one; repeatable.", show_default=False
-        ),
-    ] = None,
-    params: Annotated[
-        str, typer.Option("--params", metavar="JSON", help="All parameters as JSON, @file, or -.", show_default=False)
-    ] = "",
+    settings: Settings = None,
+    params: Params = "",
     key: Annotated[
         str, typer.Option("--key", help="Idempotency key: repeating it returns the first run.", show_default=False)
     ] = "",
@@ -186,9 +263,9 @@ def run(
     source = _source(input) if input else None
     with connect() as client:
         pipeline = client.pipelines.get(name, version)
-        values = parameters(pipeline, given, settings or [])
+        values = parameters(pipeline.name, declared(pipeline), given, settings or [])
         if source is not None:
-            if "input" not in _declared(pipeline):
+            if "input" not in declared(pipeline):
                 raise CliError(
                     f"the pipeline {name} has no parameter `input`", USAGE, f"mcpctl pipelines get {name} -o yaml"
                 )
@@ -216,17 +293,33 @@ def _source(text: str) -> Path | str:
     raise CliError(f"--input {text}: {'not a file' if path.exists() else 'there is no such file'}", USAGE)
 
 
-def _declared(pipeline: "PipelineView") -> Mapping[str, "Param"]:
+def declared(pipeline: "PipelineView") -> Mapping[str, "Param"]:
+    """Return the parameters that a pipeline declares."""
     assert pipeline.spec is not None
     return pipeline.spec.spec.params
 
 
-def parameters(pipeline: "PipelineView", given: Mapping[str, Any], settings: Collection[str]) -> dict[str, Any]:
+def _declared_in(definition: str) -> Mapping[str, "Param"]:
+    """Return the parameters that a text declares, as far as it can be read: the server says what is wrong with it."""
+    import msgspec
+    import yaml
+
+    from mcp_control.pipelines.model import Param
+
+    try:
+        found = yaml.safe_load(definition)
+        return msgspec.convert(found["spec"].get("params", {}), dict[str, Param])
+    except (yaml.YAMLError, msgspec.ValidationError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def parameters(
+    pipeline: str, declared: Mapping[str, "Param"], given: Mapping[str, Any], settings: Collection[str]
+) -> dict[str, Any]:
     """Return a run's parameters: `given`, and on top of them each `a.b=value`.
 
     `a` is a parameter of the pipeline, or else a part of its parameter `options`. Raises CliError for one that is neither.
     """
-    declared = _declared(pipeline)
     values: dict[str, Any] = dict(plain(dict(given)))
     for text in settings:
         path, sign, value = text.partition("=")
@@ -237,7 +330,7 @@ def parameters(pipeline: "PipelineView", given: Mapping[str, Any], settings: Col
             if "options" not in declared:
                 known = ", ".join(declared) or "none"
                 raise CliError(
-                    f"--set {path}: the pipeline {pipeline.name} has no parameter {names[0]} (it has: {known})", USAGE
+                    f"--set {path}: the pipeline {pipeline} has no parameter {names[0]} (it has: {known})", USAGE
                 )
             names.insert(0, "options")
         plain_text = len(names) == 1 and declared[names[0]].type in ("string", "artifact")

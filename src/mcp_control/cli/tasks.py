@@ -198,6 +198,15 @@ def assign(
         view.one(client.do(calls.task_verb(task_id(client, id), "assign", agent=agent_name(client, agent))), SHOWN)
 
 
+@app.command("statistics")
+def statistics(limit: Limit = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """List task types: how many attempts completed and failed, and seconds that half, 90 % and 99 % of them took at most."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        columns = ("type", "completed", "failed", "p50", "p90", "p99", "updated_at")
+        view.many(client.tasks.statistics(), columns, key="type", limit=limit)
+
+
 @app.command("explain")
 def explain(id: Id, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
     """Say why a task is not running, and what it waits for."""

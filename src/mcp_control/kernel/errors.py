@@ -5,7 +5,7 @@
     ├── who and may (401, 403)  Unauthenticated InvalidToken Forbidden AgentSuspended PasswordChangeRequired
     ├── not there (404, 405, 406, 410)  NotFound MethodNotAllowed NotAcceptable CursorExpired
     ├── conflicts (409, 412, 428)  Conflict Duplicate LeaseSuperseded AlreadyTerminal InvalidTransition InProgress NameTaken
-    │                              VersionConflict PreconditionRequired
+    │                              PipelineInUse VersionConflict PreconditionRequired
     ├── size and type (408, 413, 415)  BodyTimeout PayloadTooLarge UnsupportedMediaType
     ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline InvalidSchedule GateFailed
     └── not now (429, 503)  RateLimited Overloaded StorageFull StoreUnavailable OutcomeUnknown
@@ -194,6 +194,12 @@ class InvalidTransition(Problem):
     """The thing is in a state from which this verb does not lead on; `state` and `allowed` are in `data`."""
 
     code, status, title = "invalid-transition", 409, "Invalid transition"
+
+
+class PipelineInUse(Problem):
+    """A run that has not ended, or a schedule, uses this pipeline or version; `runs` and `schedules` in `data` name some of them."""
+
+    code, status, title = "pipeline-in-use", 409, "Pipeline in use"
 
 
 class InProgress(Problem):

@@ -1,28 +1,33 @@
 """The catalogue of definitions: each accepted change is a new version, and versions never change."""
 
 import builtins
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from typing import Final
 
 from msgspec.structs import replace
 
 from mcp_control.events.log import fact
-from mcp_control.kernel.changes import Change, Query, Where
+from mcp_control.kernel.changes import Change, IndexValue, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, NotFound
 from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
+from mcp_control.pipelines.difference import difference
 from mcp_control.pipelines.model import Pipeline, PipelineSpec, PipelineView
 from mcp_control.pipelines.plan import off_loop
+from mcp_control.pipelines.plan_model import Difference
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
+from mcp_control.pipelines.usage import refuse_in_use
 from mcp_control.pipelines.validate import validate
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 
 _TRIES: Final = 10
+_BATCH: Final = 200
+_NEWEST: Final = 10  # ids sort by time, but clocks of servers differ a little
 
 
 class Catalogue:
@@ -65,7 +70,7 @@ class Catalogue:
                 version=1,
                 tenant=actor.tenant,
                 name=spec.metadata.name,
-                number=1 if latest is None else latest.number + 1,
+                number=1 + await self._newest_number(actor.tenant, spec.metadata.name),
                 spec=spec,
                 digest=digest,
                 created_at=now,
@@ -99,7 +104,7 @@ class Catalogue:
             found = read_pipeline(rows[0]) if rows else None
         elif name is not None and found is None:
             found = await self._latest(actor.tenant, name)
-        if found is None or found.tenant != actor.tenant:
+        if found is None or found.tenant != actor.tenant or found.deleted_at is not None:
             raise NotFound("no such pipeline")
         return found
 
@@ -116,6 +121,99 @@ class Catalogue:
             items=items,
             next_cursor=None if last is None else encode_cursor("pipelines", [last.index["latest"], last.id]),
         )
+
+    async def versions(
+        self, actor: Actor, ref: str, *, cursor: str | None = None, limit: int = 50
+    ) -> Page[PipelineView]:
+        """Return a page of the versions of a pipeline, the newest first. Raises NotFound."""
+        name = (await self.get(actor, ref)).name
+        after = None if cursor is None else decode_cursor("versions", cursor, 1)
+        where = [Where("name", "eq", scoped(actor.tenant, name))]
+        rows = await self._store.find("pipeline", Query(where=where, descending=True, after=after, limit=limit + 1))
+        found = [read_pipeline(row) for row in rows[:limit]]
+        return Page(
+            items=[pipeline_view(each, with_spec=False) for each in found if each.deleted_at is None],
+            next_cursor=encode_cursor("versions", [rows[limit - 1].id]) if len(rows) > limit else None,
+        )
+
+    async def diff(self, actor: Actor, ref: str, before: int | None = None, after: int | None = None) -> Difference:
+        """Return what differs between two versions: `after`, by default the newest, and `before`, by default the one before it.
+
+        Raises:
+            NotFound: no such pipeline or version, or none before it.
+        """
+        new = await self.get(actor, ref, after)
+        if before is None:
+            earlier = [each.number for each in await self._there(actor.tenant, new.name) if each.number < new.number]
+            if not earlier:
+                raise NotFound("there is no version before this one")
+            before = max(earlier)
+        old = await self.get(actor, new.name, before)
+        return difference(new.name, (old.number, old.spec), (new.number, new.spec))
+
+    async def delete(self, actor: Actor, ref: str, version: int | None = None) -> None:
+        """Delete a version (by number, or by its own id), or the pipeline of a name with all versions.
+
+        Runs that ended keep the version they began with: it is hidden at once, and removed when the last of them is.
+
+        Raises:
+            NotFound: no such pipeline or version.
+            PipelineInUse: a run that has not ended, or a schedule, uses it; nothing was deleted.
+            Conflict: too many changes at once.
+        """
+        allow(actor, "pipelines.delete", ref)
+        for _ in range(_TRIES):
+            chosen = await self.get(actor, ref, version)
+            there = await self._there(actor.tenant, chosen.name)
+            only = version is not None or ref == chosen.id
+            going = [each for each in there if each.id == chosen.id or not only]
+            left = [each for each in there if each not in going]
+            await refuse_in_use(self._store, actor.tenant, going, left)
+            if await self._hide(actor, going, left):
+                return
+        raise Conflict("too many changes to this pipeline at once")
+
+    async def _hide(self, actor: Actor, going: Sequence[Pipeline], left: Sequence[Pipeline]) -> bool:
+        now = self._clock.now()
+        writes = [
+            write_pipeline(replace(each, version=each.version + 1, deleted_at=now), latest=False) for each in going
+        ]
+        if left:
+            newest = max(left, key=lambda each: each.number)
+            writes.append(write_pipeline(replace(newest, version=newest.version + 1), latest=True))
+        facts = [
+            fact(
+                "pipeline.deleted",
+                each.id,
+                actor.id,
+                now,
+                {"name": each.name, "version": each.number},
+                tenant=each.tenant,
+            )
+            for each in going
+        ]
+        (problem,) = await self._store.commit([Change(writes, (), facts)])
+        if problem is not None and not isinstance(problem, Conflict):
+            raise problem
+        return problem is None
+
+    async def _there(self, tenant: str, name: str) -> builtins.list[Pipeline]:
+        """Return all versions of a name that are not deleted."""
+        found: builtins.list[Pipeline] = []
+        after: builtins.list[IndexValue] | None = None
+        while True:
+            where = [Where("name", "eq", scoped(tenant, name))]
+            rows = await self._store.find("pipeline", Query(where=where, after=after, limit=_BATCH))
+            found += [each for row in rows if (each := read_pipeline(row)).deleted_at is None]
+            if len(rows) < _BATCH:
+                return found
+            after = [rows[-1].id]
+
+    async def _newest_number(self, tenant: str, name: str) -> int:
+        """Return the number of the newest version there was, deleted ones included: a number is not given twice; 0 for none."""
+        where = [Where("name", "eq", scoped(tenant, name))]
+        rows = await self._store.find("pipeline", Query(where=where, descending=True, limit=_NEWEST))
+        return max((read_pipeline(row).number for row in rows), default=0)
 
     async def _latest(self, tenant: str, name: str) -> Pipeline | None:
         rows = await self._store.find("pipeline", Query(where=[Where("latest", "eq", scoped(tenant, name))], limit=1))

@@ -75,17 +75,22 @@ def from_json(text: str | bytes) -> PipelineSpec:
     """Read a definition written in JSON.
 
     Raises:
-        PayloadTooLarge, MalformedJson, TooDeep, DuplicateKey: the text itself.
+        PayloadTooLarge, MalformedJson, TooDeep, DuplicateKey: what `parse_json` raises.
         Invalid: it is no definition; all places are named.
     """
+    return from_data(parse_json(text))
+
+
+def parse_json(text: str | bytes) -> object:
+    """Return what a JSON text says. Raises PayloadTooLarge, MalformedJson, TooDeep, DuplicateKey."""
     _check_size(text)
     try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        data: object = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:
         raise TooDeep from error
     except ValueError as error:
         raise MalformedJson(f"malformed JSON: {error}") from error
-    return from_data(data)
+    return data
 
 
 def from_data(data: object) -> PipelineSpec:

@@ -120,7 +120,10 @@ class PipelineSpec(
 
 
 class Pipeline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The stored definition: one entity per accepted version, never changed; `latest` in the index marks the newest."""
+    """The stored definition: one entity per accepted version, never changed; `latest` in the index marks the newest.
+
+    A deleted version is hidden, and kept until no run that began with it is left.
+    """
 
     id: str
     version: int
@@ -131,6 +134,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     digest: str
     created_at: int
     created_by: str = ""
+    deleted_at: int | None = None
 
 
 class RunState(StrEnum):
@@ -309,11 +313,12 @@ class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 PIPELINE_KIND: Final = Kind(
     name="pipeline",
-    fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest")),
+    fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest"), Field("deleted", "int")),
     indexes=(
         Index("pipeline_version", ("name_number",), unique=True),
         Index("pipeline_latest", ("latest", "id")),
         Index("pipeline_name", ("name", "id")),
+        Index("pipeline_deleted", ("deleted", "id")),
     ),
 )
 RUN_KIND: Final = Kind(

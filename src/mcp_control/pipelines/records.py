@@ -65,6 +65,7 @@ def write_pipeline(pipeline: Pipeline, latest: bool) -> Entity:
         "name": key,
         "name_number": scoped(pipeline.tenant, pipeline.name, pipeline.number),
         "latest": key if latest else None,
+        "deleted": pipeline.deleted_at,
     }
     return Entity("pipeline", pipeline.id, pipeline.version - 1, index, _encode(pipeline))
 

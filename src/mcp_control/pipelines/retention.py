@@ -1,4 +1,4 @@
-"""Removing runs after their time, with their artifacts. Their tasks are the task component's."""
+"""Removing runs after their time, with their artifacts, and deleted definitions after them. Tasks of runs are the task component's."""
 
 from typing import Final
 
@@ -6,11 +6,13 @@ from msgspec.structs import replace
 
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.kernel.changes import Change, Key, Query, Where
-from mcp_control.pipelines.records import read_run
+from mcp_control.kernel.ids import make_id
+from mcp_control.pipelines.records import read_pipeline, read_run
 from mcp_control.security.model import SYSTEM
 from mcp_control.storage.ports import Store
 
 _BATCH: Final = 100
+_LATE_MS: Final = 3_600_000  # how long a run may begin after its definition was deleted, at most
 
 
 class RunRetention:
@@ -37,4 +39,31 @@ class RunRetention:
             await self._artifacts.delete_of_run(replace(SYSTEM, tenant=read_run(row).tenant), row.id)
             (problem,) = await self._store.commit([Change((), [Key("run", row.id, row.version)])])
             removed += problem is None
+        return removed
+
+
+class PipelineRetention:
+    """Removes deleted definitions when the last run that began with them is gone, a bounded batch at once.
+
+    Args:
+        keep_ms: how long an ended run is kept; before that it is not looked for.
+    """
+
+    def __init__(self, store: Store, keep_ms: int) -> None:
+        self._store = store
+        self._keep_ms = keep_ms
+
+    async def once(self, now: int) -> int:
+        """Remove one batch; returns how many definitions that were."""
+        deleted = (Where("deleted", "lt", now - self._keep_ms),)
+        rows = await self._store.find("pipeline", Query(where=deleted, order="deleted", limit=_BATCH))
+        removed = 0
+        for row in rows:
+            pipeline = read_pipeline(row)
+            last = make_id("run", (pipeline.deleted_at or 0) + _LATE_MS, bytes(16))
+            old = (Where("pipeline", "eq", pipeline.name), Where("id", "lt", last))
+            runs = await self._store.find("run", Query(where=old, limit=_BATCH))
+            if len(runs) < _BATCH and not any(read_run(run).pipeline_id == pipeline.id for run in runs):
+                (problem,) = await self._store.commit([Change((), [Key("pipeline", row.id, row.version)])])
+                removed += problem is None
         return removed

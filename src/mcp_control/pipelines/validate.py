@@ -11,9 +11,9 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.kernel.errors import FieldError, InvalidPipeline
+from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
-from mcp_control.pipelines.definition import readable
+from mcp_control.pipelines.definition import from_data, parse_json, parse_yaml, readable
 from mcp_control.pipelines.expressions import Expression, ExpressionError
 from mcp_control.pipelines.model import Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
@@ -61,6 +61,21 @@ def validate(spec: PipelineSpec, capabilities: Collection[str] | None = None) ->
     if found:
         raise _invalid(found, cycle)
     return [] if capabilities is None else list(_warnings(spec.spec.stages, capabilities))
+
+
+def read(text: str) -> PipelineSpec:
+    """Return the definition in a text, JSON where it begins like an object, else YAML.
+
+    Raises:
+        PayloadTooLarge, MalformedJson, TooDeep, DuplicateKey: the text itself.
+        Invalid: it is no definition, or none in its shape; with all that is wrong.
+    """
+    data = parse_json(text) if text.lstrip().startswith("{") else parse_yaml(text)
+    try:
+        return from_data(data)
+    except Invalid as problem:
+        problem.errors = tuple([*problem.errors, *further(data)][:ERRORS_MAX])
+        raise
 
 
 def further(data: object) -> list[FieldError]:

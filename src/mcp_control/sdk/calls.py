@@ -10,11 +10,11 @@ from mcp_control.agents.model import AgentView
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.events.model import Event
 from mcp_control.kernel.paging import Page
-from mcp_control.pipelines.model import RUN_FINAL, PipelineView, RunRequest, RunView
+from mcp_control.pipelines.model import RUN_FINAL, RunView
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
-from mcp_control.sdk.submission import DefinitionText, RunOptions, batch_body, encode_json, fresh_key
+from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply
-from mcp_control.tasks.model import FINAL_STATES, Explanation, LogLine, TaskSpec, TaskView
+from mcp_control.tasks.model import FINAL_STATES, Explanation, LogLine, StatisticView, TaskSpec, TaskView
 
 T = TypeVar("T")
 LONG_POLL_SECONDS: Final = 30.0
@@ -178,45 +178,7 @@ def logs(task_id: str, after: int = 0, limit: int | None = None, wait: float | N
     )
 
 
-# --- pipelines and runs ---
-
-
-def apply_pipeline(definition: DefinitionText) -> Request[PipelineView]:
-    """Give a definition; the same as the newest version changes nothing."""
-    return _define(PipelineView, "/pipelines", definition)
-
-
-def validate_pipeline(definition: DefinitionText) -> Request[dict[str, Any]]:
-    """Check a definition."""
-    return _define(dict[str, Any], "/pipelines/validate", definition)
-
-
-def _define(type: Any, path: str, definition: DefinitionText) -> Request[Any]:
-    headers = (("Content-Type", definition.media_type),)
-    call = Call(method="POST", path=path, headers=headers, body=definition.text, repeatable=True)
-    return Request(call, lambda reply: reply.json(type))
-
-
-def get_pipeline(name: str, version: int | None = None) -> Request[PipelineView]:
-    """Read a definition."""
-    return _get(PipelineView, f"/pipelines/{_seg(name)}", {"version": version})
-
-
-def list_pipelines(**filters: object) -> Request[Page[PipelineView]]:
-    """Read a page of definitions."""
-    return _get(Page[PipelineView], "/pipelines", filters)
-
-
-def run_pipeline(name: str, params: Mapping[str, object] | None, options: RunOptions) -> Request[RunView]:
-    """Start a run; it gets a fresh idempotency key where none is given."""
-    given: dict[str, Any] = dict(options)
-    given["idempotency_key"] = given.pop("key", None) or fresh_key()
-    if "labels" in given:
-        given["labels"] = dict(given["labels"])
-    request = RunRequest(
-        params={key: msgspec.Raw(encode_json(value)) for key, value in (params or {}).items()}, **given
-    )
-    return _post(RunView, f"/pipelines/{_seg(name)}/execute", request, repeatable=True)
+# --- runs ---
 
 
 def get_run(run_id: str, wait: float | None = None) -> Request[RunView]:
@@ -340,6 +302,11 @@ def events_call(types: Sequence[str], subject: str | None, run: str | None, afte
         headers.append(("Last-Event-ID", after))
     params = query({"type": list(types), "subject": subject, "run": run})
     return Call(path="/events", params=params, headers=tuple(headers), timeout=60.0)
+
+
+def statistics(**filters: object) -> Request[Page[StatisticView]]:
+    """Read a page of what is known of task types."""
+    return _get(Page[StatisticView], "/tasks/statistics", filters)
 
 
 def status() -> Request[dict[str, Any]]:

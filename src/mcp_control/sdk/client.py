@@ -19,8 +19,9 @@ from mcp_control.sdk.artifacts import Artifacts, AsyncArtifacts
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
+from mcp_control.sdk.pipelines import AsyncPipelines, Pipelines
 from mcp_control.sdk.profiles import Profiles
-from mcp_control.sdk.runs import AsyncPipelines, AsyncRuns, Pipelines, Runs
+from mcp_control.sdk.runs import AsyncRuns, Runs
 from mcp_control.sdk.schedules import AsyncSchedules, Schedules
 from mcp_control.sdk.tasks import AsyncTasks, Tasks
 from mcp_control.sdk.transport import AsyncTransport, Transport

@@ -1,14 +1,13 @@
-"""Pipelines and their runs as a client applies, starts, watches and steers them."""
+"""Runs as a client watches and steers them."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, Final
 
 from mcp_control.artifacts.model import ArtifactView
-from mcp_control.pipelines.model import PipelineView, RunState, RunView
+from mcp_control.pipelines.model import RunState, RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
-from mcp_control.sdk.submission import Definition, RunOptions, definition_text
 from mcp_control.tasks.model import TaskView
 
 if TYPE_CHECKING:
@@ -91,35 +90,6 @@ class Runs:
         return self._client.pages(lambda cursor: calls.list_runs(cursor=cursor, **filters))
 
 
-class Pipelines:
-    """`client.pipelines`."""
-
-    def __init__(self, client: "Client") -> None:
-        self._client = client
-
-    def apply(self, definition: Definition) -> PipelineView:
-        """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
-        found: PipelineView = self._client.do(calls.apply_pipeline(definition_text(definition)))
-        return found
-
-    def validate(self, definition: Definition) -> dict[str, Any]:
-        """Check a definition without keeping it. Raises InvalidRequest with all that is wrong, place by place."""
-        found: dict[str, Any] = self._client.do(calls.validate_pipeline(definition_text(definition)))
-        return found
-
-    def run(self, name: str, params: Mapping[str, object] | None = None, **options: Unpack[RunOptions]) -> RunHandle:
-        """Start a run."""
-        return RunHandle(self._client, self._client.do(calls.run_pipeline(name, params, options)).id)
-
-    def get(self, name: str, version: int | None = None) -> PipelineView:
-        """Read a definition, by default its newest version."""
-        return self._client.do(calls.get_pipeline(name, version))
-
-    def iter(self, **filters: Any) -> Iterator[PipelineView]:
-        """Yield definitions."""
-        return self._client.pages(lambda cursor: calls.list_pipelines(cursor=cursor, **filters))
-
-
 class AsyncRunHandle:
     """A run at the server, for the async client; the same names."""
 
@@ -185,34 +155,3 @@ class AsyncRuns:
     def iter(self, **filters: Any) -> AsyncIterator[RunView]:
         """Yield runs; filters are `state`, `pipeline`."""
         return self._client.pages(lambda cursor: calls.list_runs(cursor=cursor, **filters))
-
-
-class AsyncPipelines:
-    """`client.pipelines` of the async client; the same names."""
-
-    def __init__(self, client: "AsyncClient") -> None:
-        self._client = client
-
-    async def apply(self, definition: Definition) -> PipelineView:
-        """Give a definition: a built one, a spec, a mapping, YAML text, or the Path of a file. Unchanged ones make no new version."""
-        found: PipelineView = await self._client.do(calls.apply_pipeline(definition_text(definition)))
-        return found
-
-    async def validate(self, definition: Definition) -> dict[str, Any]:
-        """Check a definition without keeping it. Raises InvalidRequest with all that is wrong, place by place."""
-        found: dict[str, Any] = await self._client.do(calls.validate_pipeline(definition_text(definition)))
-        return found
-
-    async def run(
-        self, name: str, params: Mapping[str, object] | None = None, **options: Unpack[RunOptions]
-    ) -> AsyncRunHandle:
-        """Start a run."""
-        return AsyncRunHandle(self._client, (await self._client.do(calls.run_pipeline(name, params, options))).id)
-
-    async def get(self, name: str, version: int | None = None) -> PipelineView:
-        """Read a definition, by default its newest version."""
-        return await self._client.do(calls.get_pipeline(name, version))
-
-    def iter(self, **filters: Any) -> AsyncIterator[PipelineView]:
-        """Yield definitions."""
-        return self._client.pages(lambda cursor: calls.list_pipelines(cursor=cursor, **filters))

@@ -13,7 +13,7 @@ from mcp_control.sdk import calls
 from mcp_control.sdk.errors import ApiProblem, NotNow, TaskFailed, Unreachable
 from mcp_control.sdk.follow import TaskFollower, Update
 from mcp_control.sdk.submission import BATCH_TASKS, SubmitOptions, batches, encode_json, keyed, make_spec
-from mcp_control.tasks.model import Explanation, LogLine, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.model import Explanation, LogLine, StatisticView, TaskSpec, TaskState, TaskView
 
 if TYPE_CHECKING:
     from mcp_control.sdk.client import AsyncClient, Client
@@ -105,6 +105,10 @@ class Tasks:
 
     def __init__(self, client: "Client") -> None:
         self._client = client
+
+    def statistics(self) -> Iterator[StatisticView]:
+        """Yield how many tasks of each type completed and failed, and how long they took."""
+        return self._client.pages(lambda cursor: calls.statistics(cursor=cursor))
 
     def submit(self, type: str, payload: object = None, **options: Unpack[SubmitOptions]) -> TaskHandle:
         """Submit a task. It is durable when this returns. Raises ApiProblem, Unreachable."""
@@ -248,6 +252,10 @@ class AsyncTasks:
     def __init__(self, client: "AsyncClient") -> None:
         self._client = client
         self._batcher: Batcher[TaskSpec, TaskView | str] = Batcher(self._submit_batch, BATCH_TASKS)
+
+    def statistics(self) -> AsyncIterator[StatisticView]:
+        """Yield how many tasks of each type completed and failed, and how long they took."""
+        return self._client.pages(lambda cursor: calls.statistics(cursor=cursor))
 
     async def submit(self, type: str, payload: object = None, **options: Unpack[SubmitOptions]) -> AsyncTaskHandle:
         """Submit a task. It is durable when this returns. Raises ApiProblem, Unreachable."""

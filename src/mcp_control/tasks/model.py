@@ -329,6 +329,18 @@ class LogChunk(msgspec.Struct, frozen=True):
     lines: list[LogLine]
 
 
+class StatisticView(msgspec.Struct, frozen=True, kw_only=True):
+    """A statistic as callers see it. Seconds from the moment an agent is given a task to its end; null while none has completed."""
+
+    type: str
+    completed: int
+    failed: int
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    updated_at: datetime
+
+
 TASK_KIND: Final = Kind(
     name="task",
     fields=(

@@ -6,7 +6,6 @@ within 5 %, whatever the times are. When it holds many times, all weights are ha
 
 import math
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -50,18 +49,6 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
     p50: float
     p90: float
     p99: float
-
-
-class StatisticView(msgspec.Struct, frozen=True, kw_only=True):
-    """A statistic as callers see it. Seconds from the moment an agent is given a task to its end; null while none has completed."""
-
-    type: str
-    completed: int
-    failed: int
-    p50: float | None
-    p90: float | None
-    p99: float | None
-    updated_at: datetime
 
 
 class Tally:
