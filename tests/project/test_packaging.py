@@ -97,8 +97,8 @@ def test_sdk_and_cli_need_only_the_base_install(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Imported by no module of ours: uvicorn's parser, whose protocol ours extends.
-NEEDED_BY_OTHERS = {"httptools"}
+# Imported by no module of ours: uvicorn's parser, whose protocol ours extends; the time zones that zoneinfo looks for.
+NEEDED_BY_OTHERS = {"httptools", "tzdata"}
 
 
 def declared(*extras: str) -> set[str]:
