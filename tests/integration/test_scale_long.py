@@ -31,7 +31,7 @@ from tests.integration.support import (
     wait_for,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.long_on_cluster]
 
 MEGABYTE = 1 << 20
 WINDOW = 10_000
@@ -68,8 +68,10 @@ def _crowd(url: str, token: str, agents: int) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("count", "agents"), [(20_000, 50), pytest.param(1_000_000, 1000, marks=pytest.mark.long)], ids=["small", "million"]
 )
-async def test_what_waits_costs_memory_and_not_time(count: int, agents: int, tmp_path: Path) -> None:
+async def test_what_waits_costs_memory_and_not_time(count: int, agents: int, backend: str, tmp_path: Path) -> None:
     """Tasks are handed out as fast from a full lane as from one that is nearly empty, and every one of them ends."""
+    if backend == "cluster":
+        count //= 10  # a database that shares two cores with all its members takes a tenth of the rate
     with ServerProcess(tmp_path / "server") as server:
         async with admin(server, timeout=120.0) as client:
             memory = psutil.Process(server.pid).memory_info
