@@ -31,7 +31,7 @@ from tests.integration.support import (
     violations,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.long_on_cluster]
 
 FAULTS: tuple[Fault, ...] = ("timeout", "executed", "lost", "unavailable", "conflict")
 

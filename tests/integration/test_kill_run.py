@@ -26,7 +26,7 @@ from tests.integration.support import (
     violations,
 )
 
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.long_on_cluster]
 
 LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 

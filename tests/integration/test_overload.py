@@ -64,6 +64,7 @@ async def _close_code(socket: websockets.ClientConnection) -> int | None:
         return None if closed.rcvd is None else closed.rcvd.code
 
 
+@pytest.mark.long_on_cluster
 async def test_a_flood_of_submits_is_shed_and_accepted_work_goes_on(tmp_path: Path, backend: str) -> None:
     """Forty clients submit as fast as they can: refusals say when to come back, heartbeats and results pass, memory is bounded."""
     server = ServerProcess(

@@ -34,6 +34,7 @@ async def _count(client: httpx2.AsyncClient, path: str) -> int:
     return len(answer.json()["items"])
 
 
+@pytest.mark.long_on_cluster
 async def test_what_has_ended_is_removed_after_its_time_and_nothing_else(tmp_path: Path) -> None:
     """Finished tasks, runs and old events go; a waiting task and the newest events stay; `410 cursor-expired` for an old cursor."""
     server = ServerProcess(
