@@ -11,7 +11,7 @@ import pytest
 
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import StageState
-from mcp_control.sdk import agents, artifacts, runs, tasks
+from mcp_control.sdk import agents, artifacts, pipelines, runs, tasks
 from mcp_control.sdk.agent import Agent, TransportName
 from mcp_control.sdk.client import AsyncClient, Client
 from mcp_control.sdk.context import Context, SyncContext
@@ -349,7 +349,7 @@ def _verbs(kind: type) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
         (tasks.TaskHandle, tasks.AsyncTaskHandle),
         (runs.Runs, runs.AsyncRuns),
         (runs.RunHandle, runs.AsyncRunHandle),
-        (runs.Pipelines, runs.AsyncPipelines),
+        (pipelines.Pipelines, pipelines.AsyncPipelines),
         (artifacts.Artifacts, artifacts.AsyncArtifacts),
         (artifacts.TaskArtifacts, artifacts.AsyncTaskArtifacts),
         (agents.Agents, agents.AsyncAgents),
