@@ -5,9 +5,14 @@ import json
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 import websockets
 
+from mcp_control.api.websocket import EventTexts, OneEvent, Reread, SomeEvents
+from mcp_control.events.broadcaster import Batch
+from mcp_control.events.model import to_event
+from mcp_control.kernel.changes import Fact, StoredFact
 from mcp_control.testing.server import RunningServer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -97,3 +102,17 @@ async def test_a_wait_ends_with_the_task(client: httpx2.AsyncClient) -> None:
     waiting = asyncio.create_task(client.get(f"/api/v1/tasks/{task_id}?wait=30", timeout=40))
     await client.post(f"/api/v1/tasks/{task_id}/cancel")
     assert (await asyncio.wait_for(waiting, 10)).json()["state"] == "cancelled"
+
+
+async def test_an_event_is_encoded_once_and_read_as_it_always_was() -> None:
+    """Followers share the text of an event; the frames around it say what the documented structures say."""
+    texts = EventTexts(capacity=2)
+    facts = [StoredFact(seq, Fact("task.queued", f"task_{seq}", "t", 1_800_000_000_000, "system")) for seq in (1, 2, 3)]
+    (alone,) = texts.frames('a"b', Batch(facts[:1], False, 1))
+    assert isinstance(alone, bytes)
+    assert msgspec.json.decode(alone, type=OneEvent) == OneEvent(sub='a"b', event=to_event(facts[0]))
+    reread, several = texts.frames("s", Batch(facts, True, 3))
+    assert reread == Reread(sub="s")
+    assert isinstance(several, bytes)
+    assert msgspec.json.decode(several, type=SomeEvents) == SomeEvents(sub="s", events=[*map(to_event, facts)])
+    assert texts.of(facts[2]) is texts.of(facts[2])

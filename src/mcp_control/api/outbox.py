@@ -64,11 +64,14 @@ class Outbox:
         self._task = asyncio.create_task(self._run())
 
     def put(self, frames: Sequence[object]) -> None:
-        """Put frames on their way. Never waits, never fails; frames for a closed socket are dropped."""
+        """Put frames on their way; bytes are a frame that is encoded. Never waits, never fails; frames for a closed socket are dropped."""
         if self.closed:
             return
         for frame in frames:
-            if isinstance(frame, Tasks):
+            if isinstance(frame, bytes):
+                self._flush()
+                self._add(frame)
+            elif isinstance(frame, Tasks):
                 self._merge(frame)
             else:
                 self._flush()

@@ -5,7 +5,7 @@ send it from an allowed origin, since it sends cookies to anybody and this serve
 """
 
 import asyncio
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 import structlog
@@ -25,13 +25,18 @@ from mcp_control.api.socket_input import (
 )
 from mcp_control.events.broadcaster import Batch, Subscription
 from mcp_control.events.model import Event, event_id, event_seq, to_event
+from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import Forbidden, InvalidToken, Problem
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
+from mcp_control.tasks.wire import encode_frame
 
 _log = structlog.get_logger(__name__)
 SUBSCRIPTIONS_MAX: Final = 100
 _GROUP: Final = 200
+_CROWD: Final = 100  # followers
+_GATHER_EACH: Final = 0.00005
+_GATHER_MOST: Final = 0.02
 SubscriptionId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -112,6 +117,7 @@ class EventSocket:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._texts = EventTexts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Serve one socket until it ends."""
@@ -123,12 +129,13 @@ class EventSocket:
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
         outbox = Outbox(send, close_extension(scope), stall=services.body_stall_seconds)
         with services.sockets.one(outbox):
-            await _Connection(services, actor, receive, outbox).run()
+            await _Connection(services, self._texts, actor, receive, outbox).run()
 
 
 class _Connection:
-    def __init__(self, services: Services, actor: Actor, receive: Receive, outbox: Outbox) -> None:
+    def __init__(self, services: Services, texts: "EventTexts", actor: Actor, receive: Receive, outbox: Outbox) -> None:
         self._services = services
+        self._texts = texts
         self._actor = actor
         self._receive = receive
         self._outbox = outbox
@@ -214,9 +221,13 @@ class _Connection:
     async def _follow(self, id: str, subscription: Subscription) -> None:
         try:
             async for batch in subscription:
-                self._outbox.put(_frames(id, batch))
+                self._outbox.put(self._texts.frames(id, batch))
                 # The backlog of the subscription is the bound and knows what may be left out; the socket only takes what it can send.
                 await self._outbox.drained()
+                # With many followers what happens within a blink goes out together: a frame costs the same for one event as for ten.
+                crowd = self._services.broadcaster.subscribers
+                if crowd > _CROWD:
+                    await asyncio.sleep(min(crowd * _GATHER_EACH, _GATHER_MOST))
         except Problem as problem:
             self._outbox.put((Trouble(code=code_of(problem), detail=problem.detail, sub=id),))
             self._following.pop(id, None)
@@ -234,11 +245,30 @@ class _Connection:
         self._watch_expiry()
 
 
-def _frames(id: str, batch: Batch) -> list[Any]:
-    frames: list[Any] = [Reread(sub=id)] if batch.reread else []
-    events = [to_event(stored) for stored in batch.facts]
-    if len(events) == 1:
-        frames.append(OneEvent(sub=id, event=events[0]))
-    else:
-        frames += [SomeEvents(sub=id, events=events[at : at + _GROUP]) for at in range(0, len(events), _GROUP)]
-    return frames
+class EventTexts:
+    """Events as they are sent, encoded once for all who follow them."""
+
+    def __init__(self, capacity: int = 5000) -> None:
+        self._capacity = capacity
+        self._texts: dict[int, bytes] = {}
+
+    def of(self, stored: StoredFact) -> bytes:
+        """Return an event as JSON."""
+        text = self._texts.get(stored.seq)
+        if text is None:
+            text = self._texts[stored.seq] = encode_frame(to_event(stored))
+            if len(self._texts) > self._capacity:
+                del self._texts[next(iter(self._texts))]
+        return text
+
+    def frames(self, id: str, batch: Batch) -> list[object]:
+        """Return the frames (see `OneEvent`, `SomeEvents`) that bring a batch to the subscription of this id."""
+        frames: list[object] = [Reread(sub=id)] if batch.reread else []
+        texts = [self.of(stored) for stored in batch.facts]
+        sub = encode_frame(id)
+        if len(texts) == 1:
+            frames.append(b'{"op":"event","sub":%b,"event":%b}' % (sub, texts[0]))
+        else:
+            groups = (b",".join(texts[at : at + _GROUP]) for at in range(0, len(texts), _GROUP))
+            frames.extend(b'{"op":"events","sub":%b,"events":[%b]}' % (sub, group) for group in groups)
+        return frames
