@@ -170,11 +170,13 @@ class Balancer(Relay):
 
     Attributes:
         ready: by place of the door.
+        aside: places that get no new connections.
     """
 
     def __init__(self, *doors: Door) -> None:
         super().__init__(*doors)
         self.ready = [True] * len(doors)
+        self.aside: set[int] = set()
         self._turn = 0
         self._checks: list[asyncio.Task[None]] = []
 
@@ -195,6 +197,8 @@ class Balancer(Relay):
         places = [(self._turn + step) % len(self._doors) for step in range(1, len(self._doors) + 1)]
         # Where none says that it is ready, any that answers is better than nobody.
         for place in sorted(places, key=lambda place: not self.ready[place]):
+            if place in self.aside:
+                continue
             with suppress(OSError, TimeoutError):
                 opened = await self._doors[place]()
                 self._turn = place

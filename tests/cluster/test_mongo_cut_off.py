@@ -118,9 +118,11 @@ async def test_a_server_that_is_cut_off_steps_back_and_its_agents_go_on_elsewher
         try:
             async with cut_off, admin(other) as client:
                 token = await enrolment(client)
-                balancer.ready[1] = False  # the first connection goes to the one that will be cut off
+                balancer.aside = {1}  # the agent connects to the one that will be cut off
                 agents.append(AgentProcess(tmp_path, "one", balancer.url, token, slots=2, lease=30).start())
                 await agents_online(client, ["one"])
+                assert "mcp_control_sessions 1.0" in (await cut_off.get("/metrics")).text
+                balancer.aside = set()
                 held = await submit(client, "it.hold", {"until": str(gate), "journal": str(written)})
                 before = await in_state(client, held, "running")
                 opened = asyncio.Event()
