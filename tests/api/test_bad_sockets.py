@@ -279,7 +279,8 @@ async def test_a_client_that_never_reads_is_closed_and_nothing_waits_for_it(serv
         batch = {"tasks": [{"type": "unread"}] * 250}
         async with asyncio.timeout(60):
             while server.services.broadcaster.subscribers:
-                assert (await client.post("/api/v1/tasks/batch", json=batch)).status_code == 200
+                # A machine that is busy with other things may say so; what counts here is the socket.
+                assert (await client.post("/api/v1/tasks/batch", json=batch)).status_code in (200, 503)
         assert await closed() == 1013
         page = (await client.get(f"/api/v1/events?after=evt_{before}&type=task.queued&limit=250")).json()
         assert len(page["items"]) == 250
