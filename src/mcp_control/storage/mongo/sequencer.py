@@ -134,7 +134,8 @@ class Sequencer:
         Raises:
             NotPlacedError: the transaction must be taken back, or go on without this.
         """
-        if self._head is None:
+        head = self._head  # whoever takes the lead away meanwhile, forgets it
+        if head is None:
             raise NotPlacedError
         pending, more = await self._read(session)
         if own and more:
@@ -144,10 +145,10 @@ class Sequencer:
             return None
         count += sum(document["n"] for document in pending)
         at = max([at, *(document["at"] for document in pending)])
-        placed = Placed(self._head + 1, count, pack(bodies, count))
-        last = self._head + count
+        placed = Placed(head + 1, count, pack(bodies, count))
+        last = head + count
         updates = [
-            {"q": {"_id": HEAD, "newest": self._head}, "u": {"$set": {"newest": last}}},
+            {"q": {"_id": HEAD, "newest": head}, "u": {"$set": {"newest": last}}},
             {"q": {"_id": placed.first}, "u": {"$set": {"last": last, "at": at, "d": placed.packed}}, "upsert": True},
         ]
         answer = await self._database.command({"update": FACTS, "updates": updates}, session=session)
