@@ -99,7 +99,10 @@ async def test_a_redis_that_is_killed_and_comes_back_empty_costs_time_only(
     mongo_uri: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """Row 18: I1 to I9 hold, no request fails, and the slowest claim is at most a second slower."""
-    async with running_cluster(tmp_path, mongo_uri, redis_server.url, count=2) as cluster, cluster.direct(0) as client:
+    async with (
+        running_cluster(tmp_path, mongo_uri, redis_server.url, count=2, overload__loop_lag_seconds=10) as cluster,
+        cluster.direct(0) as client,
+    ):
         await settled(client)
         load = Load(tmp_path, cluster, client)
         await load.start()
@@ -150,7 +153,10 @@ async def test_a_redis_that_hangs_or_is_full_is_left_alone(
     harm: Callable[[RedisServer], Callable[[], None]], mongo_uri: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     """Row 19: after three slow calls nobody waits for it; no request fails, and all is as before when it is healthy again."""
-    async with running_cluster(tmp_path, mongo_uri, redis_server.url, count=2) as cluster, cluster.direct(0) as client:
+    async with (
+        running_cluster(tmp_path, mongo_uri, redis_server.url, count=2, overload__loop_lag_seconds=10) as cluster,
+        cluster.direct(0) as client,
+    ):
         await settled(client)
         load = Load(tmp_path, cluster, client)
         await load.start()
