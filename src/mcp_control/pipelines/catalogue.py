@@ -27,7 +27,6 @@ from mcp_control.storage.ports import Store
 
 _TRIES: Final = 10
 _BATCH: Final = 200
-_NEWEST: Final = 10  # ids sort by time, but clocks of servers differ a little
 
 
 class Catalogue:
@@ -127,13 +126,17 @@ class Catalogue:
     ) -> Page[PipelineView]:
         """Return a page of the versions of a pipeline, the newest first. Raises NotFound."""
         name = (await self.get(actor, ref)).name
-        after = None if cursor is None else decode_cursor("versions", cursor, 1)
+        after = None if cursor is None else decode_cursor("versions", cursor, 2)
         where = [Where("name", "eq", scoped(actor.tenant, name))]
-        rows = await self._store.find("pipeline", Query(where=where, descending=True, after=after, limit=limit + 1))
+        rows = await self._store.find(
+            "pipeline", Query(where=where, order="number", descending=True, after=after, limit=limit + 1)
+        )
         found = [read_pipeline(row) for row in rows[:limit]]
         return Page(
             items=[pipeline_view(each, with_spec=False) for each in found if each.deleted_at is None],
-            next_cursor=encode_cursor("versions", [rows[limit - 1].id]) if len(rows) > limit else None,
+            next_cursor=encode_cursor("versions", [rows[limit - 1].index["number"], rows[limit - 1].id])
+            if len(rows) > limit
+            else None,
         )
 
     async def diff(self, actor: Actor, ref: str, before: int | None = None, after: int | None = None) -> Difference:
@@ -203,16 +206,16 @@ class Catalogue:
         after: builtins.list[IndexValue] | None = None
         while True:
             where = [Where("name", "eq", scoped(tenant, name))]
-            rows = await self._store.find("pipeline", Query(where=where, after=after, limit=_BATCH))
+            rows = await self._store.find("pipeline", Query(where=where, order="number", after=after, limit=_BATCH))
             found += [each for row in rows if (each := read_pipeline(row)).deleted_at is None]
             if len(rows) < _BATCH:
                 return found
-            after = [rows[-1].id]
+            after = [rows[-1].index["number"], rows[-1].id]
 
     async def _newest_number(self, tenant: str, name: str) -> int:
         """Return the number of the newest version there was, deleted ones included: a number is not given twice; 0 for none."""
         where = [Where("name", "eq", scoped(tenant, name))]
-        rows = await self._store.find("pipeline", Query(where=where, descending=True, limit=_NEWEST))
+        rows = await self._store.find("pipeline", Query(where=where, order="number", descending=True, limit=1))
         return max((read_pipeline(row).number for row in rows), default=0)
 
     async def _latest(self, tenant: str, name: str) -> Pipeline | None:

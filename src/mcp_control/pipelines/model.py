@@ -313,11 +313,18 @@ class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 PIPELINE_KIND: Final = Kind(
     name="pipeline",
-    fields=(Field("tenant"), Field("name"), Field("name_number"), Field("latest"), Field("deleted", "int")),
+    fields=(
+        Field("tenant"),
+        Field("name"),
+        Field("name_number"),
+        Field("number", "int"),
+        Field("latest"),
+        Field("deleted", "int"),
+    ),
     indexes=(
         Index("pipeline_version", ("name_number",), unique=True),
         Index("pipeline_latest", ("latest", "id")),
-        Index("pipeline_name", ("name", "id")),
+        Index("pipeline_number", ("name", "number", "id")),
         Index("pipeline_deleted", ("deleted", "id")),
     ),
 )

@@ -64,6 +64,7 @@ def write_pipeline(pipeline: Pipeline, latest: bool) -> Entity:
         "tenant": pipeline.tenant,
         "name": key,
         "name_number": scoped(pipeline.tenant, pipeline.name, pipeline.number),
+        "number": pipeline.number,
         "latest": key if latest else None,
         "deleted": pipeline.deleted_at,
     }
