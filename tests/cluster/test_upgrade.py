@@ -110,7 +110,7 @@ async def test_indexes_nobody_declares_go_only_when_asked(mongo_uri: str) -> Non
         assert await old.contract() == []
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
 async def test_a_migration_that_is_killed_is_finished_by_the_next_start(
     kills: int, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
 ) -> None:
