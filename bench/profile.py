@@ -171,7 +171,7 @@ _WORK: Final[dict[str, tuple[tuple[str, int, _Work], ...]]] = {
 
 
 async def profiled(bench: str) -> str:
-    """Run one benchmark for a few seconds and return where the server's time went; empty where there is no profile (H, P)."""
+    """Run one benchmark for a few seconds and return where the server's time went; empty where there is no profile (D, H, P)."""
     found: list[str] = []
     for title, tasks, work in _WORK.get(bench, ()):
         async with stand("noop") as there:

@@ -30,6 +30,7 @@ _FLOORS: Final[dict[tuple[str, str], tuple[Floor, ...]]] = {
     ("T", "single"): (Floor("tasks_per_s", 3000),),
     ("L", "http"): (Floor("p50_ms", 2.5, True), Floor("p99_ms", 8, True)),
     ("C", ""): (Floor("p50_ms", 9, True), Floor("chains_per_s", 500)),
+    ("D", "1000 stages"): (Floor("accept_ms", 1000, True),),
     ("H", "post"): (Floor("requests_per_s", 3000), Floor("p99_ms", 50, True)),
 }
 _ALL_ROWS: Final = 100_000
@@ -39,6 +40,9 @@ _FIGURES: Final = (
     "requests_per_s",
     "rows_per_s",
     "seconds",
+    "accept_ms",
+    "start_ms",
+    "held_ms",
     "p50_ms",
     "p99_ms",
     "errors",
