@@ -12,9 +12,18 @@ from urllib.parse import urlsplit
 import httpx2
 
 from mcp_control.testing.server import ServerProcess
-from tests.cluster.history import History, Seen
+from tests.cluster.history import FINAL, History, Seen
 from tests.cluster.relay import Balancer, Door, door
-from tests.integration.support import API, AgentProcess, Pace, agents_online, enrolment, started_agents, until
+from tests.integration.support import (
+    API,
+    AgentProcess,
+    Pace,
+    agents_online,
+    enrolment,
+    started_agents,
+    tasks_by_state,
+    until,
+)
 
 RETRY_SECONDS: Final = 0.1
 
@@ -240,6 +249,17 @@ class Follower:
         (ended,) = await asyncio.gather(self._task, return_exceptions=True)
         if not isinstance(ended, asyncio.CancelledError):
             raise ended or AssertionError("the follower ended")
+
+
+async def ended(client: httpx2.AsyncClient, seconds: float) -> bool:
+    """Wait until every task has its final state; False where that takes longer than so many seconds."""
+    ends_at = time.monotonic() + seconds
+    while time.monotonic() < ends_at:
+        counts = await tasks_by_state(client)
+        if set(counts) <= FINAL:
+            return True
+        await asyncio.sleep(0.2)
+    return False
 
 
 async def read_tasks(client: httpx2.AsyncClient, history: History) -> None:

@@ -4,7 +4,7 @@ The checker looks at client-side histories only: acknowledgements, answers to re
 work they were given.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
@@ -263,9 +263,9 @@ def _parents(history: History) -> list[str]:
 def _bounded(history: History) -> list[str]:
     """I7: everything has ended."""
     tasks = _last(history)
-    waiting = [task_id for task_id, task in tasks.items() if task["state"] not in FINAL]
-    return (
-        [f"I7 {len(waiting)} tasks have not ended, e.g. {waiting[0]} is {tasks[waiting[0]]['state']}"]
-        if waiting
-        else []
-    )
+    waiting = [task for task in tasks.values() if task["state"] not in FINAL]
+    states = Counter(task["state"] for task in waiting)
+    first = [
+        {name: task.get(name) for name in ("id", "state", "attempt", "reason", "agent_id")} for task in waiting[:1]
+    ]
+    return [f"I7 {len(waiting)} tasks have not ended: {dict(states)}, e.g. {first}"] if waiting else []

@@ -205,6 +205,31 @@ async def test_a_refused_report_holds_up_no_other(peer: Peer, make_agent: MakeAg
     assert (failure.error_class, failure.code) == ("permanent", "result-refused")
 
 
+@pytest.mark.parametrize("beating", [True, False])
+async def test_trouble_of_the_server_never_turns_a_result_into_a_failure(
+    beating: bool, peer: Peer, make_agent: MakeAgent, running: Running
+) -> None:
+    """A frame that could not be handled for a passing reason says nothing against a report that is under way."""
+    agent = make_agent()
+    peer.beat_ms = 50 if beating else 10_000
+    peer.answer_beats = peer.ack_reports = False
+
+    @agent.task("value")
+    async def value(payload: str) -> str:
+        return payload
+
+    async with running(agent):
+        task = peer.assignment("value", "good")
+        peer.give(task)
+        await until(lambda: bool(peer.reports) and any(report.done for report in peer.reports))
+        await until(lambda: bool(peer.beats) or not beating)
+        peer.answer_beats = peer.ack_reports = True
+        peer.send(Trouble(code="store-unavailable", detail="no primary"))
+        peer.drop()
+        await until(lambda: len(peer.done) == 1)
+    assert peer.done[task.task_id].outcome == "completed"
+
+
 async def test_without_websocket_the_agent_polls(peer: Peer, make_agent: MakeAgent, running: Running) -> None:
     """Where the upgrade is refused, the same work is done over REST: claim, report, heartbeat, leave."""
     peer.refuse_upgrade = 404

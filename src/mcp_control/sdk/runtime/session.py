@@ -259,9 +259,7 @@ class Session:
             elif isinstance(frame, Order):
                 self._ordered(frame)
             elif isinstance(frame, Trouble):
-                log.error("frame.refused", code=frame.code, detail=frame.detail)
-                outbox.not_understood(frame.code, frame.detail)
-                self.wake()
+                self._troubled(frame)
 
     def _acked(self, ack: Ack) -> None:
         self._outbox.acked(ack)
@@ -288,6 +286,18 @@ class Session:
             self.bench.stop(ack.gone, "gone")
         if ack.cancel:
             self.bench.stop(ack.cancel, "cancel")
+
+    def _troubled(self, trouble: Trouble) -> None:
+        if trouble.code not in PASSING:
+            log.error("frame.refused", code=trouble.code, detail=trouble.detail)
+            self._outbox.not_understood(trouble.code, trouble.detail)
+            self.wake()
+        elif self._beat_sent_at is not None:
+            # Reports have an answer of their own when the server is in trouble, so this one is that of the heartbeat: the next may pass.
+            log.warning("heartbeat.failed", code=trouble.code, detail=trouble.detail)
+            self._beat_sent_at = None
+        else:
+            raise LinkLost(f"the server is in trouble ({trouble.code})")
 
     def _ordered(self, order: Order) -> None:
         log.info("agent.ordered", order=order.order, note=order.note)
