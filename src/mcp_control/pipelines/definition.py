@@ -1,7 +1,10 @@
 """Definitions from YAML and JSON. Both give the same `PipelineSpec`; what it means is checked by `validate.py`."""
 
+import gc
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final, NoReturn, TypeVar
 
 import msgspec
@@ -14,6 +17,7 @@ from mcp_control.pipelines.model import Body, Metadata, Param, PipelineSpec, Sta
 
 T = TypeVar("T")
 TEXT_MAX: Final = 1 << 20
+_LARGE: Final = 1 << 16
 DEPTH_MAX: Final = 48  # a payload may have 32 levels, and `spec.stages[0].with` stands around it
 NODES_MAX: Final = 500_000
 ERRORS_MAX: Final = 50
@@ -47,18 +51,8 @@ def parse_yaml(text: str | bytes) -> object:
     """
     _check_size(text)
     try:
-        _check_depth(text)
-        loader = loader_of(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                raise Invalid(
-                    "the document is empty", errors=[FieldError(pointer="#", code="wrong-type", detail="empty")]
-                )
-            _expanded(node, {}, 0)
-            data: object = loader.construct_document(node)
-        finally:
-            loader.dispose()
+        with no_collections(text):
+            return _parsed(text)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -68,7 +62,46 @@ def parse_yaml(text: str | bytes) -> object:
         raise Invalid(detail, errors=[found]) from error
     except RecursionError as error:
         raise TooDeep from error
+
+
+def _parsed(text: str | bytes) -> object:
+    _check_depth(text)
+    node = composed(text)
+    if node is None:
+        raise Invalid("the document is empty", errors=[FieldError(pointer="#", code="wrong-type", detail="empty")])
+    _expanded(node, {}, 0)
+    loader = loader_of("")
+    try:
+        data: object = loader.construct_document(node)
+    finally:
+        loader.dispose()
     return data
+
+
+def composed(text: str | bytes) -> yaml.Node | None:
+    """Return a text as a tree of YAML nodes, with lines and columns; None for an empty one. Raises yaml.YAMLError and the like."""
+    loader = loader_of(text)
+    try:
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    finally:
+        loader.dispose()
+
+
+@contextmanager
+def no_collections(text: str | bytes) -> Iterator[None]:
+    """Hold garbage collection off while a large text becomes a million objects: a collection would stop all threads for long.
+
+    What is made has no cycles and goes by itself. Two at once do no harm: the first that ends lets collections go on.
+    """
+    if len(text) < _LARGE or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def from_json(text: str | bytes) -> PipelineSpec:

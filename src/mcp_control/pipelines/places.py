@@ -7,7 +7,7 @@ import yaml
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import FieldError
-from mcp_control.pipelines.definition import loader_of
+from mcp_control.pipelines.definition import composed, no_collections
 
 _CUT: Final = 64  # pointers cut longer keys
 
@@ -15,14 +15,11 @@ _CUT: Final = 64  # pointers cut longer keys
 def located(text: str | bytes, errors: Sequence[FieldError]) -> list[FieldError]:
     """Return the errors with line and column, from 1, of the value each names, or of what it is missing from; as they are if unreadable."""
     try:
-        loader = loader_of(text)
-        try:
-            root = loader.get_single_node()
-        finally:
-            loader.dispose()
+        with no_collections(text):
+            root = composed(text)
+            return list(errors) if root is None else [_placed(root, error) for error in errors]
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError):
         return list(errors)
-    return list(errors) if root is None else [_placed(root, error) for error in errors]
 
 
 def _placed(root: yaml.Node, error: FieldError) -> FieldError:
