@@ -8,7 +8,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from mcp_control.events.log import fact
-from mcp_control.kernel.changes import Change, IndexValue, Query, Where
+from mcp_control.kernel.changes import Change, Entity, IndexValue, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, NotFound
 from mcp_control.kernel.ids import IdSource, is_id
@@ -27,6 +27,7 @@ from mcp_control.storage.ports import Store
 
 _TRIES: Final = 10
 _BATCH: Final = 200
+_KNOWN_MAX: Final = 32
 
 
 class Catalogue:
@@ -43,6 +44,7 @@ class Catalogue:
         self._clock = clock
         self._ids = ids
         self._offered = offered
+        self._known: dict[str, Pipeline] = {}  # the most lately used last
 
     async def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
@@ -95,12 +97,12 @@ class Catalogue:
         name: str | None = ref
         if ref.startswith("pipe_") and is_id(ref):
             entity = (await self._store.get("pipeline", [ref]))[0]
-            found = None if entity is None else read_pipeline(entity)
+            found = None if entity is None else self._read(entity)
             name = None if found is None or found.tenant != actor.tenant else found.name
         if name is not None and version is not None:
             where = [Where("name_number", "eq", scoped(actor.tenant, name, version))]
             rows = await self._store.find("pipeline", Query(where=where, limit=1))
-            found = read_pipeline(rows[0]) if rows else None
+            found = self._read(rows[0]) if rows else None
         elif name is not None and found is None:
             found = await self._latest(actor.tenant, name)
         if found is None or found.tenant != actor.tenant or found.deleted_at is not None:
@@ -220,4 +222,14 @@ class Catalogue:
 
     async def _latest(self, tenant: str, name: str) -> Pipeline | None:
         rows = await self._store.find("pipeline", Query(where=[Where("latest", "eq", scoped(tenant, name))], limit=1))
-        return read_pipeline(rows[0]) if rows else None
+        return self._read(rows[0]) if rows else None
+
+    def _read(self, entity: Entity) -> Pipeline:
+        """Return the definition in an entity, from memory where it is known at this version: decoding a large one takes long."""
+        known = self._known.pop(entity.id, None)
+        if known is None or known.version != entity.version:
+            known = read_pipeline(entity)
+        self._known[entity.id] = known
+        if len(self._known) > _KNOWN_MAX:
+            del self._known[next(iter(self._known))]
+        return known

@@ -55,7 +55,13 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Stage(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    gc=False,  # made by the thousand; a collection that walks over them is the longest pause there is
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+    rename={"with_": "with"},
 ):
     """One step of a pipeline.
 
@@ -166,7 +172,7 @@ RUN_FINAL: Final = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANC
 STAGE_FINAL: Final = frozenset({StageState.COMPLETED, StageState.FAILED, StageState.SKIPPED, StageState.CANCELLED})
 
 
-class StageRun(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """A stage inside a run: its state and counters; its tasks are rows of their own.
 
     Attributes:
