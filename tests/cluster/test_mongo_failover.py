@@ -79,7 +79,8 @@ async def test_a_change_of_the_primary_is_a_pause_and_no_more(
         f"{harm.__name__}: longest wait {submits.longest:.1f} s, {len(history.acknowledged)} acknowledged, repeated {submits.refused}"
     )
     check(history)
-    assert refusals or not submits.refused
+    # A busy machine may say so; the database is not seen to fail.
+    assert refusals or set(submits.refused) <= {"overloaded"}, submits.refused
     assert 0.2 < submits.longest <= seconds, "the primary was changed, and that took as long as it may"
 
 
