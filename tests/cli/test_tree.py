@@ -44,7 +44,9 @@ def test_every_command_has_help_and_is_described(own: Cli) -> None:
         assert all(isinstance(one, dict) and (one["help"] or one["kind"] == "argument") for one in leaf["parameters"])
 
 
-@pytest.mark.parametrize("noun", ["profile", "tokens", "tasks", "agents", "pipelines", "runs", "schedules", "artifacts"])
+@pytest.mark.parametrize(
+    "noun", ["profile", "tokens", "tasks", "agents", "pipelines", "runs", "schedules", "artifacts"]
+)
 def test_list_is_ls(own: Cli, noun: str) -> None:
     """`list` does what `ls` does, and no help speaks of it."""
     assert own.inside(noun, "list", "--help").stdout == own.inside(noun, "ls", "--help").stdout.replace(

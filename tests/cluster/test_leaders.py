@@ -114,7 +114,9 @@ async def test_two_leaders_make_conflicts_and_never_duplicates(
                 outcomes = [attempt["outcome"] for attempt in (await task(client, task_id))["attempts"]]
                 assert outcomes == ["lost"], outcomes
                 assert [counts[kind, task_id] for kind in ("task.assigned", "task.completed")] == [1, 0]
-            assert [conflict for conflict in conflicts if conflict.data.get("kind") == "task"], "only one of them did anything"
+            assert [conflict for conflict in conflicts if conflict.data.get("kind") == "task"], (
+                "only one of them did anything"
+            )
             say(f"{len(conflicts)} conflicts")
             assert await violations(client) == {}
             assert await violations(other) == {}

@@ -5,6 +5,7 @@ from typing import Final
 from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.model import RunState, RunView
+from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.records import read_run, run_view
 from mcp_control.pipelines.runs import Plans
 from mcp_control.storage.ports import Store
@@ -41,7 +42,8 @@ async def page(
                 continue
             if len(items) == limit:
                 return Page(items=items, next_cursor=encode_cursor(scope, [items[-1].id]))
-            items.append(run_view(run, await plans.load(run.pipeline_id), now))
+            plan = await plans.load(run.pipeline_id)
+            items.append(await off_loop(plan.spec, run_view, run, plan, now))
         if len(rows) <= limit:
             return Page(items=items)
         after = [rows[-1].id]

@@ -32,7 +32,7 @@ from mcp_control.pipelines.model import (
     RunView,
 )
 from mcp_control.pipelines.params import resolve
-from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Plans, Runs
 from mcp_control.pipelines.starting import Along, check_request, new_run
@@ -179,7 +179,8 @@ class PipelineEngine:
             if row is not None and (task := read_task(row)).state is TaskState.RUNNING:
                 stage = task.links.stage or ""
                 inside[stage] = inside.get(stage, 0.0) + task.progress
-        return run_view(run, plan, self._clock.now(), params=params, inside=inside)
+        now = self._clock.now()
+        return await off_loop(plan.spec, run_view, run, plan, now, params=params, inside=inside)
 
     async def wait(self, actor: Actor, run_id: str, seconds: float) -> Run:
         """Return a run when it has ended, or as it is after so many seconds, at most 60. Raises NotFound."""

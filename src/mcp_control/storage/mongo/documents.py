@@ -154,7 +154,12 @@ def entity(shape: Shape, document: Document, pieces: Mapping[str, bytes]) -> Ent
     index = {name: int(value) if value.__class__ is Int64 else value for name, value in document.get("i", {}).items()}
     cold = {**pieces, **document.get("c", {})}
     return Entity(
-        shape.name, document["_id"], int(document["v"]), {name: index.get(name) for name in shape.types}, document["h"], cold
+        shape.name,
+        document["_id"],
+        int(document["v"]),
+        {name: index.get(name) for name in shape.types},
+        document["h"],
+        cold,
     )
 
 
