@@ -183,11 +183,11 @@ class Workbench:
             self.works[assignment.task_id] = work
             started(assignment.task_id, assignment.lease_token)
             if handler.executor == "async":
-                work.task = create_task(self._run_async(work))
+                self._watched(work, create_task(self._run_async(work)))
             elif handler.executor == "thread":
                 self._run_thread(work)
             else:
-                work.task = create_task(self._run_process(work))
+                self._watched(work, create_task(self._run_process(work)))
             seconds = assignment.timeout_ms / 1000 if assignment.timeout_ms is not None else handler.timeout
             if seconds is not None:
                 work.timer = self._loop.call_later(seconds, self.stop, [assignment.task_id], "timeout", 0.0)
@@ -241,6 +241,11 @@ class Workbench:
             self._wake()
 
     # --- the three ways to run ---
+
+    def _watched(self, work: Work, task: asyncio.Task[None]) -> None:
+        """See that an attempt ends with its task: one that is cancelled before its first step never runs any of it."""
+        work.task = task
+        task.add_done_callback(lambda _: self._end(work, "cancelled", failure=failure_from(asyncio.CancelledError())))
 
     async def _run_async(self, work: Work) -> None:
         handler = work.handler
