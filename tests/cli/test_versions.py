@@ -52,7 +52,7 @@ def test_a_plan_says_who_could_take_it_and_how_long_it_would_take(cli: Cli, pane
 def test_versions_are_listed_compared_and_deleted(cli: Cli, panel: Up, tmp_path: Path) -> None:
     """`diff` shows what changed, `delete` takes one version or all, and says no while a run uses it."""
     file = tmp_path / "versions.yaml"
-    text = TEXT.replace("tests.echo", "tests.nobody")
+    text = TEXT.replace("tests.echo", "tests.absent")
     file.write_text(text)
     assert cli.json("pipelines", "apply", str(file))["version"] == 1
     file.write_text(text.replace("id: each\n", "id: every\n").replace("metadata: {", "metadata: {description: d, "))
