@@ -245,7 +245,13 @@ class Workbench:
     def _watched(self, work: Work, task: asyncio.Task[None]) -> None:
         """See that an attempt ends with its task: one that is cancelled before its first step never runs any of it."""
         work.task = task
-        task.add_done_callback(lambda _: self._end(work, "cancelled", failure=failure_from(asyncio.CancelledError())))
+
+        def gone(_: asyncio.Task[None]) -> None:
+            # Nearly every attempt has ended itself by now; a failure is made only for one that did not.
+            if self.works.get(work.assignment.task_id) is work:
+                self._end(work, "cancelled", failure=failure_from(asyncio.CancelledError()))
+
+        task.add_done_callback(gone)
 
     async def _run_async(self, work: Work) -> None:
         handler = work.handler
