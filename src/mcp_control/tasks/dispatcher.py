@@ -185,10 +185,11 @@ class Dispatcher:
                 lane.priority = task.priority
         if self._free:
             self._wake.set()
-        self._peers.lanes(
-            Depth(lane=task.lane, waiting=1, priority=task.priority, oldest=task.order, first=task.id)
-            for task in {task.lane: task for task in tasks}.values()
-        )
+        if not self._peers.alone:
+            self._peers.lanes(
+                Depth(lane=task.lane, waiting=1, priority=task.priority, oldest=task.order, first=task.id)
+                for task in {task.lane: task for task in tasks}.values()
+            )
 
     async def look(self) -> None:
         """Look at the lanes of the queue, for entries of other servers that nobody told of, and set right what is known of them."""

@@ -54,6 +54,11 @@ class Peers:
         self._opened: dict[str, None] = {}
         self._sending: asyncio.Task[None] | None = None
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to tell."""
+        return self._bus is None
+
     def lanes(self, depths: Iterable[Depth]) -> None:
         """Tell that lanes got entries."""
         if self._bus is None:

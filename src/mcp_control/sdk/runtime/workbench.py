@@ -183,11 +183,11 @@ class Workbench:
             self.works[assignment.task_id] = work
             started(assignment.task_id, assignment.lease_token)
             if handler.executor == "async":
-                self._watched(work, create_task(self._run_async(work)))
+                work.task = create_task(self._run_async(work))
             elif handler.executor == "thread":
                 self._run_thread(work)
             else:
-                self._watched(work, create_task(self._run_process(work)))
+                work.task = create_task(self._run_process(work))
             seconds = assignment.timeout_ms / 1000 if assignment.timeout_ms is not None else handler.timeout
             if seconds is not None:
                 work.timer = self._loop.call_later(seconds, self.stop, [assignment.task_id], "timeout", 0.0)
@@ -241,17 +241,6 @@ class Workbench:
             self._wake()
 
     # --- the three ways to run ---
-
-    def _watched(self, work: Work, task: asyncio.Task[None]) -> None:
-        """See that an attempt ends with its task: one that is cancelled before its first step never runs any of it."""
-        work.task = task
-
-        def gone(_: asyncio.Task[None]) -> None:
-            # Nearly every attempt has ended itself by now; a failure is made only for one that did not.
-            if self.works.get(work.assignment.task_id) is work:
-                self._end(work, "cancelled", failure=failure_from(asyncio.CancelledError()))
-
-        task.add_done_callback(gone)
 
     async def _run_async(self, work: Work) -> None:
         handler = work.handler
@@ -345,6 +334,10 @@ class Workbench:
             )
             self._end(work, "cancelled", failure=_ABANDONED)
         elif work.task is not None:
+            # One that is cancelled before its first step runs nothing of itself, not even its end.
+            work.task.add_done_callback(
+                lambda _: self._end(work, "cancelled", failure=failure_from(asyncio.CancelledError()))
+            )
             work.task.cancel()
             work.timer = self._loop.call_later(max(1.0, self._grace), self._force, work)  # it may swallow the first one
 
