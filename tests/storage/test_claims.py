@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mcp_control.kernel.changes import Change, Entity, Field, Index, Key, Kind, Query, Where
-from mcp_control.storage.claims import StoreQueue, waiting_value
-from mcp_control.storage.ports import Depth, Queued
+from mcp_control.storage.claims import StoreQueue
+from mcp_control.storage.ports import Depth, Queued, waiting_value
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.testing.clock import FakeClock
 

@@ -13,10 +13,10 @@ import pytest
 from mcp_control.kernel.changes import Change, Entity, Key, Query
 from mcp_control.kernel.clock import SystemClock
 from mcp_control.kernel.errors import StoreUnavailable
-from mcp_control.storage.claims import StoreQueue, waiting_value
+from mcp_control.storage.claims import StoreQueue
 from mcp_control.storage.local.bus import LocalBus
 from mcp_control.storage.local.cache import LocalCache
-from mcp_control.storage.ports import Queued
+from mcp_control.storage.ports import Queued, waiting_value
 from mcp_control.storage.redis.bus import RedisBus
 from mcp_control.storage.redis.cache import RedisCache
 from mcp_control.storage.redis.link import RedisLink

@@ -6,21 +6,14 @@ from typing import Final
 
 from mcp_control.kernel.changes import Entity, Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.storage.ports import Depth, Queued, Store
+from mcp_control.storage.ports import LANE_END, PRIORITY_MAX, Depth, Queued, Store, waiting_value
 
-SEPARATOR: Final = "\x1f"
-_PRIORITY_MAX: Final = 100
-_AFTER: Final = chr(ord(SEPARATOR) + 1)
+_AFTER: Final = chr(ord(LANE_END) + 1)
 _SPARE: Final = 16
 _AT_ONCE: Final = 500
 _PAGES: Final = 4
 _HELD_SECONDS: Final = 2.0
 _COUNTED: Final = 1000
-
-
-def waiting_value(lane: str, priority: int) -> str:
-    """Return the value of the index field of a task that waits: its lane, then its priority, the higher first."""
-    return f"{lane}{SEPARATOR}{_PRIORITY_MAX - priority:03d}"
 
 
 class StoreQueue:
@@ -80,9 +73,9 @@ class StoreQueue:
         """See `Queue.ahead`; counts up to 1000."""
         (entity,) = await self._store.get(self._kind, [id])
         value = None if entity is None else entity.index.get(self._field)
-        if not isinstance(value, str) or not value.startswith(lane + SEPARATOR):
+        if not isinstance(value, str) or not value.startswith(lane + LANE_END):
             return None
-        before = [Where(self._field, "ge", lane + SEPARATOR), Where(self._field, "lt", value)]
+        before = [Where(self._field, "ge", lane + LANE_END), Where(self._field, "lt", value)]
         beside = [Where(self._field, "eq", value), Where("id", "lt", id)]
         counts = [await self._store.count(self._kind, where, _COUNTED) for where in (before, beside)]
         return min(sum(counts), _COUNTED)
@@ -98,7 +91,7 @@ class StoreQueue:
                 return found
             head = self._queued(first[0])
             beyond = head.lane + _AFTER
-            lane = [Where(self._field, "ge", head.lane + SEPARATOR), Where(self._field, "lt", beyond)]
+            lane = [Where(self._field, "ge", head.lane + LANE_END), Where(self._field, "lt", beyond)]
             waiting = await self._store.count(self._kind, lane, _COUNTED)
             if waiting:  # the last may have been claimed in between
                 found.append(Depth(head.lane, waiting, head.priority, head.order, head.id))
@@ -111,7 +104,7 @@ class StoreQueue:
         """Return enough of the first that were not given out lately. A few pages are looked at, whatever is behind them."""
         wanted = min(2 * limit + _SPARE, _AT_ONCE)
         where = [
-            Where(self._field, "ge", waiting_value(lane, _PRIORITY_MAX)),
+            Where(self._field, "ge", waiting_value(lane, PRIORITY_MAX)),
             Where(self._field, "le", waiting_value(lane, floor)),
         ]
         found: list[Queued] = []
@@ -137,8 +130,8 @@ class StoreQueue:
         return above + [level[at] for at in some]
 
     def _queued(self, entity: Entity) -> Queued:
-        lane, _, rest = str(entity.index[self._field]).rpartition(SEPARATOR)
-        return Queued(lane, entity.id, _PRIORITY_MAX - int(rest), self._order_of(entity))
+        lane, _, rest = str(entity.index[self._field]).rpartition(LANE_END)
+        return Queued(lane, entity.id, PRIORITY_MAX - int(rest), self._order_of(entity))
 
     def _forget(self, now: float) -> None:
         """Drop what was given out too long ago; the oldest come first."""

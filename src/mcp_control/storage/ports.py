@@ -7,13 +7,15 @@ Adapters never read a clock to decide anything: moments come in as arguments. On
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from mcp_control.kernel.changes import Change, Entity, Kind, Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
 
+PRIORITY_MAX: Final = 100
+LANE_END: Final = "\x1f"
 Committed = Callable[[Sequence[StoredFact]], None]
 
 
@@ -101,6 +103,14 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
     priority: int
     oldest: int
     first: str
+
+
+def waiting_value(lane: str, priority: int) -> str:
+    """Return the value of the index field of a task that waits: its lane, then its priority, the higher first.
+
+    With the id behind it, which is made of the time, it sorts what waits as a `Queue` does; see `claims.StoreQueue`.
+    """
+    return f"{lane}{LANE_END}{PRIORITY_MAX - priority:03d}"
 
 
 class Queue(Protocol):

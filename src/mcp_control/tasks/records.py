@@ -9,12 +9,11 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.storage.ports import Store
+from mcp_control.storage.ports import Store, waiting_value
 from mcp_control.tasks.model import FINAL_STATES, GENERATION_KIND, LogChunk, LogLine, Task, TaskState, TaskView
 from mcp_control.tasks.transitions import due_at
 from mcp_control.tasks.wire import Assignment
 
-PRIORITY_MAX: Final = 100
 CURRENT: Final = "current"  # the one id of its kind
 CANCEL_GRACE_MS: Final = 20_000
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -46,8 +45,7 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
         "finished": after.finished_at if after.state in FINAL_STATES else None,
     }
     if after.state is TaskState.QUEUED:
-        # Sorts by lane, then priority; with the id behind it, by age.
-        index["waiting"] = f"{after.lane}\x1f{PRIORITY_MAX - after.priority:03d}"
+        index["waiting"] = waiting_value(after.lane, after.priority)
     cold: dict[str, bytes] = {}
     if payload is not None:
         cold["payload"] = payload
