@@ -234,13 +234,25 @@ class Follower:
                     self._last = f"evt_{seen.seq}"
 
     async def caught_up(self, client: httpx2.AsyncClient, seconds: float = 15.0) -> None:
-        """Wait until it has seen the last event there is."""
+        """Wait until it has seen the events of all that was committed before this call.
 
-        async def none_left() -> bool:
-            answer = await client.get(f"{API}/events", params={"after": self._last, "limit": 1})
-            return answer.status_code == 200 and not answer.json()["items"]
+        Events get their order soon after the commits they belong to. Whatever is committed now comes after all of them, so
+        its event is the mark to wait for.
+        """
+        seen = len(self._history.events)
 
-        await until(none_left, seconds, "the follower has seen all events")
+        async def marked() -> bool:
+            try:
+                await enrolment(client, uses=1)
+            except (httpx2.TransportError, AssertionError):
+                return False  # refused while something is broken; asked again
+            return True
+
+        def passed() -> bool:
+            return any(event.type == "enrolment.created" for event in self._history.events[seen:])
+
+        await until(marked, seconds, "a mark behind all events")
+        await until(passed, seconds, "the follower has seen all events")
 
     async def stop(self) -> None:
         """Stop following. Raises what ended it early."""
