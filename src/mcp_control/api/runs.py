@@ -15,7 +15,7 @@ from mcp_control.artifacts.service import ArtifactFilter
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.model import Run, RunState, RunView
 from mcp_control.tasks.listing import TaskFilter
-from mcp_control.tasks.model import TaskView
+from mcp_control.tasks.view_model import TaskView
 
 
 class RunsQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,9 +15,10 @@ from mcp_control.kernel.errors import IdempotencyKeyInvalid, NotFound, Problem, 
 from mcp_control.kernel.ids import is_id
 from mcp_control.kernel.paging import Page
 from mcp_control.tasks.listing import TaskFilter
-from mcp_control.tasks.model import Explanation, StatisticView, Task, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.model import Task, TaskSpec, TaskState
 from mcp_control.tasks.records import view
 from mcp_control.tasks.service import Submitted, TaskEdit
+from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
 BATCH_MAX: Final = 1000
 

@@ -12,7 +12,8 @@ from mcp_control.cli.output import View, cell, plain, safe, say, write_json
 
 if TYPE_CHECKING:
     from mcp_control.sdk.tasks import TaskHandle
-    from mcp_control.tasks.model import LogLine, TaskView
+    from mcp_control.tasks.model import LogLine
+from mcp_control.tasks.view_model import TaskView
 
 app = typer.Typer(name="tasks", help="Work, one piece at a time: submit, watch, explain, cancel.", no_args_is_help=True)
 COLUMNS = ("id", "type", "state", "priority", "progress", "attempt", "agent_id", "created_at", "message")

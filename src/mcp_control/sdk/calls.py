@@ -14,7 +14,8 @@ from mcp_control.pipelines.model import RUN_FINAL, RunView
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
 from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply
-from mcp_control.tasks.model import FINAL_STATES, Explanation, LogLine, StatisticView, TaskSpec, TaskView
+from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskSpec
+from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
 T = TypeVar("T")
 LONG_POLL_SECONDS: Final = 30.0

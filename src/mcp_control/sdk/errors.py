@@ -20,7 +20,8 @@ import msgspec
 
 if TYPE_CHECKING:
     from mcp_control.pipelines.model import RunView
-    from mcp_control.tasks.model import ErrorClass, Failure, TaskView
+    from mcp_control.tasks.model import ErrorClass, Failure
+from mcp_control.tasks.view_model import TaskView
 
 
 class SdkError(Exception):

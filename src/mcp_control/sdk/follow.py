@@ -7,7 +7,8 @@ import msgspec
 
 from mcp_control.events.model import Event
 from mcp_control.sdk.errors import problem_from
-from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskState, TaskView
+from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskState
+from mcp_control.tasks.view_model import TaskView
 
 _decode_event = msgspec.json.Decoder(Event).decode
 

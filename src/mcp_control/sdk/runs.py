@@ -8,7 +8,7 @@ from mcp_control.artifacts.model import ArtifactView
 from mcp_control.pipelines.model import RunState, RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
-from mcp_control.tasks.model import TaskView
+from mcp_control.tasks.view_model import TaskView
 
 if TYPE_CHECKING:
     from mcp_control.sdk.client import AsyncClient, Client

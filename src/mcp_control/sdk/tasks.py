@@ -13,7 +13,8 @@ from mcp_control.sdk import calls
 from mcp_control.sdk.errors import ApiProblem, NotNow, TaskFailed, Unreachable
 from mcp_control.sdk.follow import TaskFollower, Update
 from mcp_control.sdk.submission import BATCH_TASKS, SubmitOptions, batches, encode_json, keyed, make_spec
-from mcp_control.tasks.model import Explanation, LogLine, StatisticView, TaskSpec, TaskState, TaskView
+from mcp_control.tasks.model import LogLine, TaskSpec, TaskState
+from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
 if TYPE_CHECKING:
     from mcp_control.sdk.client import AsyncClient, Client

@@ -7,7 +7,8 @@ import msgspec
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.tasks.model import Explanation, Task, TaskState
+from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.view_model import Explanation
 
 
 class Seen(msgspec.Struct, frozen=True):

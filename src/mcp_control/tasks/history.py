@@ -15,8 +15,8 @@ from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
-from mcp_control.tasks.model import StatisticView
 from mcp_control.tasks.statistics import STATISTIC_KIND, Statistic, Tally, Times, added, times
+from mcp_control.tasks.view_model import StatisticView
 
 _TYPES_MAX: Final = 1000
 _DAY_MS: Final = 86_400_000

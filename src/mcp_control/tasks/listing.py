@@ -8,8 +8,9 @@ import msgspec
 from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.storage.ports import Store
-from mcp_control.tasks.model import TaskState, TaskView
+from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.records import read, view
+from mcp_control.tasks.view_model import TaskView
 
 _SCANNED_MAX: Final = 5000
 

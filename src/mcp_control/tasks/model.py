@@ -248,69 +248,6 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     on_unroutable: Literal["accept", "reject"] = "accept"
 
 
-class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists."""
-
-    id: str
-    type: str
-    state: TaskState
-    state_since: datetime
-    created_at: datetime
-    reason: str = ""
-    message: str = ""
-    priority: int
-    progress: float
-    progress_message: str = ""
-    type_version: str = "*"
-    labels: dict[str, str] = {}
-    needs: Needs = Needs()
-    retry: RetryPolicy = RetryPolicy()
-    attempt: int
-    attempts: list[Attempt] = []
-    agent_id: str | None = None
-    fence: str
-    failure: Failure | None = None
-    run_at: datetime | None = None
-    deadline: datetime | None = None
-    timeout: float | None = None
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    eta: datetime | None = None
-    cancel_requested: bool = False
-    cancel_reason: str = ""
-    idempotency_key: str | None = None
-    run_id: str | None = None
-    stage: str | None = None
-    item: int | None = None
-    parent_id: str | None = None
-    retry_of: str | None = None
-    context_id: str | None = None
-    log_lines: int = 0
-    warnings: list[str] = []
-    etag: str
-    payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-
-
-class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a task is not running: the first reason in the order the scheduler looks, who holds it and since when.
-
-    Attributes:
-        code: stable, e.g. `scheduled`, `no-capable-agent`, `agents-unavailable`, `agents-full`, `waiting-turn`, `running`, `finished`.
-        held_by: ids of what it waits for.
-        ahead: tasks before it in its lane; None where that does not apply.
-    """
-
-    task_id: str
-    state: TaskState
-    code: str
-    message: str
-    since: datetime
-    held_by: list[str] = []
-    ahead: int | None = None
-    expected_start: datetime | None = None
-
-
 class LogLine(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One line a task logged. `at` is wall milliseconds on the agent."""
 
@@ -327,18 +264,6 @@ class LogChunk(msgspec.Struct, frozen=True):
     task_id: str
     first: int
     lines: list[LogLine]
-
-
-class StatisticView(msgspec.Struct, frozen=True, kw_only=True):
-    """A statistic as callers see it. Seconds from the moment an agent is given a task to its end; null while none has completed."""
-
-    type: str
-    completed: int
-    failed: int
-    p50: float | None
-    p90: float | None
-    p99: float | None
-    updated_at: datetime
 
 
 TASK_KIND: Final = Kind(

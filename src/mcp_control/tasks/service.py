@@ -34,21 +34,12 @@ from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Decide, Group, Intent, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
-from mcp_control.tasks.model import (
-    FINAL_STATES,
-    Explanation,
-    Links,
-    LogChunk,
-    Origin,
-    Task,
-    TaskSpec,
-    TaskState,
-    TaskView,
-)
+from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import check, digest_of, priority_number
 from mcp_control.tasks.verbs import cancelling, editing, pinning
+from mcp_control.tasks.view_model import Explanation, TaskView
 
 WAIT_MAX_SECONDS: Final = 60.0
 _ENDED: Final = frozenset(f"task.{state.value}" for state in FINAL_STATES)
