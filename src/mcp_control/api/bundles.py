@@ -13,7 +13,7 @@ from mcp_control.api.call import Call, Reply, reply
 from mcp_control.api.query import Query
 from mcp_control.api.routing import Endpoint
 from mcp_control.archive.bundle import Bundles
-from mcp_control.pipelines.model import RunView
+from mcp_control.pipelines.view_model import RunView
 
 _CHUNK: Final = 1 << 20
 

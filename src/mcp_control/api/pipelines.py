@@ -15,10 +15,11 @@ from mcp_control.api.tasks import with_key
 from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.definition import from_data, parse_yaml
-from mcp_control.pipelines.model import PipelineSpec, PipelineView, RunRequest, RunView
+from mcp_control.pipelines.model import PipelineSpec, RunRequest
 from mcp_control.pipelines.places import located
 from mcp_control.pipelines.plan_model import Difference, PlanRequest, RunPlan
 from mcp_control.pipelines.validate import ERRORS_MAX, further
+from mcp_control.pipelines.view_model import PipelineView, RunView
 
 T = TypeVar("T")
 YAML: Final = "application/yaml"

@@ -13,7 +13,8 @@ from mcp_control.api.tasks import Nothing, Reason
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.artifacts.service import ArtifactFilter
 from mcp_control.kernel.paging import Page
-from mcp_control.pipelines.model import Run, RunState, RunView
+from mcp_control.pipelines.model import Run, RunState
+from mcp_control.pipelines.view_model import RunView
 from mcp_control.tasks.listing import TaskFilter
 from mcp_control.tasks.view_model import TaskView
 

@@ -29,7 +29,8 @@ from mcp_control.cli.plans import changes, show
 from mcp_control.cli.report import ended, follow, started
 
 if TYPE_CHECKING:
-    from mcp_control.pipelines.model import Param, PipelineView
+    from mcp_control.pipelines.model import Param
+    from mcp_control.pipelines.view_model import PipelineView
 
 app = typer.Typer(
     name="pipelines",

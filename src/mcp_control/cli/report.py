@@ -11,7 +11,7 @@ from mcp_control.cli.output import View, cell, safe, say, tabbed, table, write_j
 
 if TYPE_CHECKING:
     from mcp_control.artifacts.model import ArtifactView
-    from mcp_control.pipelines.model import RunView, StageView
+    from mcp_control.pipelines.view_model import RunView, StageView
     from mcp_control.sdk.client import Client
 
 _KEPT_ROLES: Final = ("output", "report")

@@ -15,12 +15,13 @@ from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
 from mcp_control.pipelines.difference import difference
-from mcp_control.pipelines.model import Pipeline, PipelineSpec, PipelineView
+from mcp_control.pipelines.model import Pipeline, PipelineSpec
 from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.plan_model import Difference
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
 from mcp_control.pipelines.usage import refuse_in_use
 from mcp_control.pipelines.validate import validate
+from mcp_control.pipelines.view_model import PipelineView
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store

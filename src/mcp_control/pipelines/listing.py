@@ -4,10 +4,11 @@ from typing import Final
 
 from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
-from mcp_control.pipelines.model import RunState, RunView
+from mcp_control.pipelines.model import RunState
 from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.records import read_run, run_view
 from mcp_control.pipelines.runs import Plans
+from mcp_control.pipelines.view_model import RunView
 from mcp_control.storage.ports import Store
 
 _SCANNED_MAX: Final = 5000

@@ -1,7 +1,6 @@
 """Pipeline definitions, runs, and the decisions that move a run (architecture, section 5)."""
 
 from collections.abc import Mapping
-from datetime import datetime
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -254,67 +253,6 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     labels: dict[str, str] = {}
     priority: int | None = None
     idempotency_key: str | None = None
-
-
-class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs."""
-
-    name: str
-    state: StageState
-    uses: str
-    needs: list[str] = []
-    progress: float
-    message: str = ""
-    reason: str = ""
-    total: int = 0
-    done: int = 0
-    failed: int = 0
-    rows_in: int | None = None
-    rows_out: int | None = None
-    rejected: int | None = None
-    rate: float | None = None
-    counts: dict[str, int] = {}
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    eta: datetime | None = None
-
-
-class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A run as callers see it."""
-
-    id: str
-    pipeline: str
-    pipeline_version: int
-    state: RunState
-    state_since: datetime
-    created_at: datetime
-    started_at: datetime | None = None
-    finished_at: datetime | None = None
-    eta: datetime | None = None
-    reason: str = ""
-    message: str = ""
-    progress: float
-    round: int = 0
-    stages: list[StageView]
-    summary: dict[str, object] = {}
-    labels: dict[str, str] = {}
-    params: dict[str, msgspec.Raw] | None = None
-    cancel_requested: bool = False
-    etag: str
-
-
-class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A definition as callers see it; `spec` is left out of lists."""
-
-    id: str
-    name: str
-    version: int
-    description: str = ""
-    labels: dict[str, str] = {}
-    stages: list[str]
-    created_at: datetime
-    created_by: str = ""
-    spec: PipelineSpec | None = None
 
 
 PIPELINE_KIND: Final = Kind(

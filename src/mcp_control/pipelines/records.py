@@ -10,19 +10,9 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.pipelines.model import (
-    RUN_FINAL,
-    STAGE_FINAL,
-    Pipeline,
-    PipelineView,
-    Run,
-    RunState,
-    RunView,
-    StageRun,
-    StageState,
-    StageView,
-)
+from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Pipeline, Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.view_model import PipelineView, RunView, StageView
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_run: Final = msgspec.msgpack.Decoder(Run).decode

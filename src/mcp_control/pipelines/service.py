@@ -21,21 +21,13 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.listing import page
-from mcp_control.pipelines.model import (
-    RUN_FINAL,
-    Pipeline,
-    PipelineSpec,
-    PipelineView,
-    Run,
-    RunRequest,
-    RunState,
-    RunView,
-)
+from mcp_control.pipelines.model import RUN_FINAL, Pipeline, PipelineSpec, Run, RunRequest, RunState
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Plans, Runs
 from mcp_control.pipelines.starting import Along, check_request, new_run
+from mcp_control.pipelines.view_model import PipelineView, RunView
 from mcp_control.security.model import SYSTEM, Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store

@@ -10,7 +10,8 @@ from mcp_control.agents.model import AgentView
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.events.model import Event
 from mcp_control.kernel.paging import Page
-from mcp_control.pipelines.model import RUN_FINAL, RunView
+from mcp_control.pipelines.model import RUN_FINAL
+from mcp_control.pipelines.view_model import RunView
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
 from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply

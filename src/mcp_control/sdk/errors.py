@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from mcp_control.pipelines.model import RunView
+    from mcp_control.pipelines.view_model import RunView
     from mcp_control.tasks.model import ErrorClass, Failure
 from mcp_control.tasks.view_model import TaskView
 

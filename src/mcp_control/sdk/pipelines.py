@@ -7,8 +7,9 @@ from urllib.parse import quote
 import msgspec
 
 from mcp_control.kernel.paging import Page
-from mcp_control.pipelines.model import PipelineView, RunRequest, RunView
+from mcp_control.pipelines.model import RunRequest
 from mcp_control.pipelines.plan_model import Difference, PlanRequest, RunPlan
+from mcp_control.pipelines.view_model import PipelineView, RunView
 from mcp_control.sdk.calls import Request, query
 from mcp_control.sdk.runs import AsyncRunHandle, RunHandle
 from mcp_control.sdk.submission import Definition, DefinitionText, RunOptions, definition_text, encode_json, fresh_key

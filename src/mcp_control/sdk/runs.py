@@ -5,7 +5,8 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_control.artifacts.model import ArtifactView
-from mcp_control.pipelines.model import RunState, RunView
+from mcp_control.pipelines.model import RunState
+from mcp_control.pipelines.view_model import RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
 from mcp_control.tasks.view_model import TaskView
