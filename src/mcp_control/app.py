@@ -50,6 +50,7 @@ from mcp_control.security.throttle import LoginThrottle
 from mcp_control.security.tokens import AccessTokens, shared_seed, signing_seed
 from mcp_control.security.verified import VerifiedCache
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.history import TaskHistory
@@ -248,6 +249,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             credentials=credentials,
             agents=manager,
             tasks=tasks,
+            control=TaskControl(store, clock, ids, manager, settler, dispatcher, tasks),
             history=history,
             catalogue=catalogue,
             planner=Planner(clock, catalogue, manager, history, figures.lanes),

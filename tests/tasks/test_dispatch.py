@@ -16,11 +16,12 @@ from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Queued
 from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.model import Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.polling import PollOutbox
 from mcp_control.tasks.records import read
-from mcp_control.tasks.service import Submitted, TaskEdit
+from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.wire import Assignment, Done, Hello
 from mcp_control.testing.clock import FakeClock
 from mcp_control.testing.faulty_store import FaultyStore
@@ -74,7 +75,7 @@ async def test_a_lane_nobody_serves_holds_nobody_up(tmp_path: Path) -> None:
         await world.submit("nobody", priority=50)
         urgent = await world.submit("echo", priority=90)
         plain = await world.submit("echo", priority=10)
-        await world.tasks.cancel(ADMIN, urgent.id)
+        await world.control.cancel(ADMIN, urgent.id)
         peer = await world.agent()
         (given,) = await peer.until_given(1)
         assert given.task_id == plain.id
@@ -120,7 +121,7 @@ async def test_a_raised_priority_moves_a_waiting_task_ahead(tmp_path: Path) -> N
     """Editing the priority of a queued task gives it its new place."""
     async with world_at(tmp_path) as world:
         first, second = await world.submit(), await world.submit()
-        await world.tasks.edit(ADMIN, second.id, TaskEdit(priority="critical"), second.version)
+        await world.control.edit(ADMIN, second.id, TaskEdit(priority="critical"), second.version)
         peer = await world.agent()
         assert await _order_of(peer, 2) == [second.id, first.id]
 
@@ -208,7 +209,7 @@ async def test_a_pinned_task_waits_for_its_agent(tmp_path: Path) -> None:
         spec = AgentSpec(name="mine", capabilities=[Capability(name="echo"), Capability(name="echo2")], slots=2)
         agent = (await world.manager.register(ADMIN, spec)).agent
         for _ in range(2):
-            assert (await world.tasks.assign(ADMIN, by_hand.id, "mine")).state is S.QUEUED
+            assert (await world.control.assign(ADMIN, by_hand.id, "mine")).state is S.QUEUED
         mine = Peer(world, msgspec.structs.replace(other.actor, id=agent.id), spec)
         await mine.connect()
         assert {given.task_id for given in await mine.until_given(2)} == {named.id, by_hand.id}
@@ -291,7 +292,7 @@ async def test_a_poller_gets_no_more_than_it_asks_for(tmp_path: Path) -> None:
         assert [one.task_id for one in given] == [task.id for task in tasks[2:5]]
         given, cancel = await outbox.claim(session, world.dispatcher, 1, 0.01)
         assert (given, cancel) == ([], [])
-        await world.tasks.cancel(ADMIN, tasks[0].id)
+        await world.control.cancel(ADMIN, tasks[0].id)
         assert await outbox.claim(session, world.dispatcher, 1, 5) == ([], [tasks[0].id])
 
 

@@ -131,7 +131,7 @@ async def test_a_heartbeat_tells_what_is_gone_what_to_stop_and_to_drain(tmp_path
         peer = await world.agent(slots=2)
         gone, stop = await world.submit(), await world.submit()
         await peer.done(peer.given[gone.id])
-        await world.tasks.cancel(ADMIN, stop.id)
+        await world.control.cancel(ADMIN, stop.id)
         await world.manager.drain(ADMIN, peer.actor.id)
         ack = await world.agents.heartbeat(peer.live, Beat(running=[gone.id, stop.id, "task_unknown"]))
         assert (ack.gone, ack.cancel, ack.drain) == ([gone.id, "task_unknown"], [stop.id], True)
@@ -171,7 +171,7 @@ async def test_a_silent_agent_with_a_cancelled_task_ends_it_cancelled(tmp_path: 
     async with world_at(tmp_path, clock) as world:
         await world.agent()
         task = await world.submit()
-        await world.tasks.cancel(ADMIN, task.id, "enough")
+        await world.control.cancel(ADMIN, task.id, "enough")
         clock.advance(CANCEL_GRACE_MS / 1000 - 1)
         assert await world.timekeeper.once() == 0
         clock.advance(1)

@@ -328,7 +328,7 @@ class Tasks(RuleBasedStateMachine):
             return
         task_id, task = found
         try:
-            after = self.run(self.world.tasks.cancel(ADMIN, task_id))
+            after = self.run(self.world.control.cancel(ADMIN, task_id))
         except InvalidTransition:
             assert task.state in FINAL_STATES
             return
@@ -347,7 +347,7 @@ class Tasks(RuleBasedStateMachine):
             return
         task_id, task = found
         try:
-            created = self.run(self.world.tasks.retry(ADMIN, task_id, ORIGIN)).task
+            created = self.run(self.world.control.retry(ADMIN, task_id, ORIGIN)).task
         except InvalidTransition:
             assert task.state not in FINAL_STATES
             return
@@ -365,7 +365,7 @@ class Tasks(RuleBasedStateMachine):
             return
         task_id, task = found
         try:
-            self.run(self.world.tasks.assign(ADMIN, task_id, name))
+            self.run(self.world.control.assign(ADMIN, task_id, name))
         except Unroutable:
             assert task.spec.type not in AGENTS[name][0]
         except InvalidTransition:

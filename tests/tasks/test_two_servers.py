@@ -113,7 +113,7 @@ async def test_a_cancellation_reaches_the_agent_of_another_server(tmp_path: Path
         task = await one.submit()
         (given,) = await peer.until_given()
         await peer.start(given)
-        await one.tasks.cancel(ADMIN, task.id, "not needed")
+        await one.control.cancel(ADMIN, task.id, "not needed")
         await one.until(lambda: _true(peer.cancelled == [task.id]))
         ack = await two.agents.heartbeat(peer.live, Beat(running=[task.id]))
         assert ack.cancel == [task.id]

@@ -20,6 +20,7 @@ from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Bus, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
@@ -58,6 +59,7 @@ class World:
         self.tasks = TaskOrchestrator(
             store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
         )
+        self.control = TaskControl(store, clock, self.ids, self.manager, self.settler, self.dispatcher, self.tasks)
         self.agents = AgentSessions(
             store, clock, self.manager, self.ledger, self.settler, self.dispatcher, peers=self.peers
         )

@@ -26,6 +26,7 @@ from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.service import TaskOrchestrator
@@ -74,6 +75,7 @@ class Services:
     credentials: Credentials
     agents: AgentManager
     tasks: TaskOrchestrator
+    control: TaskControl
     history: TaskHistory
     sessions: AgentSessions
     dispatcher: Dispatcher

@@ -14,10 +14,11 @@ from mcp_control.api.routing import Endpoint
 from mcp_control.kernel.errors import IdempotencyKeyInvalid, NotFound, Problem, VersionConflict
 from mcp_control.kernel.ids import is_id
 from mcp_control.kernel.paging import Page
+from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.listing import TaskFilter
 from mcp_control.tasks.model import Task, TaskSpec, TaskState
 from mcp_control.tasks.records import view
-from mcp_control.tasks.service import Submitted, TaskEdit
+from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
 BATCH_MAX: Final = 1000
@@ -218,20 +219,20 @@ async def get_task(call: Call) -> Reply:
 async def cancel_task(call: Call) -> Reply:
     """Cancel a task: a waiting one at once, a running one through its agent."""
     reason = (await call.decode(_REASON)).reason
-    return reply(_shown(call, await call.services.tasks.cancel(call.actor, call.params["task_id"], reason)))
+    return reply(_shown(call, await call.services.control.cancel(call.actor, call.params["task_id"], reason)))
 
 
 async def retry_task(call: Call) -> Reply:
     """Submit a finished task again, as a new task that names the old one."""
     await call.decode(_NOTHING)
-    submitted = await call.services.tasks.retry(call.actor, call.params["task_id"], call.origin)
+    submitted = await call.services.control.retry(call.actor, call.params["task_id"], call.origin)
     return reply(_shown(call, submitted.task), 201)
 
 
 async def assign_task(call: Call) -> Reply:
     """Let only one agent take a waiting task."""
     agent = (await call.decode(_ASSIGN)).agent
-    return reply(_shown(call, await call.services.tasks.assign(call.actor, call.params["task_id"], agent)))
+    return reply(_shown(call, await call.services.control.assign(call.actor, call.params["task_id"], agent)))
 
 
 async def edit_task(call: Call) -> Reply:
@@ -240,7 +241,7 @@ async def edit_task(call: Call) -> Reply:
     edit = await call.decode(_EDIT)
     if not version.isdigit():
         raise VersionConflict("If-Match does not name the current version")
-    shown = _shown(call, await call.services.tasks.edit(call.actor, call.params["task_id"], edit, int(version)))
+    shown = _shown(call, await call.services.control.edit(call.actor, call.params["task_id"], edit, int(version)))
     return tagged(shown, shown.etag)
 
 
