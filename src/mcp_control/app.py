@@ -35,6 +35,7 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
+from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.scheduler import Scheduler
@@ -249,7 +250,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             credentials=credentials,
             agents=manager,
             tasks=tasks,
-            control=TaskControl(store, clock, ids, manager, settler, dispatcher, tasks),
+            control=TaskControl(store, clock, ids, manager, ledger, settler, dispatcher, tasks),
             history=history,
             catalogue=catalogue,
             planner=Planner(clock, catalogue, manager, history, figures.lanes),
@@ -289,7 +290,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("events-retention", keep.interval_seconds, events.once),
             ("statistics-retention", keep.interval_seconds, history.forget),
             ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
-            ("runs", 1.0, engine.heal),
+            ("runs", 1.0, RunHealer(store, engine).once),
             ("runs-retention", keep.interval_seconds, old_runs.once),
             ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
             ("schedules-retention", keep.interval_seconds, old_schedules.once),

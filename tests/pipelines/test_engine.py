@@ -217,9 +217,9 @@ async def test_the_deadline_ends_a_run(here: World) -> None:
     spec = chain(2)
     late = msgspec.structs.replace(spec, spec=msgspec.structs.replace(spec.spec, deadline_seconds=60))
     run = await here.start(late)
-    assert await here.engine.heal(here.clock.now()) == 0
+    assert await here.healer.once(here.clock.now()) == 0
     here.clock.advance(61)
-    assert await here.engine.heal(here.clock.now()) == 1
+    assert await here.healer.once(here.clock.now()) == 1
     await here.settled()
     ended = await here.run(run)
     assert (ended.state, ended.reason, states(ended)) == (
@@ -236,10 +236,10 @@ async def test_healing_follows_tasks_whose_end_the_run_never_heard_of(here: Worl
     await here.finish(await here.tasks(run), {"x": 7})
     here.restart()
     assert states(await here.run(run)) == ["running", "pending"]
-    assert await here.engine.heal(here.clock.now()) == 1
+    assert await here.healer.once(here.clock.now()) == 1
     (task,) = await here.tasks(run)
     assert await here.payload(task) == {"x": 7}
-    assert await here.engine.heal(here.clock.now()) == 0
+    assert await here.healer.once(here.clock.now()) == 0
 
 
 async def test_definitions_are_versioned(here: World) -> None:

@@ -13,6 +13,7 @@ from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.service import PipelineEngine
@@ -54,6 +55,7 @@ class World:
         self.catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
         self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue)
         self.settler.follower = self.engine
+        self.healer = RunHealer(self.store, self.engine)
 
     async def start(self, spec: PipelineSpec, **params: object) -> Run:
         """Accept a definition and execute it."""

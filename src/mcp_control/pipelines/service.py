@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, Duplicate, IdempotencyMismatch, Invalid, NotFound, Problem
+from mcp_control.kernel.errors import Conflict, Duplicate, IdempotencyMismatch, Invalid, NotFound
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page
 from mcp_control.kernel.text import text_errors
@@ -28,7 +28,7 @@ from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run
 from mcp_control.pipelines.runs import Active, Plans, Runs
 from mcp_control.pipelines.starting import Along, check_request, new_run
 from mcp_control.pipelines.view_model import PipelineView, RunView
-from mcp_control.security.model import SYSTEM, Actor
+from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished
@@ -39,10 +39,7 @@ from mcp_control.tasks.submission import check_key
 
 _TRIES: Final = 10
 WAIT_MAX_SECONDS: Final = 60.0
-_ACTIVE: Final = [RunState.PENDING.value, RunState.RUNNING.value, RunState.PAUSED.value]
 _ENDED: Final = frozenset(f"run.{state.value}" for state in RUN_FINAL)
-_HEAL_RUNS: Final = 20
-_HEAL_TASKS: Final = 500
 _INSIDE_MAX: Final = 64
 _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -64,7 +61,6 @@ class PipelineEngine:
         self._plans = Plans(store)
         self._runs = Runs(store, self._plans, shared=shared)
         self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
-        self._healed = ""
 
     # --- definitions ----------------------------------------------------------------------------------------------
 
@@ -229,20 +225,20 @@ class PipelineEngine:
     async def pause(self, actor: Actor, run_id: str, reason: str = "") -> Run:
         """Start nothing new in a run; its running tasks finish. Raises NotFound, InvalidTransition."""
         request = self._request(actor, reason)
-        return await self._ask(actor, run_id, lambda _plan, run, _now: control.pause(run, request), "run.paused")
+        return await self.ask(actor, run_id, lambda _plan, run, _now: control.pause(run, request), "run.paused")
 
     async def resume(self, actor: Actor, run_id: str) -> Run:
         """Let a paused run go on. Raises NotFound, InvalidTransition."""
-        return await self._ask(actor, run_id, lambda _plan, run, now: control.resume(run, now), "run.resumed")
+        return await self.ask(actor, run_id, lambda _plan, run, now: control.resume(run, now), "run.resumed")
 
     async def cancel(self, actor: Actor, run_id: str, reason: str = "") -> Run:
         """End a run: waiting tasks at once, running ones when their agents have stopped. Raises NotFound, InvalidTransition."""
         request = self._request(actor, reason)
-        return await self._ask(actor, run_id, lambda _plan, run, _now: control.cancel(run, request), "", insist=True)
+        return await self.ask(actor, run_id, lambda _plan, run, _now: control.cancel(run, request), "", insist=True)
 
     async def retry(self, actor: Actor, run_id: str, from_stage: str | None = None) -> Run:
         """Run again what did not complete, or everything from a stage on. Raises NotFound, Invalid, InvalidTransition."""
-        return await self._ask(
+        return await self.ask(
             actor, run_id, lambda plan, run, now: control.retry(plan, run, from_stage, now), "run.retried", anew=True
         )
 
@@ -251,7 +247,7 @@ class PipelineEngine:
             raise Invalid(errors[0].detail, errors=errors)
         return Request(at=self._clock.now(), by=actor.id, reason=reason)
 
-    async def _ask(
+    async def ask(
         self,
         actor: Actor,
         run_id: str,
@@ -325,45 +321,6 @@ class PipelineEngine:
         for future in self._waiting.pop(run_id, ()):
             if not future.done():
                 future.set_result(None)
-
-    # --- for the janitor ------------------------------------------------------------------------------------------
-
-    async def heal(self, now: int) -> int:
-        """End runs whose deadline passed, and follow tasks that ended without their run hearing of it (promise G7).
-
-        Looks at some active runs per call, round and round. Returns how many runs were changed.
-        """
-        changed = 0
-        due = await self._store.find("run", Query(where=[Where("due", "le", now)], order="due", limit=_HEAL_RUNS))
-        for row in due:
-            changed += await self._heal(read_run(row), now)
-        where = [Where("state", "in", _ACTIVE)]
-        after = [self._healed] if self._healed else None
-        rows = await self._store.find("run", Query(where=where, after=after, limit=_HEAL_RUNS))
-        seen = {row.id for row in due}
-        for row in rows:
-            if row.id not in seen:
-                changed += await self._heal(read_run(row), now)
-        self._healed = rows[-1].id if len(rows) == _HEAL_RUNS else ""
-        return changed
-
-    async def _heal(self, stored: Run, now: int) -> bool:
-        plan = await self._plans.load(stored.pipeline_id)
-        ids = waited_for(stored, plan, _HEAL_TASKS)
-        ended = [
-            Finished(task=task, result=entity.cold.get("result"))
-            for entity in await self._store.get("task", ids, ("result",))
-            if entity is not None and (task := read_task(entity)).final
-        ]
-        late = stored.deadline_at is not None and stored.deadline_at <= now
-        if not ended and not late and stored.ending is None:
-            return False
-        actor = replace(SYSTEM, tenant=stored.tenant)
-        try:
-            run = await self._ask(actor, stored.id, lambda _plan, run, _now: run, "", finished=ended, insist=True)
-        except Problem:
-            return False  # somebody else moves it; it is looked at again
-        return run.version != stored.version
 
 
 def _digest(ref: str, request: RunRequest) -> str:
