@@ -23,6 +23,7 @@ from mcp_control.storage.ports import Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.model import FINAL_STATES, Task
 from mcp_control.tasks.records import read
+from mcp_control.testing.programs import Starter
 from mcp_control.testing.server import RunningServer, ServerProcess, databases_for
 
 API = "/api/v1"
@@ -75,10 +76,11 @@ class AgentProcess:
         self._url = url
         self._enrolment = enrolment
         self._options = options
+        self._starter: Starter | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        """Start it; it connects by itself."""
+        """Start it; it connects by itself, and ends with the process that started it."""
         given = [f"{name}={value}" for name, value in self._options.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MCP_CONTROL_")}
         environment |= {
@@ -86,8 +88,9 @@ class AgentProcess:
             "MCP_CONTROL_URL": self._url,
             "MCP_CONTROL_ENROLMENT_TOKEN": self._enrolment,
         }
+        self._starter = Starter(self.name)
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
+            self._process = self._starter.start(
                 [sys.executable, "-m", "tests.integration.agents", self.name, *given],
                 env=environment,
                 stdout=log,

@@ -89,11 +89,13 @@ def test_a_cluster_shares_out_its_slots(tmp_path: Path) -> None:
         assert taken == 1
 
 
-def test_databases_end_with_the_process_that_started_them(tmp_path: Path) -> None:
-    """kill -9 of the tests leaves no server behind."""
+@pytest.mark.parametrize("made", ["databases.RedisServer", "server.ServerProcess"])
+def test_servers_end_with_the_process_that_started_them(made: str, tmp_path: Path) -> None:
+    """kill -9 of the tests leaves no server behind, not even a frozen one."""
+    module, _, name = made.partition(".")
     code = (
-        "import os, sys; from pathlib import Path; from mcp_control.testing.databases import RedisServer;"
-        "server = RedisServer(Path(sys.argv[1])).start(); print(server._program.pid, flush=True); sys.stdin.read()"
+        f"import sys; from pathlib import Path; from mcp_control.testing.{module} import {name};"
+        f"server = {name}(Path(sys.argv[1])).start(); print(server.pid, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -101,5 +103,6 @@ def test_databases_end_with_the_process_that_started_them(tmp_path: Path) -> Non
         assert process.stdout is not None
         child = psutil.Process(int(process.stdout.readline()))
         assert child.is_running()
+        child.suspend()
         os.kill(process.pid, signal.SIGKILL)
-        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the database is gone", 5)
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "the server is gone", 5)

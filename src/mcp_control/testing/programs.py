@@ -3,12 +3,13 @@
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 HOST: Final = "127.0.0.1"
 START_SECONDS: Final = 30.0
@@ -36,15 +37,35 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+class Starter:
+    """Starts processes that end with this one, frozen ones too.
+
+    Linux ends a child (PDEATHSIG) when the thread that started it is gone, so that is a thread of its own, which lives until `close`.
+    """
+
+    _BOUND: Final = ("setpriv", "--pdeathsig", "KILL") if sys.platform == "linux" else ()
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"starter-{name}")
+
+    def start(self, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+        """Start a program with these options of `Popen`."""
+        return self._thread.submit(lambda: subprocess.Popen([*self._BOUND, *command], **options)).result()
+
+    def close(self) -> None:
+        """End, and with it what was started and still runs. Calling it twice is a no-op."""
+        self._thread.shutdown()
+
+
 class Program:
-    """One database process. Its starter is a thread of its own: Linux ends the child (PDEATHSIG) when that thread is gone."""
+    """One database process, which ends with the process that started it."""
 
     def __init__(self, command: Sequence[str], port: int, output: Path) -> None:
         self.port = port
         self.output = output
         self.paused = False
         self._command = list(command)
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"starter-{port}")
+        self._starter = Starter(str(port))
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -61,18 +82,15 @@ class Program:
     def start(self) -> None:
         """Start it and return when its port answers; one that runs is left alone."""
         if not self.alive:
-            self._process = self._starter.submit(self._spawn).result()
+            with self.output.open("ab") as output:
+                self._process = self._starter.start(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # an interrupt at the terminal is for the tests, not for their databases
+                )
             until(self._listens, f"{self._command[0]} on port {self.port}")
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        with self.output.open("ab") as output:
-            return subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *self._command],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # an interrupt at the terminal is for the tests, not for their databases
-            )
 
     def _listens(self) -> bool:
         if not self.alive:
@@ -101,7 +119,7 @@ class Program:
     def close(self) -> None:
         """Kill it for good."""
         self.kill()
-        self._starter.shutdown()
+        self._starter.close()
 
     def _signal(self, number: signal.Signals) -> None:
         if self.alive:

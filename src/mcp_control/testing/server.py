@@ -23,6 +23,7 @@ from mcp_control.api.services import Services
 from mcp_control.app import Ready, serve
 from mcp_control.configuration.settings import Settings, load
 from mcp_control.monitoring.logs import configure
+from mcp_control.testing.programs import Starter
 
 START_SECONDS = 20.0
 PREFIX: Final = "servertest_"
@@ -137,11 +138,12 @@ async def running_server(folder: Path, **settings: object) -> AsyncIterator[Runn
 
 
 class ServerProcess:
-    """A server as a process. Not started until `start`; the port of its first start is kept."""
+    """A server as a process, which ends with the one that started it. Not started until `start`; the port of its first start is kept."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
         self._folder = folder
         self._settings = dict(settings)
+        self._starter: Starter | None = None
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
         self.admin_token = ""
@@ -161,8 +163,9 @@ class ServerProcess:
     def start(self) -> Self:
         """Start it and return when it answers. Raises RuntimeError with what it wrote when it does not."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._starter = Starter(self._folder.name)
         with (self._folder / "server.log").open("a") as log:
-            self._process = subprocess.Popen(
+            self._process = self._starter.start(
                 [
                     sys.executable,
                     "-m",
@@ -208,7 +211,9 @@ class ServerProcess:
         process.send_signal(by)
         code = process.wait(timeout=30)
         assert process.stdout is not None
+        assert self._starter is not None
         process.stdout.close()
+        self._starter.close()
         return code
 
     def __enter__(self) -> Self:
