@@ -59,7 +59,9 @@ class World:
         self.tasks = TaskOrchestrator(
             store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
         )
-        self.control = TaskControl(store, clock, self.ids, self.manager, self.settler, self.dispatcher, self.tasks)
+        self.control = TaskControl(
+            store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks
+        )
         self.agents = AgentSessions(
             store, clock, self.manager, self.ledger, self.settler, self.dispatcher, peers=self.peers
         )

@@ -222,6 +222,18 @@ async def cancel_task(call: Call) -> Reply:
     return reply(_shown(call, await call.services.control.cancel(call.actor, call.params["task_id"], reason)))
 
 
+async def pause_task(call: Call) -> Reply:
+    """Hold a task back: no agent gets it until it is resumed; a running attempt goes on."""
+    reason = (await call.decode(_REASON)).reason
+    return reply(_shown(call, await call.services.control.pause(call.actor, call.params["task_id"], reason)))
+
+
+async def resume_task(call: Call) -> Reply:
+    """Let a task go that was held back; it waits at its old place."""
+    await call.decode(_NOTHING)
+    return reply(_shown(call, await call.services.control.resume(call.actor, call.params["task_id"])))
+
+
 async def retry_task(call: Call) -> Reply:
     """Submit a finished task again, as a new task that names the old one."""
     await call.decode(_NOTHING)
@@ -328,6 +340,14 @@ ENDPOINTS: Final = (
     Endpoint(
         method="POST", path="/tasks/{task_id}/cancel", handler=cancel_task, summary="Cancel a task", tag="tasks", body=_REASON,
         returns=TaskView, example={"reason": "wrong input"},
+    ),
+    Endpoint(
+        method="POST", path="/tasks/{task_id}/pause", handler=pause_task, summary="Hold a task back", tag="tasks", body=_REASON,
+        returns=TaskView, example={"reason": "the supplier is down"},
+    ),
+    Endpoint(
+        method="POST", path="/tasks/{task_id}/resume", handler=resume_task, summary="Let a task go", tag="tasks", body=_NOTHING,
+        returns=TaskView,
     ),
     Endpoint(
         method="POST", path="/tasks/{task_id}/retry", handler=retry_task, summary="Retry a finished task", tag="tasks", weight="submit",

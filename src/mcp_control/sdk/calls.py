@@ -159,12 +159,12 @@ def list_tasks(**filters: object) -> Request[Page[TaskView]]:
 
 
 def task_verb(task_id: str, verb: str, **body: object) -> Request[TaskView]:
-    """Cancel, retry or assign a task."""
+    """Cancel, pause, resume, retry or assign a task."""
     return _post(
         TaskView,
         f"/tasks/{_seg(task_id)}/{verb}",
         {k: v for k, v in body.items() if v is not None},
-        repeatable=verb == "cancel",
+        repeatable=verb in ("cancel", "pause", "resume"),
     )
 
 

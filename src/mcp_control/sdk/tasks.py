@@ -95,6 +95,14 @@ class TaskHandle:
         """Cancel the task: at once when it waits, by telling the agent when it runs."""
         return self._client.do(calls.task_verb(self.id, "cancel", reason=reason))
 
+    def pause(self, reason: str | None = None) -> TaskView:
+        """Hold the task back: no agent gets it until it is resumed; a running attempt goes on."""
+        return self._client.do(calls.task_verb(self.id, "pause", reason=reason))
+
+    def resume(self) -> TaskView:
+        """Let the task go; it waits at its old place."""
+        return self._client.do(calls.task_verb(self.id, "resume"))
+
     def retry(self) -> "TaskHandle":
         """Submit it once more, as a new task that names this one."""
         view = self._client.do(calls.task_verb(self.id, "retry"))
@@ -240,6 +248,14 @@ class AsyncTaskHandle:
     async def cancel(self, reason: str | None = None) -> TaskView:
         """Cancel the task: at once when it waits, by telling the agent when it runs."""
         return await self._client.do(calls.task_verb(self.id, "cancel", reason=reason))
+
+    async def pause(self, reason: str | None = None) -> TaskView:
+        """Hold the task back: no agent gets it until it is resumed; a running attempt goes on."""
+        return await self._client.do(calls.task_verb(self.id, "pause", reason=reason))
+
+    async def resume(self) -> TaskView:
+        """Let the task go; it waits at its old place."""
+        return await self._client.do(calls.task_verb(self.id, "resume"))
 
     async def retry(self) -> "AsyncTaskHandle":
         """Submit it once more, as a new task that names this one."""

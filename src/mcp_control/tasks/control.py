@@ -1,4 +1,4 @@
-"""TaskControl: what people ask of tasks that are there: cancel, retry, assign, edit."""
+"""TaskControl: what people ask of tasks that are there: cancel, retry, assign, edit, pause, resume."""
 
 from typing import Final
 
@@ -16,12 +16,12 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.lanes import demand_of, lane_key
-from mcp_control.tasks.ledger import Decide, Intent
+from mcp_control.tasks.ledger import Decide, Intent, Ledger
 from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import priority_number
-from mcp_control.tasks.verbs import cancelling, editing, pinning
+from mcp_control.tasks.verbs import cancelling, editing, pausing, pinning, resuming
 
 REASON_MAX: Final = 1000
 
@@ -42,6 +42,7 @@ class TaskControl:
         clock: Clock,
         ids: IdSource,
         manager: AgentManager,
+        ledger: Ledger,
         settler: Settler,
         dispatcher: Dispatcher,
         tasks: TaskOrchestrator,
@@ -50,6 +51,7 @@ class TaskControl:
         self._clock = clock
         self._ids = ids
         self._manager = manager
+        self._ledger = ledger
         self._settler = settler
         self._dispatcher = dispatcher
         self._tasks = tasks
@@ -121,6 +123,28 @@ class TaskControl:
         if task.lane != lane:
             await self._dispatcher.withdraw(task)
         return after
+
+    async def pause(self, actor: Actor, task_id: str, reason: str = "") -> Task:
+        """Hold a task back: it leaves its lane and keeps its place; a running attempt goes on. Raises NotFound, InvalidTransition."""
+        allow(actor, "tasks.pause", task_id)
+        _check_text("#/reason", reason)
+        before = await self._tasks.one(actor, task_id)
+        after = await self._one(task_id, pausing(actor.id, reason, self._clock.now()))
+        await self.withdrawn(before)
+        return after
+
+    async def withdrawn(self, task: Task) -> None:
+        """Take a task out of its lane that was held back; whoever let it go meanwhile put it there before this."""
+        await self._dispatcher.withdraw(task)
+        (now,) = await self._ledger.load([task.id], fresh=True)
+        if now is not None and now.waits:
+            await self._dispatcher.enqueue([now])
+
+    async def resume(self, actor: Actor, task_id: str) -> Task:
+        """Let a task go that was held back: it waits at its old place again. Raises NotFound, InvalidTransition."""
+        allow(actor, "tasks.resume", task_id)
+        await self._tasks.one(actor, task_id)
+        return await self._one(task_id, resuming(actor.id, self._clock.now()))
 
     async def edit(self, actor: Actor, task_id: str, edit: TaskEdit, version: int | None) -> Task:
         """Change priority or labels. Raises VersionConflict unless `version` is the current one."""

@@ -30,6 +30,9 @@ def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
             f"the task is {task.state.value}" + (f": {task.message}" if task.message else ""),
             task.state_at,
         )
+    if task.hold is not None and task.lease is None:
+        message = f"{task.hold.by} holds it back" + (f": {task.hold.reason}" if task.hold.reason else "")
+        return _because(task, "paused", message, task.hold.at, [task.hold.by])
     if task.state is TaskState.RUNNING:
         return _because(task, "running", "an agent is working on it", task.state_at, _holder(task))
     if task.state is TaskState.ASSIGNED:

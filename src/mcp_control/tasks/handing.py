@@ -7,6 +7,7 @@ from typing import Final
 
 import structlog
 
+from mcp_control.agents.reserving import load_of
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import Clock
@@ -16,6 +17,7 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.ledger import Group, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.ranking import ORDER_SHIFT
 from mcp_control.tasks.records import assignment, task_fact
 from mcp_control.tasks.submission import new_task
 from mcp_control.tasks.transitions import assign
@@ -23,7 +25,6 @@ from mcp_control.tasks.wire import Tasks
 
 _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
-ORDER_SHIFT: Final = 20  # a place in line is wall milliseconds, shifted, so that places of one millisecond differ
 GiveBack = Callable[[str, Sequence[str]], Coroutine[None, None, None]]
 Created = tuple[Task, bytes, Session | None, Move]
 
@@ -98,7 +99,9 @@ class Handing:
             # The instance may have reconnected while this was committed: its present session gets the frame.
             session = self._sessions.get(chosen.instance.id)
             if session is not None:
-                session.held.update(task.id for task, _ in tasks)
+                for task, _ in tasks:
+                    if task.id not in session.held:
+                        session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
                 session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
             elif chosen.leaving:
                 # It left while this was committed and will not come back for them.
@@ -136,13 +139,11 @@ class Handing:
         """Assign queued tasks to the sessions whose slots were reserved for them, and send them. Does not raise."""
         now = self._clock.now()
         try:
-            loaded = await self._ledger.load_with_payload(
-                [task_id for task_id, _ in pairs], lambda task: task.state is TaskState.QUEUED
-            )
+            loaded = await self._ledger.load_with_payload([task_id for task_id, _ in pairs], lambda task: task.waits)
             moves: list[Move] = []
             given: list[tuple[Task, bytes, Session | None]] = []
             for (task_id, session), found in zip(pairs, loaded, strict=True):
-                if found is None or found[0].state is not TaskState.QUEUED:
+                if found is None or not found[0].waits:
                     self._dispatcher.unreserve(session, task_id)
                     if found is not None:
                         self._resend(*found)
@@ -191,7 +192,7 @@ class Handing:
             if entry is None:
                 continue
             self.free_slot(entry[0])
-            if entry[0].state is TaskState.QUEUED:
+            if entry[0].waits:
                 queued.append(entry[0])
             else:
                 self._resend(*entry)
@@ -203,7 +204,7 @@ class Handing:
         session = None if task.lease is None else self._sessions.get(task.lease.instance_id)
         if session is None or task.id in session.held:
             return
-        session.held.add(task.id)
+        session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
         if task.state is TaskState.ASSIGNED:
             session.send([Tasks(tasks=[assignment(task, payload)])])
 

@@ -168,7 +168,7 @@ class Reconciler:
                 "task", Query(where=[Where("state", "eq", TaskState.QUEUED.value)], after=after, limit=_PAGE)
             )
             if page:
-                yield [read(entity) for entity in page]
+                yield [task for entity in page if (task := read(entity)).waits]
                 after = [page[-1].id]
             if len(page) < _PAGE:
                 return

@@ -64,12 +64,15 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_
     Attributes:
         capabilities: capability name to version range (`*`, `2`, `>=1.2,<2`).
         labels: label to the value it must have.
+        resources: cores, memory and GPUs it takes for itself while it runs; an agent never holds more than it declared.
+        slots: how many slots it takes, 1 to 10,000.
         agent: name or id of the only agent that may take it.
     """
 
     capabilities: dict[str, str] = {}
     labels: dict[str, str] = {}
     resources: Resources = Resources()
+    slots: int = 1
     agent: str | None = None
 
 
@@ -149,7 +152,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         version: the version of this value in the store.
         type_version: version range of the capability `type`; `*` is any.
         lane: key of the lane it waits in (`lanes.py`).
-        order: what sorts it inside its priority, lower first.
+        order: its place in line: when it came, or when it was to begin.
+        rank: what sorts it in its lane, lower first (`ranking.py`).
         attempt: number of the newest attempt, 0 before the first.
         generation, epoch: the fence; the pair strictly grows with every change of holder. `generation` is the store's at the time of
             creation, and is raised when a backup is restored.
@@ -160,6 +164,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         timeout_ms: one attempt may take this long; None is no limit.
         deadline_at: then it ends `expired`.
         reason, message: why it is in its state: a stable code and a sentence.
+        hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
     """
 
@@ -176,6 +181,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     priority: int = 50
     lane: str
     order: int
+    rank: int = 0
     needs: Needs = Needs()
     labels: dict[str, str] = {}
     retry: RetryPolicy = RetryPolicy()
@@ -216,6 +222,11 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     def final(self) -> bool:
         """Whether the task has its final state."""
         return self.state in FINAL_STATES
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits in its lane: queued, and nobody holds it back."""
+        return self.state is TaskState.QUEUED and self.hold is None
 
 
 class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):

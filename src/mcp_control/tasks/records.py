@@ -45,8 +45,8 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
         "due": due_at(after, CANCEL_GRACE_MS),
         "finished": after.finished_at if after.state in FINAL_STATES else None,
     }
-    if after.state is TaskState.QUEUED:
-        index["waiting"] = waiting_value(after.lane, after.priority)
+    if after.waits:
+        index["waiting"] = waiting_value(after.lane, after.rank)
     cold: dict[str, bytes] = {}
     if payload is not None:
         cold["payload"] = payload
@@ -130,6 +130,7 @@ def assignment(task: Task, payload: bytes) -> Assignment:
         item=links.item,
         labels=task.labels,
         traceparent=task.traceparent,
+        slots=task.needs.slots,
     )
 
 
@@ -177,6 +178,9 @@ def view(
         eta=_eta(task, now),
         cancel_requested=task.cancel is not None,
         cancel_reason=task.cancel.reason if task.cancel else "",
+        held=task.hold is not None,
+        held_by=task.hold.by if task.hold else "",
+        hold_reason=task.hold.reason if task.hold else "",
         idempotency_key=task.idempotency_key,
         run_id=links.run_id,
         stage=links.stage,

@@ -21,7 +21,7 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import Advance, Finished, Follower
 from mcp_control.tasks.handing import Handing
 from mcp_control.tasks.ledger import Group, Intent, Ledger, Move
-from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.verbs import cancelling, releasing
 from mcp_control.tasks.wire import Cancel
@@ -139,7 +139,7 @@ class Settler:
                 results[place] = outcome
             else:
                 results[place] = self._after(move.after)
-                if move.after.state is TaskState.QUEUED:
+                if move.after.waits:
                     requeued.append(move.after)
         if requeued:
             await self._dispatcher.enqueue(requeued)

@@ -67,6 +67,34 @@ def timing(now: int, chance: float) -> Decide:
     return decide
 
 
+def pausing(actor: str, reason: str, now: int) -> Decide:
+    """Hold a task back: no agent gets it until it is let go, and it keeps its place. What runs goes on; held already, it stays so."""
+
+    def decide(task: Task) -> Move | None:
+        if task.final:
+            raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
+        if task.hold is not None:
+            return None
+        after = replace(task, hold=Request(at=now, by=actor, reason=reason))
+        return Move(after, [task_fact("task.paused", after, actor, now)])
+
+    return decide
+
+
+def resuming(actor: str, now: int) -> Decide:
+    """Let a task go that was held back; one that was not stays as it is."""
+
+    def decide(task: Task) -> Move | None:
+        if task.final:
+            raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
+        if task.hold is None:
+            return None
+        after = replace(task, hold=None)
+        return Move(after, [task_fact("task.resumed", after, actor, now)])
+
+    return decide
+
+
 def editing(
     actor: str, version: int | None, priority: int | None, labels: Mapping[str, str] | None, now: int
 ) -> Decide:

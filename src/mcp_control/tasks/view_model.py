@@ -37,6 +37,9 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eta: datetime | None = None
     cancel_requested: bool = False
     cancel_reason: str = ""
+    held: bool = False
+    held_by: str = ""
+    hold_reason: str = ""
     idempotency_key: str | None = None
     run_id: str | None = None
     stage: str | None = None
