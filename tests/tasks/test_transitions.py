@@ -9,9 +9,10 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.errors import InvalidTransition
 from mcp_control.tasks import transitions
+from mcp_control.tasks.due import due_at, on_time
 from mcp_control.tasks.model import FINAL_STATES, HELD_STATES, Failure, Lease, Request, RetryPolicy, Task, TaskState
 from mcp_control.tasks.retry import backoff_ms
-from mcp_control.tasks.transitions import LOST_LIMIT, TRANSITIONS, allowed_verbs, due_at, on_time
+from mcp_control.tasks.transitions import LOST_LIMIT, TRANSITIONS, allowed_verbs
 
 S = TaskState
 NOW = 1_800_000_000_000

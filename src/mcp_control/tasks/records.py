@@ -10,8 +10,8 @@ from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.storage.ports import Store, waiting_value
+from mcp_control.tasks.due import due_at
 from mcp_control.tasks.model import FINAL_STATES, GENERATION_KIND, LogChunk, LogLine, Task, TaskState
-from mcp_control.tasks.transitions import due_at
 from mcp_control.tasks.view_model import TaskView
 from mcp_control.tasks.wire import Assignment
 

@@ -333,37 +333,3 @@ def expire(task: Task, now: int) -> Task:
         reason="deadline" if task.attempt else "deadline-never-started",
         message="the deadline passed",
     )
-
-
-def due_at(task: Task, cancel_grace_ms: int) -> int | None:
-    """Return when time alone asks for a step: promotion, attempt timeout, forced cancellation or deadline, whichever is first."""
-    if task.state in FINAL_STATES:
-        return None
-    moments = [task.deadline_at]
-    if task.state is S.SCHEDULED:
-        moments.append(task.not_before)
-    if task.lease is not None:
-        if task.timeout_ms is not None:
-            moments.append(task.lease.since + task.timeout_ms)
-        if task.cancel is not None:
-            moments.append(task.cancel.at + cancel_grace_ms)
-    return min((moment for moment in moments if moment is not None), default=None)
-
-
-def on_time(task: Task, now: int, chance: float, cancel_grace_ms: int) -> Task | None:
-    """Take the step that time asks for; None when there is none yet. The order settles ties: deadline, cancellation, timeout, promotion."""
-    if task.state in FINAL_STATES:
-        return None
-    if task.deadline_at is not None and task.deadline_at <= now:
-        return expire(task, now)
-    if task.lease is not None:
-        if task.cancel is not None and task.cancel.at + cancel_grace_ms <= now:
-            return cancel(task, now)
-        if task.timeout_ms is not None and task.lease.since + task.timeout_ms <= now:
-            failure = Failure(
-                cause="timeout", code="timeout", message=f"the attempt took longer than {task.timeout_ms / 1000:g} s"
-            )
-            return fail(task, failure, now, chance, "timeout")
-    if task.state is S.SCHEDULED and (task.not_before is None or task.not_before <= now):
-        return promote(task, now)
-    return None

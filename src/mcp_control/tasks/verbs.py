@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
+from mcp_control.tasks.due import on_time
 from mcp_control.tasks.ledger import Decide, Move
 from mcp_control.tasks.model import HELD_STATES, Request, Task
 from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
-from mcp_control.tasks.transitions import allowed_verbs, lose, on_time, release, request_cancel
+from mcp_control.tasks.transitions import allowed_verbs, lose, release, request_cancel
 
 
 def cancelling(actor: str, reason: str, now: int) -> Decide:
