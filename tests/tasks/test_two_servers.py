@@ -97,7 +97,7 @@ async def test_a_result_is_not_refused_for_what_a_server_remembers(tmp_path: Pat
         # The task moves on, all on the other server: given back, and handed to another agent.
         there = await moved(first, two, task.id)
         second = await two.agent("second")
-        two.agents.drain(there.live)
+        await two.agents.drain(there.live)
         await there.done(given, "released")
         (again,) = await second.until_given()
         back = await moved(second, one, task.id)

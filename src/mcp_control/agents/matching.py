@@ -16,6 +16,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         type, type_version: the capability that does the work and the range its version must be in.
         capabilities: further capabilities and their version ranges.
+        slots: how many slots a task takes.
         agent: id or name of the only agent allowed.
     """
 
@@ -24,6 +25,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Mapping[str, str] = {}
     labels: Mapping[str, str] = {}
     resources: Resources = Resources()
+    slots: int = 1
     agent: str | None = None
 
 
@@ -68,6 +70,8 @@ def misfit(agent_id: str, spec: AgentSpec, demand: Demand) -> str | None:
     for label, value in demand.labels.items():
         if spec.labels.get(label) != value:
             return f"label {label} is not {value}"
+    if demand.slots > spec.slots:
+        return f"has {spec.slots} slots, wanted {demand.slots}"
     needed, there = demand.resources, spec.resources
     if needed.cpu > there.cpu or needed.memory_mb > there.memory_mb or needed.gpu > there.gpu:
         return "too few resources"

@@ -113,6 +113,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         memory_mb: resident memory.
         free_slots: slots without a task.
         running: ids of the tasks in hand.
+        draining: it takes nothing new and will leave.
     """
 
     tick: int = 0
@@ -121,6 +122,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     load: float = 0.0
     free_slots: int = 0
     running: list[str] = []
+    draining: bool = False
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

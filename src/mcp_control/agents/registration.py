@@ -14,12 +14,12 @@ S = AgentState
 
 TRANSITIONS: Final[Mapping[str, Mapping[AgentState, tuple[AgentState, ...]]]] = MappingProxyType(
     {
-        "connect": {S.OFFLINE: (S.ONLINE,)},
+        "connect": {S.OFFLINE: (S.ONLINE,), S.DRAINING: (S.ONLINE,)},
         "fill": {S.ONLINE: (S.BUSY,)},
         "free": {S.BUSY: (S.ONLINE,)},
         "stall": {S.ONLINE: (S.STALLED,), S.BUSY: (S.STALLED,)},
         "recover": {S.STALLED: (S.ONLINE, S.BUSY)},
-        "disconnect": dict.fromkeys((S.ONLINE, S.BUSY, S.STALLED), (S.OFFLINE,)),
+        "disconnect": dict.fromkeys((S.ONLINE, S.BUSY, S.STALLED, S.DRAINING), (S.OFFLINE,)),
         "drain": dict.fromkeys((S.ONLINE, S.BUSY, S.STALLED, S.OFFLINE), (S.DRAINING,)),
         "quarantine": dict.fromkeys((S.ONLINE, S.BUSY, S.STALLED, S.OFFLINE, S.DRAINING), (S.QUARANTINED,)),
         "resume": dict.fromkeys((S.DRAINING, S.QUARANTINED), (S.ONLINE, S.BUSY, S.OFFLINE)),
@@ -29,10 +29,11 @@ TRANSITIONS: Final[Mapping[str, Mapping[AgentState, tuple[AgentState, ...]]]] = 
 """verb -> state it starts from -> states it may end in. An agent begins `offline`; `retired` is final."""
 
 
-def settle(agent: Agent, *, live: bool, free: int, stalled: bool) -> AgentState:
+def settle(agent: Agent, *, live: bool, free: int, stalled: bool, leaving: bool = False) -> AgentState:
     """Return the state an agent is in, from what operators ordered and what its instances do.
 
-    Orders win over observations: retired, quarantined, draining; then offline without a live instance, stalled, busy, online.
+    Orders win over observations: retired, quarantined, draining; then offline without a live instance, draining where all of them
+    are `leaving`, stalled, busy, online.
     """
     if agent.retired_at is not None:
         return S.RETIRED
@@ -42,6 +43,8 @@ def settle(agent: Agent, *, live: bool, free: int, stalled: bool) -> AgentState:
         return S.DRAINING
     if not live:
         return S.OFFLINE
+    if leaving:
+        return S.DRAINING
     if stalled:
         return S.STALLED
     return S.ONLINE if free > 0 else S.BUSY

@@ -175,10 +175,12 @@ class Registry:
     def settled(self, agent: Agent, now: int, elsewhere: Sequence[Instance] = ()) -> Agent:
         """Return the agent in the state that orders, its sessions here and its instances elsewhere put it in."""
         sessions = self.sessions.of_agent(agent.id)
-        free = sum(session.slots - len(session.held) for session in sessions)
+        free = sum(session.slots - session.taken for session in sessions)
         free += sum(instance.slots - len(instance.beat.running) for instance in elsewhere)
         stalled = bool(sessions) and all(session.stalled for session in sessions)
-        state = settle(agent, live=bool(sessions) or bool(elsewhere), free=free, stalled=stalled)
+        live = bool(sessions) or bool(elsewhere)
+        leaving = all(session.leaving for session in sessions) and all(one.beat.draining for one in elsewhere)
+        state = settle(agent, live=live, free=free, stalled=stalled, leaving=leaving)
         return agent if state is agent.state else replace(agent, state=state, state_at=now)
 
     def _remember(self, agent: Agent) -> None:

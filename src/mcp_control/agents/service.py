@@ -210,10 +210,12 @@ class AgentManager:
         here = {session.instance.id for session in sessions}
         remote = [instance for instance in self._remote.get(agent.id, ()) if instance.id not in here]
         # An agent that polls is not busy because it is between two polls.
-        free = sum(max(0, session.slots - len(session.held)) for session in sessions if session.accepting)
+        free = sum(max(0, session.slots - session.taken) for session in sessions if session.accepting)
         running = sum(len(session.held) for session in sessions)
         if agent.drain is None and agent.quarantine is None:
-            free += sum(max(0, instance.slots - len(instance.beat.running)) for instance in remote)
+            free += sum(
+                max(0, instance.slots - len(instance.beat.running)) for instance in remote if not instance.beat.draining
+            )
         running += sum(len(instance.beat.running) for instance in remote)
         state = agent.state
         if state in (AgentState.ONLINE, AgentState.BUSY) and (sessions or remote):

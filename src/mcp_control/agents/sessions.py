@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from mcp_control.agents.model import Agent, Instance
+from mcp_control.agents.reserving import Account, Load, capacity, fits
 
 Frame = object
 
@@ -24,14 +25,27 @@ class Session:
     """One connected instance. `send` puts a frame on its way without waiting; it never fails.
 
     Attributes:
-        held: ids of the tasks whose lease this instance has.
+        held: ids of the tasks whose lease this instance has; changed by `hold` and `let_go`.
+        account: what those take that take more than a slot; None as long as none has.
         allowance: how many further tasks it takes right now beside its free slots; None for a socket, which takes as many as it has slots.
             A long poll sets it while it waits.
         accepting: whether it may be given work at all.
         parted: called when the session is dropped; a long poll sets it while it waits.
     """
 
-    __slots__ = ("accepting", "agent", "allowance", "held", "instance", "leaving", "parted", "send", "slots", "stalled")
+    __slots__ = (
+        "accepting",
+        "account",
+        "agent",
+        "allowance",
+        "held",
+        "instance",
+        "leaving",
+        "parted",
+        "send",
+        "slots",
+        "stalled",
+    )
 
     def __init__(
         self,
@@ -47,6 +61,7 @@ class Session:
         self.send = send
         self.allowance = allowance
         self.held: set[str] = set()
+        self.account: Account | None = None
         self.parted: Callable[[], None] | None = None
         self.leaving = False
         self.stalled = False
@@ -59,9 +74,49 @@ class Session:
         if not self.accepting:
             return 0
         free = self.slots - len(self.held)
+        if self.account is not None:
+            free -= self.account.extra
         if self.allowance is not None and self.allowance < free:
             free = self.allowance
         return max(0, free)
+
+    @property
+    def taken(self) -> int:
+        """Slots that its tasks take."""
+        return len(self.held) if self.account is None else len(self.held) + self.account.extra
+
+    def room(self, load: Load | None) -> int:
+        """Return how many tasks that take this much it can take now."""
+        free = self.free
+        if load is None or free <= 0:
+            return free
+        left = capacity(self.slots, self.agent.spec.resources)
+        if self.account is not None:
+            left = self.account.left(left)
+        # The free slots of a poller are bounded by tasks, too: what it still takes is a number of tasks.
+        most = fits(load, Load(self.slots - self.taken, left.cpu, left.memory_mb, left.gpu))
+        return min(most, free)
+
+    def hold(self, task_id: str, load: Load | None) -> None:
+        """Count a task as held, with what it takes."""
+        self.held.add(task_id)
+        if load is not None:
+            if self.account is None:
+                self.account = Account()
+            self.account.take(task_id, load)
+
+    def let_go(self, task_id: str) -> Load | None:
+        """Count a task as held no more; returns what it took."""
+        self.held.discard(task_id)
+        return None if self.account is None else self.account.give(task_id)
+
+    def take_over(self, before: "Session") -> None:
+        """Hold what an earlier session of the same instance held."""
+        self.held |= before.held
+        if before.account is not None:
+            if self.account is None:
+                self.account = Account()
+            self.account.take_over(before.account)
 
     def refresh(self, agent: Agent) -> None:
         """Take over a newer value of the agent and what follows for accepting work."""
@@ -102,7 +157,7 @@ class Sessions:
         instance_id = session.instance.id
         before = self.drop(instance_id)
         if before is not None:
-            session.held |= before.held
+            session.take_over(before)
         self._by_instance[instance_id] = session
         self._by_agent.setdefault(session.agent.id, {})[instance_id] = session
         for watcher in self._watchers:

@@ -151,7 +151,7 @@ class _Connection:
                 await sessions.leave(session)
                 raise Gone(1000, "left")
             case Bye():
-                sessions.drain(session)
+                await sessions.drain(session)
             case Renew():
                 await self._renew(frame.credential)
             case Hello():

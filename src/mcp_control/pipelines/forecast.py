@@ -141,6 +141,7 @@ def demand_of(stage: Stage, uses: str | None = None) -> Demand:
         capabilities=needs.capabilities,
         labels=needs.labels,
         resources=needs.resources,
+        slots=needs.slots,
         agent=needs.agent,
     )
 

@@ -7,6 +7,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from mcp_control.agents.model import PROTOCOL_VERSION, Beat
+from mcp_control.agents.reserving import Load, load_of
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Frame, Session
 from mcp_control.kernel.changes import Query, Where
@@ -82,7 +83,10 @@ class AgentSessions:
         instance = await self._manager.instances.open(actor, agent, hello.instance_id, hello.software, address)
         session = Session(agent, instance, agent.spec.slots, send, allowance)
         held = await self.held_by(instance.id)
-        session.held = {task.id for task in held}
+        session.leaving = hello.beat.draining
+        for task in held:
+            session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
+        session.refresh(agent)
         known = set(hello.beat.running)
         send(
             [
@@ -172,6 +176,8 @@ class AgentSessions:
             LeaseSuperseded: it has ended already; the agent must connect as a new instance.
         """
         self._current(session)
+        if beat.draining and not session.leaving:
+            await self.drain(session)
         await self._manager.instances.beat(session, beat)
         if self._ledger.shared:
             await self._compare(session, beat)
@@ -198,7 +204,8 @@ class AgentSessions:
         if gone:
             self._missing[instance_id] = gone
         unheard = [task_id for task_id in stored if task_id not in session.held]
-        session.held.update(unheard)
+        for task_id in unheard:
+            session.hold(task_id, load_of(stored[task_id].needs.slots, stored[task_id].needs.resources))
         if session.allowance is not None:
             since = self._clock.now() - max(_ON_ITS_WAY_MS, session.instance.lease_ms // 3)
             unheard += [task.id for task in stored.values() if _lost_on_its_way(task, since)]
@@ -214,7 +221,7 @@ class AgentSessions:
         actor = session.agent.id
         intents: list[Intent] = []
         ends: list[str] = []
-        freed: list[str] = []
+        freed: list[tuple[str, Load | None]] = []
         changed: dict[int, bool] = {}
         for task_id, entries in gather(report).items():
             for told in entries:
@@ -223,8 +230,7 @@ class AgentSessions:
                 ends.append(told.done.outcome if told.done is not None else "")
                 if told.done is not None and self._ledger.leased(task_id, told.lease_token):
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
-                    session.held.discard(task_id)
-                    freed.append(task_id)
+                    freed.append((task_id, session.let_go(task_id)))
         self._dispatcher.freed(session)
         try:
             results = await self._settler.settle(intents)
@@ -232,7 +238,8 @@ class AgentSessions:
             if problem.status < 500:
                 raise
             # Not recorded for all we know: still the agent's, until it has said so again.
-            session.held.update(freed)
+            for task_id, load in freed:
+                session.hold(task_id, load)
             return Ack(id=report.id, retry=True)
         refused: list[Refusal] = []
         for place, (intent, outcome, result) in enumerate(zip(intents, ends, results, strict=True)):
@@ -278,11 +285,12 @@ class AgentSessions:
         while tasks := await self.held_by(instance_id):
             await self._settler.settle([Intent(task.id, releasing(instance_id, now)) for task in tasks])
 
-    def drain(self, session: Session) -> None:
-        """Give a session nothing new."""
+    async def drain(self, session: Session) -> None:
+        """Give a session nothing new; an agent all of whose sessions leave is `draining`."""
         session.leaving = True
         session.refresh(session.agent)
         self._dispatcher.closed(session)
+        await self._manager.registry.restate(session.agent.id)
 
     async def disconnected(self, session: Session) -> None:
         """Hear that a connection is gone. Its leases live on until they end: the instance may come back."""

@@ -12,6 +12,7 @@ import structlog
 
 from mcp_control.agents.balancing import Candidate, least_loaded
 from mcp_control.agents.matching import Demand, misfit
+from mcp_control.agents.reserving import Load, load_of
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.errors import Problem
 from mcp_control.storage.ports import Depth, Queue, Queued
@@ -41,12 +42,13 @@ class Lane:
     `waiting` may be too high and `priority` an upper bound; both correct themselves when entries are taken.
     """
 
-    __slots__ = ("demand", "key", "oldest", "priority", "pushed", "sessions", "tenant", "waiting")
+    __slots__ = ("demand", "key", "load", "oldest", "priority", "pushed", "sessions", "tenant", "waiting")
 
     def __init__(self, key: str, tenant: str, demand: Demand) -> None:
         self.key = key
         self.tenant = tenant
         self.demand = demand
+        self.load = load_of(demand.slots, demand.resources)
         self.waiting = 0
         self.pushed = 0
         self.priority = 0
@@ -141,7 +143,7 @@ class Dispatcher:
             if session not in lane.sessions or any(session in other.sessions for other in contenders):
                 continue
             free = session.free
-            if free <= 0:
+            if free <= 0 or (lane.load is not None and not session.room(lane.load)):
                 continue
             load = (session.slots - free) / session.slots
             if load < best_load:
@@ -150,11 +152,11 @@ class Dispatcher:
             if looked >= _LOOKED_AT:
                 break
         if best is not None:
-            self._reserve(best, task.id)
+            self._reserve(best, task.id, lane.load)
         return best
 
-    def _reserve(self, session: Session, task_id: str) -> None:
-        session.held.add(task_id)
+    def _reserve(self, session: Session, task_id: str, load: Load | None) -> None:
+        session.hold(task_id, load)
         if session.allowance is not None:
             session.allowance -= 1
         # Back to the end of the row: idle sessions take turns.
@@ -164,11 +166,11 @@ class Dispatcher:
 
     def unreserve(self, session: Session, task_id: str) -> None:
         """Give a slot back that was reserved or whose task has ended."""
-        session.held.discard(task_id)
+        session.let_go(task_id)
         # The instance may have reconnected since; its new session has taken over what the old one held.
         current = self._sessions.get(session.instance.id)
         if current is not None:
-            current.held.discard(task_id)
+            current.let_go(task_id)
             self.freed(current)
 
     async def enqueue(self, tasks: Sequence[Task]) -> None:
@@ -248,8 +250,9 @@ class Dispatcher:
         took = False
         lanes = sorted(self._waiting.values(), key=lambda lane: (-lane.priority, lane.oldest))
         for place, lane in enumerate(lanes):
-            sessions = [session for session in self._free if session in lane.sessions and session.free > 0]
-            room = sum(session.free for session in sessions)
+            load = lane.load
+            sessions = [session for session in self._free if session in lane.sessions and session.room(load) > 0]
+            room = sum(session.room(load) for session in sessions)
             if not room:
                 continue
             floor = lanes[place + 1].priority if place + 1 < len(lanes) else 0
@@ -262,8 +265,8 @@ class Dispatcher:
                 continue
             await self._room.acquire()
             # Slots may have gone while this waited; those entries go back.
-            sessions = [session for session in sessions if session.free > 0]
-            chosen = least_loaded([Candidate(session.slots, session.free) for session in sessions], len(entries))
+            sessions = [session for session in sessions if session.room(load) > 0]
+            chosen = least_loaded([Candidate(session.slots, session.room(load)) for session in sessions], len(entries))
             # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
             pairs = [
                 (entry.id, sessions[at])
@@ -271,7 +274,7 @@ class Dispatcher:
                 if entry.id not in sessions[at].held
             ]
             for task_id, session in pairs:
-                self._reserve(session, task_id)
+                self._reserve(session, task_id, load)
             if len(chosen) < len(entries):
                 await self._put_back(lane, entries[len(chosen) :])
             running = asyncio.create_task(self._give(pairs))

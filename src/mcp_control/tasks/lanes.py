@@ -31,5 +31,6 @@ def demand_of(task: Task) -> Demand:
         capabilities=needs.capabilities,
         labels=needs.labels,
         resources=needs.resources,
+        slots=needs.slots,
         agent=needs.agent,
     )

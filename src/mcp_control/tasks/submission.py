@@ -60,6 +60,7 @@ def needs_errors(pointer: str, needs: Needs) -> list[FieldError]:
         found += version_errors(f"{pointer}/capabilities", wanted)
     if needs.agent is not None:
         found += name_errors(f"{pointer}/agent", needs.agent)
+    found += range_errors(f"{pointer}/slots", needs.slots, 1, 10_000)
     resources = needs.resources
     for name, value in (("cpu", resources.cpu), ("memory_mb", resources.memory_mb), ("gpu", resources.gpu)):
         found += range_errors(f"{pointer}/resources/{name}", value, 0, 1e9)

@@ -18,6 +18,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     Attributes:
         fence: `generation.epoch`, for outside systems.
         deadline_at: wall milliseconds, None where there is none.
+        slots: how many of the agent's slots it takes.
     """
 
     task_id: str
@@ -34,6 +35,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     item: int | None = None
     labels: dict[str, str] = {}
     traceparent: str | None = None
+    slots: int = 1
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):

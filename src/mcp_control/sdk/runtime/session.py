@@ -100,7 +100,7 @@ class Session:
     @property
     def free_slots(self) -> int:
         """Slots in which work could be done now."""
-        return 0 if self._draining else max(0, self._spec.slots - len(self.bench.works) - self.bench.abandoned)
+        return 0 if self._draining else max(0, self._spec.slots - self.bench.taken - self.bench.abandoned)
 
     def wake(self) -> None:
         """There may be something to tell."""
@@ -314,6 +314,7 @@ class Session:
             load=figures.load(),
             free_slots=self.free_slots,
             running=[*bench.works, *ended],
+            draining=self._draining,
         )
 
     async def _beats(self, link: Link) -> None:

@@ -214,6 +214,11 @@ class Workbench:
             else:
                 work.timer = self._loop.call_later(seconds, self._force, work)
 
+    @property
+    def taken(self) -> int:
+        """Slots that the attempts in hand take."""
+        return sum(work.assignment.slots for work in self.works.values())
+
     async def emptied(self) -> None:
         """Wait until nothing is in hand."""
         await self._empty.wait()
