@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from bench.cluster_stand import Cluster, Databases, Effort, cluster
+from bench.cluster_stand import Cluster, Databases, Effort, cluster, one_member
 from bench.http import Refused, connections, encode
 from bench.loads import BATCH, CONNECTIONS, payload
 from bench.statistics import Line, median, percentile, rounded
@@ -16,7 +16,9 @@ from mcp_control.sdk.errors import ApiProblem, NotNow
 from mcp_control.sdk.tasks import AsyncTaskHandle
 from mcp_control.tasks.model import TaskSpec
 
-DURABLE: Final = "MongoDB, three members, majority and journal: submission, assignment and result are each in an acknowledged transaction"
+DURABLE: Final = (
+    "MongoDB, majority and journal: submission, assignment and result are each in an acknowledged transaction"
+)
 _WAIT: Final = 120.0
 _READ: Final = 500
 SLOTS: Final = 256
@@ -133,15 +135,25 @@ async def measured(there: Cluster, mode: str, reps: int) -> Line:
 
 
 async def throughput(there: Databases, reps: int) -> list[Line]:
-    """T: tasks per second from the first submission until every result is committed; an agent at each server."""
+    """T: tasks per second from the first submission until every result is committed; an agent at each server.
+
+    On three members, each with its copy on these cores, and on one.
+    """
+    lines = [line for servers in (1, 2, 3) for line in await _throughput(there, servers, reps)]
+    with one_member(there) as alone:
+        return lines + [line for servers in (1, 2) for line in await _throughput(alone, servers, reps)]
+
+
+async def _throughput(there: Databases, servers: int, reps: int) -> list[Line]:
+    members = len(there.mongo.ports)
     lines: list[Line] = []
-    for servers in (1, 2, 3):
-        async with cluster(there, servers) as made:
-            for stand in made.stands:
-                await stand.start_agents("noop", 1, SLOTS)
-            for mode in MODES:
-                line = await measured(made, mode, reps)
-                lines.append({"bench": "T", "mode": mode, "servers": servers, **line, "durable": DURABLE})
+    async with cluster(there, servers) as made:
+        for stand in made.stands:
+            await stand.start_agents("noop", 1, SLOTS)
+        for mode in MODES:
+            line = await measured(made, mode, reps)
+            about = {"bench": "T", "mode": mode, "servers": servers, "members": members}
+            lines.append({**about, **line, "durable": DURABLE})
     return lines
 
 

@@ -16,7 +16,7 @@ _GOALS: Final[dict[tuple[str, str], Floor]] = {
     ("E", ""): Floor("p99_ms", 50, True),
     ("L", ""): Floor("p95_ms", 100, True),
 }
-_NAME: Final = ("bench", "mode", "route", "servers", "queued")
+_NAME: Final = ("bench", "mode", "route", "servers", "members", "queued")
 _HIDDEN: Final = (*_NAME, "cpu_us", "runs", "durable")
 
 
@@ -28,7 +28,7 @@ def show(lines: Iterable[Line], console: Console) -> None:
     for line in lines:
         words = [str(line["bench"])]
         words += [str(line[key]) for key in ("mode", "route") if key in line]
-        words += [f"{line[key]:,} {key}" for key in ("servers", "queued") if key in line]
+        words += [f"{line[key]:,} {key}" for key in ("servers", "members", "queued") if key in line]
         figures = ", ".join(f"{plain(value)} {key}" for key, value in line.items() if key not in _HIDDEN)
         goal = _GOALS.get((line["bench"], line.get("mode", "")), _GOALS.get((line["bench"], "")))
         asked = ""

@@ -39,6 +39,13 @@ def databases() -> Iterator[Databases]:
             yield Databases(mongo, redis)
 
 
+@contextlib.contextmanager
+def one_member(there: Databases) -> Iterator[Databases]:
+    """Run a replica set of one beside it, with the same Redis: what is left when no second and third copy takes its share of the cores."""
+    with tempfile.TemporaryDirectory(prefix="mcp-bench-") as name, MongoSet(Path(name), single=True) as mongo:
+        yield Databases(mongo, there.redis)
+
+
 @dataclass
 class Effort:
     """What a stretch of work took: wall seconds, and processor seconds by side."""
@@ -116,7 +123,7 @@ async def cluster(there: Databases, servers: int, *, database: str = "", redis: 
     """
     database = database or new_database()
     uri = there.mongo.uri(database)
-    settings: dict[str, Any] = {"mongo.uri": uri}
+    settings: dict[str, Any] = {"mongo.uri": uri, "mongo.allow_single_member": len(there.mongo.ports) == 1}
     if redis:
         settings |= {"redis.url": there.redis.url, "redis.namespace": database}
     async with AsyncExitStack() as stack:
