@@ -217,7 +217,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         gate = Gate(base.waiting, metrics.shed, limits)
 
         async def look_at_lanes(_: int) -> None:
-            figures.look(await queue.depths(), dispatcher)
+            depths = await queue.depths()
+            figures.look(depths, await ledger.load([depth.first for depth in depths]))
             gate.queued = figures.waiting
 
         def note_lag(seconds: float) -> None:

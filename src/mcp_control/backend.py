@@ -26,7 +26,7 @@ from mcp_control.storage.local.cache import LocalCache
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Blobs, Bus, Cache, Committed, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
-from mcp_control.tasks.records import read as read_task
+from mcp_control.tasks.ranking import ranks
 
 if TYPE_CHECKING:
     from mcp_control.storage.mongo.store import MongoStore
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _ANNOUNCED: Final = 1000
+_NEAR_MS: Final = 1000  # tasks so close in rank may be taken in any order where the store itself is the queue
 Around = Callable[[Store], Store]
 Fatal = Callable[[Problem], None]
 
@@ -153,7 +154,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     store: Store = mongo if around is None else around(mongo)
     stack.push_async_callback(store.close)
     clock = StoreClock(system, mongo.offset_ms)
-    claims = StoreQueue(store, clock, order_of=lambda entity: read_task(entity).order, random=random.Random())  # noqa: S311  spreads servers, protects nothing
+    claims = StoreQueue(store, clock, near=ranks(_NEAR_MS), random=random.Random())  # noqa: S311  spreads servers, protects nothing
     local_bus, local_cache = LocalBus(), LocalCache(clock)
     made = Backend(store, claims, local_bus, local_cache, None, clock)
     seconds = settings.cluster.leader_seconds

@@ -17,11 +17,11 @@ _LIMIT = 5
 
 
 async def _naive(client: RedisClient, namespace: str, lane: str) -> list[str]:
-    line = f"{{{namespace}:lane:{lane}}}:line"
+    line = f"{{{namespace}:lane:{lane}}}:ranked"
     members = await client.execute_command("ZRANGE", line, 0, _LIMIT - 1)
     if members:
         await client.execute_command("ZREM", line, *members)
-    return [member[16:].decode() for member in members]
+    return [member.decode() for member in members]
 
 
 async def main(url: str, namespace: str, lane: str, way: str) -> None:

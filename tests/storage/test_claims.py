@@ -41,9 +41,7 @@ async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
 
 
 async def _waiting(store: SqliteStore, *entries: tuple[str, str, int]) -> None:
-    writes = [
-        Entity("task", name, 0, {"waiting": waiting_value(lane, priority)}, b"{}") for lane, name, priority in entries
-    ]
+    writes = [Entity("task", name, 0, {"waiting": waiting_value(lane, rank)}, b"{}") for lane, name, rank in entries]
     assert await store.commit([Change([write]) for write in writes]) == [None] * len(entries)
 
 
@@ -51,24 +49,24 @@ def _ids(entries: Sequence[Queued]) -> list[str]:
     return [entry.id for entry in entries]
 
 
-async def test_what_waits_comes_by_priority_then_by_id(store: SqliteStore) -> None:
-    """Entries come in the order of the index: priority, then id; other lanes and what does not wait stay out."""
+async def test_what_waits_comes_by_rank_then_by_id(store: SqliteStore) -> None:
+    """Entries come in the order of the index: rank, then id; other lanes and what does not wait stay out."""
     await _waiting(
-        store, ("a", "t2", 50), ("a", "t1", 50), ("a", "t9", 100), ("a", "t0", 0), ("ab", "x", 100), ("A", "y", 100)
+        store, ("a", "t2", 50), ("a", "t1", 50), ("a", "t9", 0), ("a", "t0", 1 << 50), ("ab", "x", 0), ("A", "y", 0)
     )
     await store.commit([Change([Entity("task", "done", 0, {}, b"{}")])])
     taken = await StoreQueue(store, FakeClock()).take("a", 10)
     assert taken == [
-        Queued("a", "t9", 100, 0),
-        Queued("a", "t1", 50, 0),
-        Queued("a", "t2", 50, 0),
-        Queued("a", "t0", 0, 0),
+        Queued("a", "t9", 0),
+        Queued("a", "t1", 50),
+        Queued("a", "t2", 50),
+        Queued("a", "t0", 1 << 50),
     ]
 
 
-async def test_a_floor_leaves_lower_priorities_out(store: SqliteStore) -> None:
-    """Nothing below the floor is proposed, and what is at the floor is."""
-    await _waiting(store, ("a", "low", 10), ("a", "medium", 50), ("a", "high", 90))
+async def test_a_ceiling_leaves_out_what_comes_later(store: SqliteStore) -> None:
+    """Nothing above the ceiling is proposed, and what is at the ceiling is."""
+    await _waiting(store, ("a", "low", 90), ("a", "medium", 50), ("a", "high", 10))
     queue = StoreQueue(store, FakeClock())
     assert _ids(await queue.take("a", 10, 50)) == ["high", "medium"]
     assert _ids(await queue.take("a", 10)) == ["low"]
@@ -81,7 +79,7 @@ async def test_what_was_given_out_comes_again_only_after_two_seconds_or_when_put
     queue = StoreQueue(store, clock)
     assert _ids(await queue.take("a", 3)) == ["t0", "t1", "t2"]
     assert _ids(await queue.take("a", 3)) == ["t3"]
-    await queue.push([Queued("a", "t1", 50, 0)])
+    await queue.push([Queued("a", "t1", 50)])
     assert _ids(await queue.take("a", 3)) == ["t1"]
     clock.advance(1.9)
     assert await queue.take("a", 3) == []
@@ -105,12 +103,12 @@ async def test_servers_that_take_at_once_rarely_propose_the_same(store: SqliteSt
 
 
 async def test_a_random_choice_never_prefers_the_less_urgent(store: SqliteStore) -> None:
-    """All entries of a higher priority are proposed before any of a lower one, and in order."""
-    await _waiting(store, *(("a", f"t{n:03d}", 90 if n % 10 == 0 else 50) for n in range(60)))
+    """All that come clearly before the others are proposed before any of those, and in order."""
+    await _waiting(store, *(("a", f"t{n:03d}", (10 if n % 10 == 0 else 50) + n % 3) for n in range(60)))
     for seed in range(20):
-        taken = await StoreQueue(store, FakeClock(), random=random.Random(seed)).take("a", 10)
-        assert _ids(taken[:6]) == [f"t{n:03d}" for n in range(0, 60, 10)]
-        assert taken == sorted(taken, key=lambda entry: (-entry.priority, entry.id))
+        taken = await StoreQueue(store, FakeClock(), near=3, random=random.Random(seed)).take("a", 10)
+        assert {*_ids(taken[:6])} == {f"t{n:03d}" for n in range(0, 60, 10)}
+        assert taken == sorted(taken, key=lambda entry: (entry.rank, entry.id))
 
 
 async def test_taking_everything_bit_by_bit_misses_nothing(store: SqliteStore) -> None:
@@ -126,13 +124,13 @@ async def test_taking_everything_bit_by_bit_misses_nothing(store: SqliteStore) -
 
 async def test_places_and_depths_are_those_of_the_index(store: SqliteStore) -> None:
     """`ahead` counts what comes before in the lane; `depths` shows each lane once, however their names nest."""
-    await _waiting(store, ("a", "t1", 50), ("a", "t2", 50), ("a", "t3", 90), ("a/b", "t4", 7), ("a!", "t5", 8))
-    queue = StoreQueue(store, FakeClock(), order_of=lambda entity: int(entity.id[1:]))
+    await _waiting(store, ("a", "t1", 50), ("a", "t2", 50), ("a", "t3", 10), ("a/b", "t4", 7), ("a!", "t5", 8))
+    queue = StoreQueue(store, FakeClock())
     assert [await queue.ahead("a", name) for name in ("t3", "t1", "t2", "t4", "none")] == [0, 1, 2, None, None]
     assert await queue.depths() == [
-        Depth("a", 3, 90, 3, "t3"),
-        Depth("a!", 1, 8, 5, "t5"),
-        Depth("a/b", 1, 7, 4, "t4"),
+        Depth("a", 3, 10, "t3"),
+        Depth("a!", 1, 8, "t5"),
+        Depth("a/b", 1, 7, "t4"),
     ]
 
 

@@ -47,7 +47,7 @@ class Server:
         index = {"waiting": waiting_value(LANE, 50), "tenant": "tenant", "state": "queued"}
         changes = [Change([Entity("task", name, 0, index, b"{}")]) for name in names]
         assert await self.store.commit(changes) == [None] * len(names)
-        await self.queue.push([Queued(LANE, name, 50, number) for number, name in enumerate(names, first)])
+        await self.queue.push([Queued(LANE, name, number) for number, name in enumerate(names, first)])
 
     async def work(self, limit: int) -> list[str]:
         """Take some and claim them in the store, which says which of them still waited."""
@@ -71,7 +71,7 @@ class Server:
         if not await self.queue.needs_refill():
             return False
         waiting = await self.store.find("task", Query(limit=5000))
-        await self.queue.push([Queued(LANE, entity.id, 50, int(entity.id[1:])) for entity in waiting])
+        await self.queue.push([Queued(LANE, entity.id, int(entity.id[1:])) for entity in waiting])
         return await self.queue.refilled()
 
     async def on_redis(self) -> bool:
@@ -341,7 +341,7 @@ def _taken_by_processes(redis: RedisServer, way: str) -> Counter[str]:
 async def test_servers_that_take_at_once_never_get_the_same(redis_server: RedisServer) -> None:
     """Three processes with four takers each share out 3,000 entries; taking in two steps, as a control, hands many out twice."""
     queue = RedisQueue((await linked(redis_server.url, "test")).client, "test")
-    entries = [Queued(LANE, f"t{number}", 50, number) for number in range(3000)]
+    entries = [Queued(LANE, f"t{number}", number) for number in range(3000)]
     await queue.push(entries)
     taken = await asyncio.to_thread(_taken_by_processes, redis_server, "together")
     assert taken == Counter(entry.id for entry in entries)

@@ -14,7 +14,7 @@ from mcp_control.agents.sessions import Frame, Session, Sessions
 from mcp_control.kernel.changes import Query
 from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.local.queue import LocalQueue
-from mcp_control.storage.ports import Queued
+from mcp_control.storage.ports import RANK_MAX, Queued
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.dispatcher import Dispatcher
@@ -306,9 +306,9 @@ class _CountingQueue(LocalQueue):
         super().__init__()
         self.takes = 0
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
         self.takes += 1
-        return await super().take(lane, limit, floor)
+        return await super().take(lane, limit, ceiling)
 
 
 async def test_dispatch_costs_lanes_not_tasks() -> None:
@@ -331,7 +331,9 @@ async def test_dispatch_costs_lanes_not_tasks() -> None:
         )
         sessions.add(Session(agent, instance, 10, _nowhere, None))
     tasks = [
-        Task(id=f"task_{n}", version=1, type="echo", state=S.QUEUED, state_at=0, created_at=0, lane="l", order=n)
+        Task(
+            id=f"task_{n}", version=1, type="echo", state=S.QUEUED, state_at=0, created_at=0, lane="l", order=n, rank=n
+        )
         for n in range(10_001)
     ]
     await dispatcher.enqueue(tasks)

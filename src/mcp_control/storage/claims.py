@@ -1,12 +1,12 @@
 """The queue as the store itself knows it: for servers whose Redis is away or empty, and for those that have none."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from mcp_control.kernel.changes import Entity, Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.storage.ports import LANE_END, PRIORITY_MAX, Depth, Queued, Store, waiting_value
+from mcp_control.storage.ports import LANE_END, RANK_MAX, Depth, Queued, Store, waiting_value
 
 _AFTER: Final = chr(ord(LANE_END) + 1)
 _SPARE: Final = 16
@@ -17,7 +17,7 @@ _COUNTED: Final = 1000
 
 
 class StoreQueue:
-    """A `Queue` over an index field of what waits (see `waiting_value`). Entries of one priority come by id.
+    """A `Queue` over an index field of what waits (see `waiting_value`).
 
     The store is the queue, so nothing is pushed or removed: a task that is claimed has left it. `take` therefore only proposes; two
     servers may propose the same, and the store decides between them. Its cost does not depend on how many wait.
@@ -27,8 +27,7 @@ class StoreQueue:
         clock: what was given out is not given out again for 2 s, in which it is normally claimed.
         kind: of the tasks.
         field: the index field.
-        order_of: what `Queued.order` is for an entity; 0 for all where the caller does not need it.
-        random: chooses among the first of one priority, so that servers rarely propose the same.
+        random: chooses among those whose ranks differ by at most `near`, so that servers rarely propose the same.
     """
 
     def __init__(
@@ -38,14 +37,14 @@ class StoreQueue:
         *,
         kind: str = "task",
         field: str = "waiting",
-        order_of: Callable[[Entity], int] = lambda entity: 0,
+        near: int = 0,
         random: random.Random | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._kind = kind
         self._field = field
-        self._order_of = order_of
+        self._near = near
         self._random = random
         self._given: dict[str, float] = {}
 
@@ -54,13 +53,13 @@ class StoreQueue:
         for entry in entries:
             self._given.pop(entry.id, None)
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
         """See `Queue.take`. Raises StoreUnavailable."""
         if limit <= 0:
             return []
         now = self._clock.monotonic()
         self._forget(now)
-        found = await self._candidates(lane, limit, floor)
+        found = await self._candidates(lane, limit, ceiling)
         # Another take of this server may have looked at the same time.
         chosen = self._choose([entry for entry in found if entry.id not in self._given], limit)
         self._given.update((entry.id, now) for entry in chosen)
@@ -81,7 +80,7 @@ class StoreQueue:
         return min(sum(counts), _COUNTED)
 
     async def depths(self) -> list[Depth]:
-        """See `Queue.depths`. Counts up to 1000 in each lane; `oldest` is the `order` of the first, whatever its priority."""
+        """See `Queue.depths`. Counts up to 1000 in each lane."""
         found: list[Depth] = []
         beyond = ""
         while True:
@@ -94,18 +93,18 @@ class StoreQueue:
             lane = [Where(self._field, "ge", head.lane + LANE_END), Where(self._field, "lt", beyond)]
             waiting = await self._store.count(self._kind, lane, _COUNTED)
             if waiting:  # the last may have been claimed in between
-                found.append(Depth(head.lane, waiting, head.priority, head.order, head.id))
+                found.append(Depth(head.lane, waiting, head.rank, head.id))
 
     async def clear(self) -> None:
         """Forget what was given out."""
         self._given.clear()
 
-    async def _candidates(self, lane: str, limit: int, floor: int) -> list[Queued]:
+    async def _candidates(self, lane: str, limit: int, ceiling: int) -> list[Queued]:
         """Return enough of the first that were not given out lately. A few pages are looked at, whatever is behind them."""
         wanted = min(2 * limit + _SPARE, _AT_ONCE)
         where = [
-            Where(self._field, "ge", waiting_value(lane, PRIORITY_MAX)),
-            Where(self._field, "le", waiting_value(lane, floor)),
+            Where(self._field, "ge", lane + LANE_END),
+            Where(self._field, "le", waiting_value(lane, ceiling)),
         ]
         found: list[Queued] = []
         position: tuple[str, str] | None = None
@@ -120,18 +119,18 @@ class StoreQueue:
         return found
 
     def _choose(self, entries: list[Queued], limit: int) -> list[Queued]:
-        """Choose so many of them: all of the higher priorities, and some of the last priority there is room for, in their order."""
+        """Choose so many of them: all that come clearly before the last there is room for, and some of those near it, in their order."""
         if self._random is None or len(entries) <= limit:
             return entries[:limit]
-        last = entries[limit - 1].priority
-        above = [entry for entry in entries if entry.priority > last]
-        level = [entry for entry in entries if entry.priority == last]
+        last = entries[limit - 1].rank
+        above = [entry for entry in entries if entry.rank < last - self._near]
+        level = [entry for entry in entries if abs(entry.rank - last) <= self._near]
         some = sorted(self._random.sample(range(len(level)), limit - len(above)))
         return above + [level[at] for at in some]
 
     def _queued(self, entity: Entity) -> Queued:
         lane, _, rest = str(entity.index[self._field]).rpartition(LANE_END)
-        return Queued(lane, entity.id, PRIORITY_MAX - int(rest), self._order_of(entity))
+        return Queued(lane, entity.id, int(rest))
 
     def _forget(self, now: float) -> None:
         """Drop what was given out too long ago; the oldest come first."""

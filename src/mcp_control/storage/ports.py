@@ -14,7 +14,7 @@ import msgspec
 from mcp_control.kernel.changes import Change, Entity, Kind, Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
 
-PRIORITY_MAX: Final = 100
+RANK_MAX: Final = (1 << 52) - 1  # every rank is exact in a double, which is what Redis sorts by
 LANE_END: Final = "\x1f"
 Committed = Callable[[Sequence[StoredFact]], None]
 
@@ -80,12 +80,11 @@ class Store(Protocol):
 
 
 class Queued(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A queued task as an index entry: its lane, its id, and what orders it (higher priority first, then lower `order`)."""
+    """A queued task as an index entry: its lane, its id, and what orders it (lower `rank` first, then the id); 0 to `RANK_MAX`."""
 
     lane: str
     id: str
-    priority: int
-    order: int
+    rank: int
 
 
 class Depth(msgspec.Struct, frozen=True, gc=False):
@@ -93,24 +92,22 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         waiting: how many wait in it.
-        priority: of its first entry.
-        oldest: the `order` of the entry that waits longest, of whatever priority.
+        rank: of its first entry.
         first: the id of its first entry.
     """
 
     lane: str
     waiting: int
-    priority: int
-    oldest: int
+    rank: int
     first: str
 
 
-def waiting_value(lane: str, priority: int) -> str:
-    """Return the value of the index field of a task that waits: its lane, then its priority, the higher first.
+def waiting_value(lane: str, rank: int) -> str:
+    """Return the value of the index field of a task that waits: its lane, then its rank.
 
-    With the id behind it, which is made of the time, it sorts what waits as a `Queue` does; see `claims.StoreQueue`.
+    With the id behind it, it sorts what waits as a `Queue` does; see `claims.StoreQueue`.
     """
-    return f"{lane}{LANE_END}{PRIORITY_MAX - priority:03d}"
+    return f"{lane}{LANE_END}{rank:016d}"
 
 
 class Queue(Protocol):
@@ -120,8 +117,8 @@ class Queue(Protocol):
         """Add entries; one that is already there (same lane and id) is replaced."""
         ...
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
-        """Remove and return the first entries of a lane whose priority is at least `floor`; no other `take` sees them.
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
+        """Remove and return the first entries of a lane whose rank is at most `ceiling`; no other `take` sees them.
 
         Cost does not depend on the lane's length.
         """

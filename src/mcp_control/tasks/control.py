@@ -159,7 +159,9 @@ class TaskControl:
             raise Invalid(errors[0].detail, errors=errors)
         await self._tasks.one(actor, task_id)
         # Pushing an entry that is there replaces it, so a queued task moves to its new place.
-        return await self._one(task_id, editing(actor.id, version, priority, edit.labels, self._clock.now()))
+        return await self._one(
+            task_id, editing(actor.id, version, priority, edit.labels, self._clock.now(), self._settler.handing.rank)
+        )
 
     async def _one(self, task_id: str, decide: Decide) -> Task:
         result = (await self._settler.settle([Intent(task_id, decide)]))[0]

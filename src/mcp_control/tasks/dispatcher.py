@@ -15,34 +15,40 @@ from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.reserving import Load, load_of
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.errors import Problem
-from mcp_control.storage.ports import Depth, Queue, Queued
+from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 from mcp_control.tasks.lanes import demand_of
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
+from mcp_control.tasks.ranking import ranks
 
 _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
 _AT_ONCE: Final = 512
 _COMMITS: Final = 4
 _LOOKED_AT: Final = 16
+_NEAR: Final = ranks(1000)  # so close in rank, lanes are served one after the other rather than entry by entry
 
 Lookup = Callable[[str], Awaitable[Task | None]]
 HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
 
 
+def _rank(task: Task) -> int:
+    return task.rank
+
+
 def queued(task: Task) -> Queued:
     """Return a task as an entry of its lane."""
-    return Queued(task.lane, task.id, task.priority, task.order)
+    return Queued(task.lane, task.id, task.rank)
 
 
 class Lane:
     """What is known of a lane: what it asks, who fits, and bounds of what waits in it.
 
-    `waiting` may be too high and `priority` an upper bound; both correct themselves when entries are taken.
+    `waiting` may be too high and `rank`, that of the first, too low; both correct themselves when entries are taken.
     """
 
-    __slots__ = ("demand", "key", "load", "oldest", "priority", "pushed", "sessions", "tenant", "waiting")
+    __slots__ = ("demand", "key", "load", "pushed", "rank", "sessions", "tenant", "waiting")
 
     def __init__(self, key: str, tenant: str, demand: Demand) -> None:
         self.key = key
@@ -51,8 +57,7 @@ class Lane:
         self.load = load_of(demand.slots, demand.resources)
         self.waiting = 0
         self.pushed = 0
-        self.priority = 0
-        self.oldest = 0
+        self.rank = 0
         self.sessions: set[Session] = set()
 
 
@@ -130,12 +135,12 @@ class Dispatcher:
         """Choose a session for a task that is about to be committed, and reserve the slot; None where it has to queue.
 
         Saves the commit between `queued` and `assigned` on an idle system. Nobody is overtaken: a lane with waiting tasks is refused,
-        and so is a session that a waiting lane of at least this priority could use.
+        and so is a session that a waiting lane could use whose first comes before this task.
         """
         lane = self.lane(task)
         if lane.waiting or not self._free:
             return None
-        contenders = [other for other in self._waiting.values() if other.priority >= task.priority]
+        contenders = [other for other in self._waiting.values() if other.rank <= task.rank]
         best: Session | None = None
         best_load = 2.0
         looked = 0
@@ -179,18 +184,17 @@ class Dispatcher:
         for task in tasks:
             lane = self.lane(task)
             if not lane.waiting:
-                lane.priority, lane.oldest = task.priority, task.order
+                lane.rank = task.rank
                 self._waiting[lane.key] = lane
             lane.waiting += 1
             lane.pushed += 1
-            if task.priority > lane.priority:
-                lane.priority = task.priority
+            lane.rank = min(lane.rank, task.rank)
         if self._free:
             self._wake.set()
         if not self._peers.alone:
             self._peers.lanes(
-                Depth(lane=task.lane, waiting=1, priority=task.priority, oldest=task.order, first=task.id)
-                for task in {task.lane: task for task in tasks}.values()
+                Depth(lane=task.lane, waiting=1, rank=task.rank, first=task.id)
+                for task in {task.lane: task for task in sorted(tasks, key=_rank, reverse=True)}.values()
             )
 
     async def look(self) -> None:
@@ -217,10 +221,10 @@ class Dispatcher:
                     continue
                 lane = self.lane(task)
             if not lane.waiting:
-                lane.priority, lane.oldest = depth.priority, depth.oldest
+                lane.rank = depth.rank
             self._waiting[lane.key] = lane
             lane.waiting = max(lane.waiting, depth.waiting)
-            lane.priority = max(lane.priority, depth.priority)
+            lane.rank = min(lane.rank, depth.rank)
         if depths and self._free:
             self._wake.set()
 
@@ -248,18 +252,18 @@ class Dispatcher:
     async def _pass(self) -> bool:
         """Take what fits from every waiting lane, best first; say whether anything was taken."""
         took = False
-        lanes = sorted(self._waiting.values(), key=lambda lane: (-lane.priority, lane.oldest))
+        lanes = sorted(self._waiting.values(), key=lambda lane: lane.rank)
         for place, lane in enumerate(lanes):
             load = lane.load
             sessions = [session for session in self._free if session in lane.sessions and session.room(load) > 0]
             room = sum(session.room(load) for session in sessions)
             if not room:
                 continue
-            floor = lanes[place + 1].priority if place + 1 < len(lanes) else 0
+            ceiling = min(RANK_MAX, lanes[place + 1].rank + _NEAR) if place + 1 < len(lanes) else RANK_MAX
             wanted = min(room, _AT_ONCE)
-            entries = await self._queue.take(lane.key, wanted, floor)
-            self._taken(lane, entries, wanted, floor)
-            # Nothing above the floor: what waits below it has its turn in the next pass, with the lane's bound corrected.
+            entries = await self._queue.take(lane.key, wanted, ceiling)
+            self._taken(lane, entries, wanted, ceiling)
+            # Nothing below the ceiling: what waits above it has its turn in the next pass, with the lane's bound corrected.
             took = took or bool(entries) or lane.waiting > 0
             if not entries:
                 continue
@@ -282,16 +286,15 @@ class Dispatcher:
             running.add_done_callback(self._running.discard)
         return took
 
-    def _taken(self, lane: Lane, entries: Sequence[Queued], wanted: int, floor: int) -> None:
-        if len(entries) < wanted and floor == 0:
+    def _taken(self, lane: Lane, entries: Sequence[Queued], wanted: int, ceiling: int) -> None:
+        if len(entries) < wanted and ceiling == RANK_MAX:
             lane.waiting = 0
         else:
             lane.waiting = max(1, lane.waiting - len(entries))
             if len(entries) < wanted:
-                lane.priority = floor - 1
+                lane.rank = ceiling + 1
             elif entries:
-                lane.priority = entries[-1].priority
-                lane.oldest = entries[-1].order
+                lane.rank = entries[-1].rank
         if not lane.waiting:
             self._waiting.pop(lane.key, None)
 
@@ -300,8 +303,7 @@ class Dispatcher:
         # The lane may have been forgotten while it looked empty.
         lane = self._lanes.get(lane.key) or self._opened(lane.key, lane.tenant, lane.demand)
         lane.waiting += len(entries)
-        lane.priority = max(lane.priority, *(entry.priority for entry in entries))
-        lane.oldest = min(lane.oldest, entries[0].order)
+        lane.rank = min(lane.rank, entries[0].rank)
         self._waiting[lane.key] = lane
         self._wake.set()
 

@@ -4,7 +4,7 @@ It hears every fact once, in order, and remembers the last of what is under way;
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -13,8 +13,8 @@ from mcp_control.kernel.changes import Fact, StoredFact
 from mcp_control.kernel.clock import Clock
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.storage.ports import Depth
-from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.handing import ORDER_SHIFT
+from mcp_control.tasks.model import Task
+from mcp_control.tasks.ranking import ORDER_SHIFT
 
 _FINAL: Final = {f"task.{word}": word for word in ("completed", "failed", "cancelled", "expired", "rejected")}
 _OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "task.released": ""}
@@ -130,22 +130,16 @@ class TaskFigures:
         if len(self._live) > self._remembered:
             self._live.popitem(last=False)
 
-    def look(self, depths: Iterable[Depth], dispatcher: Dispatcher) -> None:
-        """Look at what waits."""
+    def look(self, depths: Sequence[Depth], firsts: Sequence[Task | None]) -> None:
+        """Look at what waits: the lanes and the first task of each, None where it has gone meanwhile."""
         now = self._clock.now()
         lanes: list[tuple[str, int, float]] = []
-        for depth in depths:
-            lane = dispatcher.known(depth.lane)
-            lanes.append(
-                (
-                    lane.demand.type if lane else "",
-                    depth.waiting,
-                    max(0.0, (now - (depth.oldest >> ORDER_SHIFT)) / 1000),
-                )
-            )
+        for depth, first in zip(depths, firsts, strict=True):
+            age = 0.0 if first is None else max(0.0, (now - (first.order >> ORDER_SHIFT)) / 1000)
+            lanes.append(("" if first is None else first.type, depth.waiting, age))
         self._lanes = lanes
         self.waiting = sum(waiting for _, waiting, _ in lanes)
 
     def lanes(self) -> list[tuple[str, int, float]]:
-        """Return type, waiting tasks and age of the oldest in seconds of every lane that was not empty."""
+        """Return type, waiting tasks and age of the first in seconds of every lane that was not empty."""
         return self._lanes

@@ -17,7 +17,7 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.ledger import Group, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
-from mcp_control.tasks.ranking import ORDER_SHIFT
+from mcp_control.tasks.ranking import ORDER_SHIFT, ORDER_STEP, POINT_MS, Expected, rank_of, unknown
 from mcp_control.tasks.records import assignment, task_fact
 from mcp_control.tasks.submission import new_task
 from mcp_control.tasks.transitions import assign
@@ -36,6 +36,8 @@ class Handing:
         give_back: queues tasks again that an instance will not come back for.
         generation: of the fences of new tasks. The id of a stage's task is derived from its run, so after a restore it may name a task
             that had a holder in the history that was lost.
+        point_ms: what a point of priority is worth, in milliseconds of waiting.
+        expected: how long tasks of a type usually take.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class Handing:
         ids: IdSource,
         give_back: GiveBack,
         generation: int = 1,
+        point_ms: int = POINT_MS,
+        expected: Expected = unknown,
     ) -> None:
         self._ledger = ledger
         self._sessions = sessions
@@ -55,13 +59,20 @@ class Handing:
         self._ids = ids
         self._give_back = give_back
         self._generation = generation
+        self._point_ms = point_ms
+        self._expected = expected
         self._order = 0
         self._background: set[asyncio.Task[None]] = set()
 
     def order(self, now: int) -> int:
         """Return the next place in line: grows with time and from call to call."""
-        self._order = max(self._order + 1, now << ORDER_SHIFT)
+        self._order = max(self._order + ORDER_STEP, now << ORDER_SHIFT)
         return self._order
+
+    def rank(self, task: Task) -> int:
+        """Return the rank a task has with its priority and deadline."""
+        expected_ms = 0 if task.deadline_at is None else self._expected(task.tenant, task.type)
+        return rank_of(task.order, task.priority, task.deadline_at, expected_ms, self._point_ms)
 
     def create(
         self, new: NewTask, now: int, tenant: str = "default", actor: str = "system"
@@ -77,6 +88,8 @@ class Handing:
             order=self.order(now),
             links=new.links,
             generation=self._generation,
+            expected_ms=0 if new.spec.deadline is None else self._expected(tenant, new.spec.type),
+            point_ms=self._point_ms,
         )
         kind = "task.queued" if task.state is TaskState.QUEUED else "task.scheduled"
         facts = [task_fact(kind, task, actor, now)]

@@ -65,7 +65,7 @@ class Peers:
             return
         for depth in depths:
             known = self._lanes.get(depth.lane)
-            self._lanes[depth.lane] = depth if known is None or depth.priority > known.priority else known
+            self._lanes[depth.lane] = depth if known is None or depth.rank < known.rank else known
         self._send()
 
     def cancel(self, ids: Sequence[str]) -> None:

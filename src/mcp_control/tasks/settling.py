@@ -23,6 +23,7 @@ from mcp_control.tasks.handing import Handing
 from mcp_control.tasks.ledger import Group, Intent, Ledger, Move
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
+from mcp_control.tasks.ranking import POINT_MS, Expected, unknown
 from mcp_control.tasks.verbs import cancelling, releasing
 from mcp_control.tasks.wire import Cancel
 
@@ -48,6 +49,8 @@ class Settler:
         generation: int = 1,
         peers: Peers | None = None,
         chance: Callable[[], float] = random.random,
+        point_ms: int = POINT_MS,
+        expected: Expected = unknown,
     ) -> None:
         self._peers = peers or Peers(None)
         self._chance = chance
@@ -56,7 +59,9 @@ class Settler:
         self._dispatcher = dispatcher
         self._clock = clock
         self._busy: dict[str, list[_Waiting]] = {}
-        self.handing = Handing(ledger, sessions, dispatcher, clock, ids, self._take_back, generation)
+        self.handing = Handing(
+            ledger, sessions, dispatcher, clock, ids, self._take_back, generation, point_ms, expected
+        )
         self.follower: Follower | None = None
 
     async def settle(self, intents: Sequence[Intent]) -> list[Task | Problem]:

@@ -14,6 +14,7 @@ from mcp_control.kernel.text import label_errors, name_errors, range_errors, tex
 from mcp_control.tasks.lanes import lane_key
 from mcp_control.tasks.model import PRIORITIES, Links, Needs, Origin, RetryPolicy, Task, TaskSpec, TaskState
 
+from mcp_control.tasks.ranking import ORDER_SHIFT, POINT_MS, rank_of
 PAYLOAD_MAX: Final = 1 << 20
 TIMEOUT_MAX: Final = 30 * 86_400.0
 _AHEAD_MAX_MS: Final = 10 * 366 * 86_400_000
@@ -152,12 +153,24 @@ def new_task(
     traceparent: str | None = None,
     generation: int = 1,
 ) -> Task:
-    """Return the task a checked submission begins as: `queued`, or `scheduled` when `run_at` lies ahead."""
+    """Return the task a checked submission begins as: `queued`, or `scheduled` when `run_at` lies ahead.
+
+    Args:
+        order: its place in line; one that is to begin later has that of then.
+        expected_ms: how long tasks of its type usually take, 0 where that is not known.
+        point_ms: what a point of priority is worth.
+    """
     not_before = None if spec.run_at is None else to_millis(spec.run_at)
+    expected_ms: int = 0,
+    point_ms: int = POINT_MS,
     waits = not_before is not None and not_before > now
     if spec.context_id is not None or spec.parent_id is not None:
         links = msgspec.structs.replace(links, context_id=spec.context_id, parent_id=spec.parent_id)
     return Task(
+    if not_before is not None and waits:
+        order = max(order, not_before << ORDER_SHIFT)
+    priority = priority_number(spec.priority) or 0
+    deadline_at = None if spec.deadline is None else to_millis(spec.deadline)
         id=task_id,
         version=0,
         tenant=tenant,
@@ -167,16 +180,17 @@ def new_task(
         state_at=now,
         created_at=now,
         reason="not-before" if waits else "",
-        priority=priority_number(spec.priority) or 0,
+        priority=priority,
         lane=lane_key(tenant, spec.type, spec.type_version, spec.needs),
         order=order,
         generation=generation,
         needs=spec.needs,
         labels=spec.labels,
+        rank=rank_of(order, priority, deadline_at, expected_ms, point_ms),
         retry=spec.retry,
         timeout_ms=None if spec.timeout is None else max(1, round(spec.timeout * 1000)),
         not_before=not_before if waits else None,
-        deadline_at=None if spec.deadline is None else to_millis(spec.deadline),
+        deadline_at=deadline_at,
         idempotency_key=spec.idempotency_key,
         digest="" if spec.idempotency_key is None else digest_of(spec),
         origin=origin,

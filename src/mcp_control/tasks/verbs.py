@@ -1,13 +1,13 @@
 """What people and time may ask of a task, as decisions on the task as it is: pure functions that return `Decide` callables."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
 from mcp_control.tasks.due import on_time
 from mcp_control.tasks.ledger import Decide, Move
-from mcp_control.tasks.model import HELD_STATES, Request, Task
+from mcp_control.tasks.model import HELD_STATES, Request, Task, TaskState
 from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
 from mcp_control.tasks.transitions import allowed_verbs, lose, release, request_cancel
 
@@ -97,9 +97,18 @@ def resuming(actor: str, now: int) -> Decide:
 
 
 def editing(
-    actor: str, version: int | None, priority: int | None, labels: Mapping[str, str] | None, now: int
+    actor: str,
+    version: int | None,
+    priority: int | None,
+    labels: Mapping[str, str] | None,
+    now: int,
+    rank: Callable[[Task], int],
 ) -> Decide:
-    """Change priority or labels of a task that is not final. `version` None takes whatever version is there."""
+    """Change priority or labels of a task that is not final. `version` None takes whatever version is there.
+
+    Args:
+        rank: of a task with its new priority.
+    """
 
     def decide(task: Task) -> Move | None:
         if version is not None and task.version != version:
@@ -107,6 +116,7 @@ def editing(
         if task.final:
             raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
         after = task
+            after = replace(after, rank=rank(after))
         if priority is not None:
             after = replace(after, priority=priority)
         if labels is not None:

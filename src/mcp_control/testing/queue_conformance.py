@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mcp_control.storage.ports import Depth, Queue, Queued
+from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 
 QueueFactory = Callable[[], Awaitable[Queue]]
 
@@ -19,8 +19,7 @@ _entries = st.lists(
         Queued,
         st.sampled_from(["a", "b"]),
         st.sampled_from([f"t{n}" for n in range(12)]),
-        st.integers(0, 3),
-        st.integers(0, 9),
+        st.one_of(st.integers(0, 9), st.sampled_from([RANK_MAX - 1, RANK_MAX])),
     ),
     max_size=12,
 )
@@ -39,8 +38,8 @@ _steps = st.lists(
 )
 
 
-def _rank(entry: Queued) -> tuple[int, int, str]:
-    return (-entry.priority, entry.order, entry.id)
+def _rank(entry: Queued) -> tuple[int, str]:
+    return (entry.rank, entry.id)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,7 +47,7 @@ def _rank(entry: Queued) -> tuple[int, int, str]:
 def test_a_queue_behaves_like_a_sorted_list_per_lane(
     queue_factory: QueueFactory, steps: list[tuple[object, ...]]
 ) -> None:
-    """Any sequence of pushes, takes and removals leaves what a plain model has, in its order: priority, then order, then id."""
+    """Any sequence of pushes, takes and removals leaves what a plain model has, in its order: rank, then id."""
     asyncio.run(_against_model(queue_factory, steps))
 
 
@@ -83,32 +82,32 @@ def _depths(model: dict[tuple[str, str], Queued]) -> list[Depth]:
     found = []
     for lane in sorted({entry.lane for entry in model.values()}):
         line = [entry for entry in model.values() if entry.lane == lane]
-        first = min(line, key=lambda entry: (-entry.priority, entry.order, entry.id))
-        found.append(Depth(lane, len(line), first.priority, min(entry.order for entry in line), first.id))
+        first = min(line, key=_rank)
+        found.append(Depth(lane, len(line), first.rank, first.id))
     return found
 
 
-async def test_higher_priority_comes_first_then_the_older(queue_factory: QueueFactory) -> None:
-    """Entries leave by priority, and within one priority by their order, however they were pushed."""
+async def test_the_lowest_rank_comes_first_to_the_last_digit(queue_factory: QueueFactory) -> None:
+    """Entries leave by rank, however they were pushed, also where ranks are large and differ by one."""
     queue = await queue_factory()
-    await queue.push([Queued("l", "young", 50, 9), Queued("l", "old", 50, 1), Queued("l", "urgent", 90, 10)])
-    assert [entry.id for entry in await queue.take("l", 10)] == ["urgent", "old", "young"]
+    await queue.push([Queued("l", "last", RANK_MAX), Queued("l", "first", 7), Queued("l", "second", RANK_MAX - 1)])
+    assert [entry.id for entry in await queue.take("l", 10)] == ["first", "second", "last"]
     assert await queue.depths() == []
 
 
-async def test_a_floor_leaves_lower_priorities_waiting(queue_factory: QueueFactory) -> None:
-    """Taking with a floor returns only what is urgent enough, so that lanes can be served in the order of their priorities."""
+async def test_a_ceiling_leaves_what_comes_later_waiting(queue_factory: QueueFactory) -> None:
+    """Taking with a ceiling returns only what is urgent enough, so that lanes can be served in the order of their ranks."""
     queue = await queue_factory()
-    await queue.push([Queued("lane", "low", 10, 1), Queued("lane", "high", 90, 2), Queued("lane", "medium", 50, 3)])
-    assert [entry.id for entry in await queue.take("lane", 10, 50)] == ["high", "medium"]
+    await queue.push([Queued("lane", "late", 90), Queued("lane", "early", 10), Queued("lane", "between", 50)])
+    assert [entry.id for entry in await queue.take("lane", 10, 50)] == ["early", "between"]
     assert [entry.id for entry in await queue.take("lane", 10, 50)] == []
-    assert [entry.id for entry in await queue.take("lane", 10)] == ["low"]
+    assert [entry.id for entry in await queue.take("lane", 10)] == ["late"]
 
 
 async def test_concurrent_takes_never_share_an_entry(queue_factory: QueueFactory) -> None:
     """However many take at once, each entry goes to exactly one of them."""
     queue = await queue_factory()
-    await queue.push([Queued("l", f"t{n}", 50, n) for n in range(500)])
+    await queue.push([Queued("l", f"t{n}", n) for n in range(500)])
     taken = await asyncio.gather(*(queue.take("l", 7) for _ in range(100)))
     ids = [entry.id for entries in taken for entry in entries]
     assert sorted(ids) == sorted(f"t{n}" for n in range(500))
@@ -117,6 +116,6 @@ async def test_concurrent_takes_never_share_an_entry(queue_factory: QueueFactory
 async def test_pushing_again_replaces(queue_factory: QueueFactory) -> None:
     """A task is in a lane once; its last push decides where."""
     queue = await queue_factory()
-    await queue.push([Queued("l", "a", 50, 1), Queued("l", "b", 50, 2)])
-    await queue.push([Queued("l", "a", 50, 3)])
+    await queue.push([Queued("l", "a", 1), Queued("l", "b", 2)])
+    await queue.push([Queued("l", "a", 3)])
     assert [entry.id for entry in await queue.take("l", 10)] == ["b", "a"]

@@ -1,89 +1,58 @@
-"""The queue of one server process: a heap per lane and priority, with entries that left deleted lazily."""
+"""The queue of one server process: a heap per lane, with entries that left deleted lazily."""
 
 import heapq
 from collections.abc import Sequence
 
-from mcp_control.storage.ports import Depth, Queued
+from mcp_control.storage.ports import RANK_MAX, Depth, Queued
 
-_Entry = tuple[int, str]  # order, id
+_Entry = tuple[int, str]  # rank, id
 
 
 class _Lane:
-    """The entries of one lane. A heap may hold entries that are no longer `live`; they are dropped when they come up."""
+    """The entries of one lane. The heap may hold entries that are no longer `live`; they are dropped when they come up."""
 
-    __slots__ = ("heaps", "live", "stale")
+    __slots__ = ("heap", "live")
 
     def __init__(self) -> None:
-        self.heaps: dict[int, list[_Entry]] = {}
-        self.live: dict[str, tuple[int, _Entry]] = {}
-        self.stale = 0
+        self.heap: list[_Entry] = []
+        self.live: dict[str, _Entry] = {}
 
     def push(self, entry: Queued) -> None:
-        if entry.id in self.live:
-            self.stale += 1
-        item = (entry.order, entry.id)
-        self.live[entry.id] = (entry.priority, item)
-        heapq.heappush(self.heaps.setdefault(entry.priority, []), item)
+        item = (entry.rank, entry.id)
+        self.live[entry.id] = item
+        heapq.heappush(self.heap, item)
         self._tidy()
 
-    def take(self, lane: str, limit: int, floor: int) -> list[Queued]:
+    def take(self, lane: str, limit: int, ceiling: int) -> list[Queued]:
         taken: list[Queued] = []
-        while len(taken) < limit and self.heaps:
-            priority = max(self.heaps)
-            if priority < floor:
-                break
-            heap = self.heaps[priority]
-            while heap and len(taken) < limit:
-                item = heapq.heappop(heap)
-                if self._holds(priority, item):
-                    del self.live[item[1]]
-                    taken.append(Queued(lane, item[1], priority, item[0]))
-                else:
-                    self.stale -= 1
-            if not heap:
-                del self.heaps[priority]
+        heap, live = self.heap, self.live
+        while len(taken) < limit and heap and heap[0][0] <= ceiling:
+            item = heapq.heappop(heap)
+            if live.get(item[1]) is item:
+                del live[item[1]]
+                taken.append(Queued(lane, item[1], item[0]))
         return taken
 
     def remove(self, identifier: str) -> None:
         if self.live.pop(identifier, None) is not None:
-            self.stale += 1
             self._tidy()
 
     def ahead(self, identifier: str) -> int | None:
-        found = self.live.get(identifier)
-        if found is None:
-            return None
-        priority, item = found
-        return sum(1 for other, entry in self.live.values() if other > priority or (other == priority and entry < item))
+        item = self.live.get(identifier)
+        return None if item is None else sum(1 for other in self.live.values() if other < item)
 
     def depth(self, lane: str) -> Depth:
-        heads = []
-        for priority, heap in [*self.heaps.items()]:
-            while heap and not self._holds(priority, heap[0]):
-                heapq.heappop(heap)
-                self.stale -= 1
-            if heap:
-                heads.append((priority, heap[0][0]))
-            else:
-                del self.heaps[priority]
-        priority = max(heads)[0]
-        first = self.heaps[priority][0][1]
-        return Depth(lane, len(self.live), priority, min(order for _, order in heads), first)
-
-    def _holds(self, priority: int, item: _Entry) -> bool:
-        found = self.live.get(item[1])
-        return found is not None and found[1] is item and found[0] == priority
+        heap, live = self.heap, self.live
+        while live.get(heap[0][1]) is not heap[0]:
+            heapq.heappop(heap)
+        rank, first = heap[0]
+        return Depth(lane, len(live), rank, first)
 
     def _tidy(self) -> None:
-        """Rebuild the heaps when most of what they hold has left, so that memory follows what is live."""
-        if self.stale <= len(self.live) + 64:
-            return
-        self.heaps = {}
-        for priority, item in self.live.values():
-            self.heaps.setdefault(priority, []).append(item)
-        for heap in self.heaps.values():
-            heapq.heapify(heap)
-        self.stale = 0
+        """Rebuild the heap when most of what it holds has left, so that memory follows what is live."""
+        if len(self.heap) > 2 * len(self.live) + 64:
+            self.heap = list(self.live.values())
+            heapq.heapify(self.heap)
 
 
 class LocalQueue:
@@ -103,12 +72,12 @@ class LocalQueue:
                 lane = self._lanes[entry.lane] = _Lane()
             lane.push(entry)
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
         """See `Queue.take`."""
         found = self._lanes.get(lane)
         if found is None:
             return []
-        taken = found.take(lane, limit, floor)
+        taken = found.take(lane, limit, ceiling)
         self._drop_empty(lane, found)
         return taken
 

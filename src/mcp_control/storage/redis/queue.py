@@ -1,4 +1,4 @@
-"""The queue that servers share: per lane a sorted set, and a hash that finds an entry by its id."""
+"""The queue that servers share: per lane a sorted set of ids by rank."""
 
 import secrets
 from collections.abc import Sequence
@@ -7,12 +7,11 @@ from typing import Any, Final
 import msgspec
 from redis.asyncio import RedisCluster
 
-from mcp_control.storage.ports import Depth, Queued
+from mcp_control.storage.ports import RANK_MAX, Depth, Queued
 from mcp_control.storage.redis.connection import RedisClient
 from mcp_control.storage.redis.script import Script
 
 _AT_ONCE: Final = 1000
-_DIGITS: Final = 16
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(list[str]).decode
@@ -21,7 +20,7 @@ _decode = msgspec.msgpack.Decoder(list[str]).decode
 class RedisQueue:
     """A `Queue` on Redis. It raises what redis-py raises; `ResilientQueue` is what goes on without it.
 
-    An entry takes about 200 bytes in Redis. Beside the entries it keeps the names of the lanes, and a mark that says that everything
+    An entry takes about 130 bytes in Redis. Beside the entries it keeps the names of the lanes, and a mark that says that everything
     that waits is in here. The mark names the Redis processes it was made on: it is void when one of them was started anew or
     another has taken its place, so that neither an empty Redis nor one that fell back to older data passes for a complete one.
 
@@ -33,12 +32,12 @@ class RedisQueue:
     def __init__(self, client: RedisClient, namespace: str) -> None:
         self._client = client
         self._namespace = namespace
-        self._lanes = f"{namespace}:lanes"
-        self._mark = f"{{{namespace}:queue}}:complete"
+        self._lanes = f"{namespace}:ranked"
+        self._mark = f"{{{namespace}:queue}}:ranked"
         self._refill = f"{{{namespace}:queue}}:refill"
         self._token = ""
-        self._push, self._take, self._remove = Script("push"), Script("take"), Script("remove")
-        self._ahead, self._depth, self._complete = Script("ahead"), Script("depth"), Script("complete")
+        self._push, self._take = Script("push"), Script("take")
+        self._depth, self._complete = Script("depth"), Script("complete")
 
     async def push(self, entries: Sequence[Queued]) -> None:
         """See `Queue.push`. One round trip for up to a thousand entries."""
@@ -50,37 +49,30 @@ class RedisQueue:
         for entry in entries:
             lanes.setdefault(entry.lane, {})[entry.id] = entry
         calls = [
-            (
-                self._keys(lane),
-                [
-                    _encode(
-                        [part for entry in line.values() for part in (-entry.priority, f"{entry.order:016x}", entry.id)]
-                    )
-                ],
-            )
+            ((self._line(lane),), (_encode([part for entry in line.values() for part in (entry.rank, entry.id)]),))
             for lane, line in lanes.items()
         ]
         # The names after the entries: `depths`, which forgets the names of empty lanes and looks again, cannot miss one so.
         await self._push.run_all(self._client, calls, ("SADD", self._lanes, *lanes))
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
         """See `Queue.take`. One round trip. When its answer is lost, what it took is lost to the queue."""
         if limit <= 0:
             return []
-        answer = await self._take.run(self._client, self._keys(lane), limit, -floor)
+        answer = await self._take.run(self._client, (self._line(lane),), limit, ceiling)
         if not answer:
             return []
         found = _decode(answer)
-        return [_queued(lane, member, score) for member, score in zip(found[::2], found[1::2], strict=True)]
+        return [Queued(lane, member, _rank(score)) for member, score in zip(found[::2], found[1::2], strict=True)]
 
     async def remove(self, lane: str, ids: Sequence[str]) -> None:
         """See `Queue.remove`."""
-        if ids:
-            await self._remove.run(self._client, self._keys(lane), _encode(list(ids)))
+        for first in range(0, len(ids), _AT_ONCE):
+            await self._client.execute_command("ZREM", self._line(lane), *ids[first : first + _AT_ONCE])
 
     async def ahead(self, lane: str, id: str) -> int | None:
         """See `Queue.ahead`. Does not scan."""
-        answer: int | None = await self._ahead.run(self._client, self._keys(lane), id)
+        answer: int | None = await self._client.execute_command("ZRANK", self._line(lane), id)
         return answer
 
     async def depths(self) -> list[Depth]:
@@ -108,7 +100,7 @@ class RedisQueue:
         """See `Queue.clear`."""
         lanes = await self.lanes()
         for lane in lanes:
-            await self._client.execute_command("UNLINK", *self._keys(lane))
+            await self._client.execute_command("UNLINK", self._line(lane))
         await self._client.execute_command("DEL", self._mark, self._refill)
         await self._client.execute_command("DEL", self._lanes)
 
@@ -133,7 +125,7 @@ class RedisQueue:
         return bool(answer)
 
     async def _look(self, lanes: Sequence[str]) -> dict[str, Depth]:
-        answers = await self._depth.run_all(self._client, [(self._keys(lane)[:1], ()) for lane in lanes])
+        answers = await self._depth.run_all(self._client, [((self._line(lane),), ()) for lane in lanes])
         return {lane: _depth(lane, answer) for lane, answer in zip(lanes, answers, strict=True) if answer is not None}
 
     async def _processes(self) -> str:
@@ -145,17 +137,15 @@ class RedisQueue:
             return str(answers["run_id"])
         return str((await self._client.info("server"))["run_id"])
 
-    def _keys(self, lane: str) -> tuple[str, str]:
-        """Return the keys of a lane. What stands in braces decides the hash slot, so both lie in one."""
-        tag = f"{{{self._namespace}:lane:{lane}}}"
-        return f"{tag}:line", f"{tag}:places"
+    def _line(self, lane: str) -> str:
+        """Return the key of a lane. What stands in braces decides the hash slot."""
+        return f"{{{self._namespace}:lane:{lane}}}:ranked"
 
 
-def _queued(lane: str, member: str, score: str) -> Queued:
-    return Queued(lane, member[_DIGITS:], -int(score), int(member[:_DIGITS], 16))
+def _rank(score: str) -> int:
+    return int(float(score))  # exact: see RANK_MAX
 
 
 def _depth(lane: str, answer: list[Any]) -> Depth:
-    waiting, score, first, oldest = answer
-    head = _queued(lane, first.decode(), score.decode())
-    return Depth(lane, waiting, head.priority, int(oldest[:_DIGITS], 16), head.id)
+    waiting, first, score = answer
+    return Depth(lane, waiting, _rank(score.decode()), first.decode())

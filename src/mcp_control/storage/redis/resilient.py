@@ -9,7 +9,7 @@ import structlog
 
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
-from mcp_control.storage.ports import Depth, Queue, Queued
+from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 from mcp_control.storage.redis.link import RedisLink, RedisTrouble, stop
 from mcp_control.storage.redis.queue import RedisQueue
 
@@ -71,12 +71,12 @@ class ResilientQueue:
         except RedisTrouble:
             self.doubt()
 
-    async def take(self, lane: str, limit: int, floor: int = 0) -> list[Queued]:
+    async def take(self, lane: str, limit: int, ceiling: int = RANK_MAX) -> list[Queued]:
         """See `Queue.take`. Raises StoreUnavailable when neither answers."""
         entries: list[Queued] = []
         if await self._trusted(_TRUSTED_SECONDS):
             try:
-                entries = await self._link.call(lambda: self._redis.take(lane, limit, floor))
+                entries = await self._link.call(lambda: self._redis.take(lane, limit, ceiling))
             except RedisTrouble:
                 self.doubt()
             else:
@@ -85,7 +85,7 @@ class ResilientQueue:
                 if len(entries) >= limit or await self._trusted(_FRESH_SECONDS):
                     return entries
         try:
-            more = await self._store.take(lane, limit - len(entries), floor)
+            more = await self._store.take(lane, limit - len(entries), ceiling)
         except Problem:
             if entries:
                 return entries
