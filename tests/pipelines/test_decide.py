@@ -205,14 +205,16 @@ def test_any_sequence_of_verbs_leads_to_an_end(spec: PipelineSpec, data: st.Data
         elif verb.startswith("retry") and run.state in (RunState.FAILED, RunState.CANCELLED):
             name = None if verb == "retry" else simulation.plan.stages[choose(len(run.stages) - 1)].stage.id
             kept = {stage.id for stage in run.stages if stage.state is StageState.COMPLETED}
-            simulation.step([], control.retry(simulation.plan, run, name, now))
+            simulation.step([], control.retry(simulation.plan, run, Request(at=now, by="anna"), name))
             if name is None:
                 assert all(stage.state is StageState.COMPLETED for stage in simulation.run.stages if stage.id in kept)
         elif verb == "again" and simulation.ended:
             assert not simulation.step(simulation.ended).start
     while simulation.run.state is not RunState.COMPLETED:
         if simulation.run.state in (RunState.FAILED, RunState.CANCELLED):
-            simulation.step([], control.retry(simulation.plan, simulation.run, None, simulation.now))
+            simulation.step(
+                [], control.retry(simulation.plan, simulation.run, Request(at=simulation.now, by="anna"), None)
+            )
         elif simulation.run.state is RunState.PAUSED:
             simulation.step([], control.resume(simulation.run, simulation.now))
         simulation.drain(choose, lambda _: TaskState.COMPLETED)
@@ -241,7 +243,9 @@ def test_a_retry_within_a_fan_out_keeps_completed_items() -> None:
     assert simulation.to_cancel == {by_item[2]}
     simulation.step([simulation.end(by_item[2], TaskState.CANCELLED)])
     assert simulation.run.state is RunState.FAILED
-    decision = simulation.step([], control.retry(simulation.plan, simulation.run, None, simulation.now))
+    decision = simulation.step(
+        [], control.retry(simulation.plan, simulation.run, Request(at=simulation.now, by="anna"), None)
+    )
     assert [(start.item, start.round) for start in decision.start] == [(0, 1), (2, 1)]
     anew = simulation.step(simulation.ended)
     assert anew.run is simulation.run, "what ended in an earlier round does not count again"

@@ -27,9 +27,11 @@ class RunsQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class RetryRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The stage to go back to; the failed ones where none is named."""
+    """The stage to go back to, the failed ones where none is named; parameters that have other values from now on; and why."""
 
     from_stage: Annotated[str, msgspec.Meta(max_length=128)] | None = None
+    params: dict[str, msgspec.Raw] = {}
+    reason: Annotated[str, msgspec.Meta(max_length=1000)] = ""
 
 
 _LIST: Final = Query(RunsQuery)
@@ -81,8 +83,12 @@ async def cancel_run(call: Call) -> Reply:
 
 async def retry_run(call: Call) -> Reply:
     """Repeat a failed or cancelled run from the stage that failed, or from the one named."""
-    stage = (await call.decode(_RETRY)).from_stage
-    return await _answer(call, await call.services.pipelines.retry(call.actor, call.params["run_id"], stage))
+    request = await call.decode(_RETRY)
+    engine = call.services.pipelines
+    run_id = call.params["run_id"]
+    return await _answer(
+        call, await engine.retry(call.actor, run_id, request.from_stage, request.params, request.reason)
+    )
 
 
 async def _answer(call: Call, run: Run) -> Reply:
@@ -131,7 +137,7 @@ ENDPOINTS: Final = (
     Endpoint(
         method="POST", path=f"{_ONE}/retry", handler=retry_run, summary="Retry a run", tag="runs", weight="submit",
         body=_RETRY, returns=RunView,
-        example={"from_stage": "export"},
+        example={"from_stage": "export", "params": {"format": "jsonl"}, "reason": "the other format was wanted"},
     ),
     Endpoint(method="GET", path=f"{_ONE}/tasks", handler=run_tasks, summary="Tasks of a run", tag="runs", query=_PAGE,
         returns=Page[TaskView]),

@@ -1,14 +1,18 @@
 """`mcpctl runs`: executions of pipelines."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mcp_control.cli.connection import connect, run_id
 from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, seconds
-from mcp_control.cli.output import View, write_json
+from mcp_control.cli.output import View, plain, write_json
 from mcp_control.cli.report import download, ended, follow, report, results, show_report
+
+if TYPE_CHECKING:
+    from mcp_control.pipelines.view_model import RunView
+    from mcp_control.sdk.client import Client
 
 app = typer.Typer(
     name="runs", help="Executions of pipelines: watch, pause, cancel, retry, fetch results.", no_args_is_help=True
@@ -133,8 +137,18 @@ def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, 
 def retry(
     id: Id,
     from_stage: Annotated[
-        str, typer.Option("--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False)
+        str,
+        typer.Option(
+            "--from", "--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False
+        ),
     ] = "",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="Another value for a parameter; repeatable.", show_default=False
+        ),
+    ] = None,
+    reason: Reason = "",
     wait: Wait = False,
     timeout: Timeout = "",
     output: Annotated[
@@ -145,13 +159,24 @@ def retry(
     out: Out = None,
     fields: Fields = "",
 ) -> None:
-    """Repeat a failed or cancelled run from where it failed, or from a stage."""
+    """Repeat a failed or cancelled run from where it failed, or from a stage, also with other parameters."""
     view = View.of(out, as_json, fields)
     limit = seconds(timeout)
     with connect() as client:
         found = run_id(client, id)
-        view_of_run = client.runs.handle(found).retry(from_stage or None)
+        changed = _changed(client, client.runs.get(found), settings) if settings else None
+        view_of_run = client.runs.handle(found).retry(from_stage or None, params=changed, reason=reason or None)
         if not wait:
             view.one(view_of_run, COLUMNS)
             return
         raise typer.Exit(ended(client, follow(client, found, limit), view, output))
+
+
+def _changed(client: "Client", run: "RunView", settings: list[str]) -> dict[str, Any]:
+    """Return the parameters of a run that these settings change, with their new values."""
+    from mcp_control.cli.pipelines import declared, parameters
+
+    before = plain(run.params or {})
+    pipeline = client.pipelines.get(run.pipeline, run.pipeline_version)
+    after = parameters(run.pipeline, declared(pipeline), before, settings)
+    return {name: value for name, value in after.items() if name not in before or before[name] != value}

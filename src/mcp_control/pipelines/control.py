@@ -3,13 +3,20 @@
 Each returns the very run it was given when there is nothing to do.
 """
 
+from collections.abc import Collection
+from typing import Final
+
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import FieldError, Invalid
-from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Run, RunState, StageRun, StageState
-from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.expressions import Expression
+from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Retry, Run, RunState, StageRun, StageState
+from mcp_control.pipelines.plan import Plan, PlannedStage
+from mcp_control.pipelines.templates import Template
 from mcp_control.pipelines.transitions import allow
 from mcp_control.tasks.model import Request
+
+RETRIES_MAX: Final = 20
 
 
 def pause(run: Run, request: Request) -> Run:
@@ -41,14 +48,21 @@ def cancel(run: Run, request: Request) -> Run:
     return replace(run, cancel=request, ending=RunState.CANCELLED, reason="cancelled", message=request.reason)
 
 
-def retry(plan: Plan, run: Run, from_stage: str | None, now: int) -> Run:
+def retry(
+    plan: Plan, run: Run, request: Request, from_stage: str | None = None, changed: Collection[str] = frozenset()
+) -> Run:
     """Run again what did not complete, with the outputs of what did; with `from_stage` also that stage and all after it.
 
-    A fan-out of which items are missing keeps the results that are there, unless something before it runs again.
+    A fan-out of which items are missing keeps the results that are there, unless something before it runs again, or it reads a changed
+    parameter.
+
+    Args:
+        changed: names of the parameters that have other values from now on.
 
     Raises:
         InvalidTransition: the run has not failed or been cancelled.
-        Invalid: there is no such stage.
+        Invalid: there is no such stage; a result that would be kept was made with the old value of a changed parameter; or nothing that
+            runs again reads it.
     """
     allow("retry", run)
     anew: set[int] = set()
@@ -60,13 +74,19 @@ def retry(plan: Plan, run: Run, from_stage: str | None, now: int) -> Run:
         anew = {place} | plan.descendants(place)
     number = run.round + 1
     stages = list(run.stages)
+    _check_changes(plan, run, anew, changed)
     for place, stage in enumerate(stages):
         if place in anew:
             stages[place] = StageRun(id=stage.id, round=number)
         elif stage.state is not StageState.COMPLETED:
             # Its needs are completed if it has results at all, and they stay so unless they are run anew, which makes it anew too.
-            stages[place] = _again(plan, place, stage, number)
+            fresh = bool(changed) and not changed_in(plan.stages[place], changed).isdisjoint(changed)
+            stages[place] = StageRun(id=stage.id, round=number) if fresh else _again(plan, place, stage, number)
     seconds = plan.spec.spec.deadline_seconds
+    now = request.at
+    told = Retry(
+        round=number, at=now, by=request.by, reason=request.reason, from_stage=from_stage, params=sorted(changed)
+    )
     return replace(
         run,
         state=RunState.RUNNING,
@@ -75,12 +95,45 @@ def retry(plan: Plan, run: Run, from_stage: str | None, now: int) -> Run:
         reason="",
         message="",
         round=number,
+        retries=[*run.retries[1 - RETRIES_MAX :], told],
         ending=None,
         stages=stages,
         pause=None,
         cancel=None,
         deadline_at=None if seconds is None else now + as_millis(seconds),
     )
+
+
+def changed_in(planned: PlannedStage, names: Collection[str]) -> set[str]:
+    """Return which of these parameters a stage reads; all of them where it looks at the parameters as a whole."""
+    found: set[str] = set()
+    for name in planned.__struct_fields__:
+        part = getattr(planned, name)
+        for expression in part.expressions if isinstance(part, Template) else (part,):
+            if isinstance(expression, Expression):
+                whole = "params" in expression.roots and not expression.params
+                found.update(names if whole else expression.params.intersection(names))
+    return found
+
+
+def _check_changes(plan: Plan, run: Run, anew: set[int], changed: Collection[str]) -> None:
+    """Raise Invalid where changed parameters and kept results do not go together."""
+    read: set[str] = set()
+    found: list[FieldError] = []
+    for place in plan.order if changed else ():
+        names = changed_in(plan.stages[place], changed)
+        if place in anew or run.stages[place].state is not StageState.COMPLETED:
+            read |= names
+            continue
+        for name in sorted(names):
+            stage = run.stages[place].id
+            detail = f"stage `{stage}` keeps its result, which was made with the old value of `{name}`: retry from it"
+            found.append(FieldError(pointer=f"#/params/{name}", code="stale-result", detail=detail))
+    for name in sorted(set(changed) - read - {error.pointer.removeprefix("#/params/") for error in found}):
+        detail = f"nothing that runs again reads `{name}`"
+        found.append(FieldError(pointer=f"#/params/{name}", code="no-effect", detail=detail))
+    if found:
+        raise Invalid(found[0].detail, errors=found[:50])
 
 
 def as_millis(seconds: float) -> int:

@@ -203,11 +203,22 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
     message: str = ""
 
 
+class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Somebody had a run repeated: the round it began, from which stage, and the names of the parameters that were changed."""
+
+    round: int
+    at: int
+    by: str
+    reason: str = ""
+    from_stage: str | None = None
+    params: list[str] = []
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One execution of one version of a pipeline. Stage outputs and parameters are cold parts beside it.
 
     Attributes:
-        round: raised by every retry of the run.
+        round: raised by every retry of the run; retries: the latest of them.
         ending: the final state it is on its way to: nothing starts any more, it waits for the tasks it had cancelled.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
     """
@@ -226,6 +237,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str = ""
     message: str = ""
     round: int = 0
+    retries: list[Retry] = []
     ending: RunState | None = None
     stages: list[StageRun]
     summary: dict[str, object] = {}

@@ -12,7 +12,7 @@ from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Pipeline, Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import Plan
-from mcp_control.pipelines.view_model import PipelineView, RunView, StageView
+from mcp_control.pipelines.view_model import PipelineView, RetryView, RunView, StageView
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_run: Final = msgspec.msgpack.Decoder(Run).decode
@@ -75,6 +75,9 @@ def run_fact(kind: str, run: Run, actor: str, now: int) -> Fact:
     if run.reason:
         data["reason"] = run.reason
         data["message"] = run.message[:500]
+    if kind == "run.retried" and run.retries:
+        last = run.retries[-1]
+        data.update(round=last.round, from_stage=last.from_stage, params=last.params, reason=last.reason)
     return fact(kind, run.id, actor, now, data, tenant=run.tenant, run=run.id)
 
 
@@ -183,6 +186,17 @@ def run_view(
         message=run.message,
         progress=progress,
         round=run.round,
+        retries=[
+            RetryView(
+                round=each.round,
+                at=to_datetime(each.at),
+                by=each.by,
+                reason=each.reason,
+                from_stage=each.from_stage,
+                params=each.params,
+            )
+            for each in run.retries
+        ],
         stages=stages,
         summary=run.summary,
         labels=run.labels,

@@ -2,7 +2,7 @@
 
 import asyncio
 import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from typing import Final
@@ -43,7 +43,9 @@ _ENDED: Final = frozenset(f"run.{state.value}" for state in RUN_FINAL)
 _INSIDE_MAX: Final = 64
 _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_value: Final = msgspec.json.Decoder().decode
 NOTHING_ALONG: Final = Along()
+NO_PARAMS: Final[Mapping[str, msgspec.Raw]] = {}
 Ask = Callable[[Plan, Run, int], Run]
 
 
@@ -236,11 +238,39 @@ class PipelineEngine:
         request = self._request(actor, reason)
         return await self.ask(actor, run_id, lambda _plan, run, _now: control.cancel(run, request), "", insist=True)
 
-    async def retry(self, actor: Actor, run_id: str, from_stage: str | None = None) -> Run:
-        """Run again what did not complete, or everything from a stage on. Raises NotFound, Invalid, InvalidTransition."""
+    async def retry(
+        self,
+        actor: Actor,
+        run_id: str,
+        from_stage: str | None = None,
+        params: Mapping[str, msgspec.Raw] = NO_PARAMS,
+        reason: str = "",
+    ) -> Run:
+        """Run again what did not complete, or everything from a stage on; `params` are those with other values from now on.
+
+        Raises:
+            NotFound: no such run.
+            InvalidTransition: it has not failed or been cancelled.
+            Invalid: the stage, the parameters, or both together; see `control.retry`.
+        """
+        request = self._request(actor, reason)
+        active = await self._load(actor, run_id, "runs.change")
+        before = await self._params(active)
+        after = resolve(active.plan.spec.spec.params, {**before, **params}) if params else {}
+        changed = {name for name in params if _value(after[name]) != _value(before.get(name, b"null"))}
         return await self.ask(
-            actor, run_id, lambda plan, run, now: control.retry(plan, run, from_stage, now), "run.retried", anew=True
+            actor,
+            run_id,
+            lambda plan, run, _now: control.retry(plan, run, request, from_stage, changed),
+            "run.retried",
+            anew={name: msgspec.Raw(text) for name, text in after.items()} if changed else before,
         )
+
+    async def _params(self, active: Active) -> Mapping[str, msgspec.Raw]:
+        if active.material.params is not None:
+            return {name: msgspec.Raw(text) for name, text in active.material.params.items()}
+        entity = (await self._store.get("run", [active.run.id], ("params",)))[0]
+        return {} if entity is None else _params(entity.cold.get("params", b"{}"))
 
     def _request(self, actor: Actor, reason: str) -> Request:
         if errors := text_errors("#/reason", reason, 1000):
@@ -256,20 +286,20 @@ class PipelineEngine:
         *,
         finished: Sequence[Finished] = (),
         insist: bool = False,
-        anew: bool = False,
+        anew: Mapping[str, msgspec.Raw] | None = None,
     ) -> Run:
         """Change a run as asked and do what follows from it; decide again when somebody else was faster.
 
         Args:
             kind: the fact to tell when the run changed by the asking itself.
-            anew: what is known of outputs no longer holds.
+            anew: what is known of outputs no longer holds, and these are its parameters.
         """
         for _ in range(_TRIES):
             active = await self._load(actor, run_id, "runs.change")
             before, now = active.run, self._clock.now()
             run = ask(active.plan, before, now)
-            if anew:
-                active = Active(before, active.plan, Material(active.material.params))
+            if anew is not None:
+                active = Active(before, active.plan, Material(anew))
             decision = await self._runs.decide(active, run, finished, now, insist=insist)
             if decision.run is before and not decision.cancel:
                 break
@@ -277,7 +307,8 @@ class PipelineEngine:
                 advance = Advance(cancel=decision.cancel)
             else:
                 facts = [run_fact(kind, run, actor.id, now)] if kind and run is not before else []
-                advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=facts)
+                cold = None if anew is None else {"params": _encode(anew)}
+                advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=facts, cold=cold)
             try:
                 await self._apply(actor, run_id, advance)
             except Duplicate:

@@ -30,6 +30,17 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eta: datetime | None = None
 
 
+class RetryView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A repetition of a run: the round it began, who asked for it and why; `params` names the parameters that were changed."""
+
+    round: int
+    at: datetime
+    by: str
+    reason: str = ""
+    from_stage: str | None = None
+    params: list[str] = []
+
+
 class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A run as callers see it."""
 
@@ -46,6 +57,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     message: str = ""
     progress: float
     round: int = 0
+    retries: list[RetryView] = []
     stages: list[StageView]
     summary: dict[str, object] = {}
     labels: dict[str, str] = {}

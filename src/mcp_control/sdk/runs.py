@@ -1,7 +1,7 @@
 """Runs as a client watches and steers them."""
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from mcp_control.artifacts.model import ArtifactView
@@ -55,9 +55,16 @@ class RunHandle:
         """Cancel the run and its tasks."""
         return self._client.do(calls.run_verb(self.id, "cancel", reason=reason))
 
-    def retry(self, from_stage: str | None = None) -> RunView:
-        """Run the failed stages, or all from one stage on, once more."""
-        return self._client.do(calls.run_verb(self.id, "retry", from_stage=from_stage))
+    def retry(
+        self,
+        from_stage: str | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> RunView:
+        """Run the failed stages, or all from one stage on, once more; `params` are those that have other values from now on."""
+        body = {"from_stage": from_stage, "params": params, "reason": reason}
+        return self._client.do(calls.run_verb(self.id, "retry", **body))
 
     def output(self, stage: str) -> Any:
         """Read the output of a stage."""
@@ -122,9 +129,16 @@ class AsyncRunHandle:
         """Cancel the run and its tasks."""
         return await self._client.do(calls.run_verb(self.id, "cancel", reason=reason))
 
-    async def retry(self, from_stage: str | None = None) -> RunView:
-        """Run the failed stages, or all from one stage on, once more."""
-        return await self._client.do(calls.run_verb(self.id, "retry", from_stage=from_stage))
+    async def retry(
+        self,
+        from_stage: str | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> RunView:
+        """Run the failed stages, or all from one stage on, once more; `params` are those that have other values from now on."""
+        body = {"from_stage": from_stage, "params": params, "reason": reason}
+        return await self._client.do(calls.run_verb(self.id, "retry", **body))
 
     async def output(self, stage: str) -> Any:
         """Read the output of a stage."""
