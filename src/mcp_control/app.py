@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
 
 import structlog
 
@@ -22,7 +21,7 @@ from mcp_control.artifacts.service import Artifacts
 from mcp_control.backend import Around, Backend, backend
 from mcp_control.configuration.settings import Settings
 from mcp_control.events.broadcaster import Broadcaster
-from mcp_control.events.retention import EventRetention
+from mcp_control.keeping import Once, retention_loops
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
 from mcp_control.kernel.ids import IdSource
@@ -37,10 +36,9 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.planning import Planner
-from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
-from mcp_control.pipelines.timekeeping import ScheduleKeeper, ScheduleRetention
+from mcp_control.pipelines.timekeeping import ScheduleKeeper
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.accounts import Accounts
 from mcp_control.security.authenticator import Authenticator
@@ -53,9 +51,10 @@ from mcp_control.security.verified import VerifiedCache
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.drift import DriftKeeper
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.history import TaskHistory
-from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
+from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Timekeeper
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
@@ -64,8 +63,6 @@ from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 
 _log = structlog.get_logger(__name__)
-_DAY_MS: Final = 86_400_000
-Once = Callable[[int], Awaitable[object]]
 
 
 @dataclass
@@ -193,6 +190,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, peers=peers)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
+        pace = settings.leases.drift_seconds
+        drift = DriftKeeper(store, clock, sessions, ledger, dispatcher, settler.handing, pace, metrics.violation)
         catalogue = Catalogue(
             store,
             clock,
@@ -231,7 +230,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         health = Health()
 
         watch_health(health, base, plugins, metrics, lease_keeper)
-        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper)
+        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, drift)
         metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,
@@ -277,31 +276,21 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         if not shared:
             await reconciler.rebuild()
 
-        keep = settings.retention
-        events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
-        old_tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
-        old_pipelines = PipelineRetention(store, round(keep.runs_days * _DAY_MS))
-        old_runs = RunRetention(store, artifacts, round(keep.runs_days * _DAY_MS))
-        old_schedules = ScheduleRetention(store, round(keep.runs_days * _DAY_MS))
         timekeeper = Timekeeper(store, clock, settler)
         one_server: list[tuple[str, float, Once]] = [
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
-            ("events-retention", keep.interval_seconds, events.once),
-            ("statistics-retention", keep.interval_seconds, history.forget),
-            ("tasks-retention", keep.interval_seconds, lambda _: old_tasks.once()),
             ("runs", 1.0, RunHealer(store, engine).once),
-            ("runs-retention", keep.interval_seconds, old_runs.once),
             ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
-            ("schedules-retention", keep.interval_seconds, old_schedules.once),
-            ("pipelines-retention", keep.interval_seconds, old_pipelines.once),
+            *retention_loops(settings.retention, store, clock, artifacts, history),
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
         ]
         every_server: list[tuple[str, float, Once]] = [
             ("lanes", 0.25, look_at_lanes),
+            ("drift", min(5.0, pace), lambda _: drift.once()),
             ("statistics", 2.0, lambda now: history.once(now, leading=base.leading)),
         ]
         if shared:

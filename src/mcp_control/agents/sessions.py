@@ -110,6 +110,10 @@ class Session:
         self.held.discard(task_id)
         return None if self.account is None else self.account.give(task_id)
 
+    def counted(self) -> set[str]:
+        """Return the tasks for which something is taken."""
+        return set(self.held) if self.account is None else self.held | self.account.loads().keys()
+
     def take_over(self, before: "Session") -> None:
         """Hold what an earlier session of the same instance held."""
         self.held |= before.held

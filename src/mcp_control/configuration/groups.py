@@ -58,6 +58,9 @@ class Leases(_Group):
     """Ends the leases of silent agents. How long an agent may be silent is its own: 2 s to 1 h, 30 s unless it says so."""
 
     sweep_seconds: Seconds = Field(default=0.5, description="how often ended leases are looked for")
+    drift_seconds: Seconds = Field(
+        default=60.0, description="how often what agents are counted to hold is compared with the leases in the store"
+    )
 
 
 class Overload(_Group):

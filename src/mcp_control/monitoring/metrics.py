@@ -23,6 +23,7 @@ INVARIANTS: Final = (
     "fence_not_growing",  # a new attempt without a higher fencing token
     "stale_write_accepted",  # a report under an old lease changed something
     "orphaned_task",  # a task's holder had ended without it
+    "slot_drift",  # what is counted as held by an agent was not what the leases say
     "facts_out_of_order",  # facts reached the broadcaster with a gap or backwards
     "unhandled_exception",  # an error that is no Problem reached a door
 )

@@ -159,7 +159,7 @@ class Handing:
                 if found is None or not found[0].waits:
                     self._dispatcher.unreserve(session, task_id)
                     if found is not None:
-                        self._resend(*found)
+                        self.resend(*found)
                     continue
                 task = assign(found[0], session.agent.id, session.instance.id, self._ids.secret(), now)
                 moves.append(Move(task, [task_fact("task.assigned", task, "system", now)]))
@@ -208,11 +208,11 @@ class Handing:
             if entry[0].waits:
                 queued.append(entry[0])
             else:
-                self._resend(*entry)
+                self.resend(*entry)
         if queued:
             await self._dispatcher.enqueue(queued)
 
-    def _resend(self, task: Task, payload: bytes) -> None:
+    def resend(self, task: Task, payload: bytes) -> None:
         """Send an assignment that was committed although nobody was told so."""
         session = None if task.lease is None else self._sessions.get(task.lease.instance_id)
         if session is None or task.id in session.held:
