@@ -6,7 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mcp_control.pipelines.model import NO_NEEDS, Body, Combine, FanOut, Gate, Metadata, Param, PipelineSpec, Stage
+from mcp_control.pipelines.model import (
+    NO_NEEDS,
+    Body,
+    Combine,
+    FanOut,
+    Gate,
+    Metadata,
+    Mode,
+    Param,
+    PipelineSpec,
+    RunWhen,
+    Stage,
+)
 from mcp_control.tasks.model import Needs, RetryPolicy
 
 
@@ -51,6 +63,7 @@ class PipelineBuilder:
         priority: int = 50,
         deadline_seconds: float | None = None,
         max_running: int | None = None,
+        mode: Mode = "concurrent",
     ) -> None:
         self._metadata = Metadata(name=name, description=description, labels=dict(labels or {}))
         self._stages: list[Stage] = []
@@ -58,6 +71,7 @@ class PipelineBuilder:
         self._priority = priority
         self._deadline_seconds = deadline_seconds
         self._max_running = max_running
+        self._mode = mode
 
     def param(
         self,
@@ -91,9 +105,12 @@ class PipelineBuilder:
         version: str = "*",
         fan_out: FanOut | str | None = None,
         combine: Combine | str | None = None,
+        when: str | None = None,
+        run_when: RunWhen = "all_completed",
         gate: Gate | str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
+        deadline_seconds: float | None = None,
         requires: Needs = NO_NEEDS,
         priority: int | None = None,
         description: str = "",
@@ -110,10 +127,13 @@ class PipelineBuilder:
                 version=version,
                 needs=[need.id if isinstance(need, StageHandle) else need for need in needs],
                 with_=dict(with_ or {}),
+                when=None if when is None else _bare(when),
+                run_when=run_when,
                 fan_out=fan_out,
                 gate=Gate(check=_bare(gate)) if isinstance(gate, str) else gate,
                 retry=retry,
                 timeout=timeout,
+                deadline_seconds=deadline_seconds,
                 requires=requires,
                 priority=priority,
                 description=description,
@@ -131,6 +151,7 @@ class PipelineBuilder:
                 priority=self._priority,
                 deadline_seconds=self._deadline_seconds,
                 max_running=self._max_running,
+                mode=self._mode,
             ),
         )
 

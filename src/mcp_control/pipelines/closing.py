@@ -5,11 +5,12 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.pipelines.counting import items_in, numbers, outstanding, started_in, task_id, told_by
+from mcp_control.pipelines.counting import items_in, needed, numbers, open_in, outstanding, spoiled, task_id, told_by
 from mcp_control.pipelines.decision import Missing
 from mcp_control.pipelines.draft import OPEN, Draft
 from mcp_control.pipelines.expressions import ExpressionError, Raw, join
-from mcp_control.pipelines.model import RunState, StageState
+from mcp_control.pipelines.model import RunState, StageRun, StageState
+from mcp_control.pipelines.plan import PlannedStage
 
 _SUMMARY_MAX: Final = 16 << 10
 
@@ -20,21 +21,43 @@ def settle(draft: Draft, place: int) -> None:
     stage = draft.stages[place]
     if stage.state is not StageState.RUNNING:
         return
-    if stage.failed or stage.cancelled:
+    if spoiled(planned, stage):
+        if planned.lenient and not stage.reason:
+            stage = _too_few(planned, stage)
+            draft.stages[place] = stage
         if draft.run.ending is None:
             if draft.late():
                 draft.end(RunState.FAILED, "deadline-exceeded", "the deadline of the run passed")
-            elif stage.failed:
+            elif stage.reason:
                 draft.end(RunState.FAILED, "stage-failed", f"stage {stage.id} failed: {stage.message or stage.reason}")
             else:
                 draft.end(RunState.FAILED, "task-cancelled", f"a task of stage {stage.id} was cancelled")
-        if stage.done + stage.failed + stage.cancelled >= started_in(planned, stage):
-            draft.close(place, StageState.FAILED if stage.failed else StageState.CANCELLED)
-    elif stage.done == stage.total:
+        if not open_in(planned, stage):
+            draft.close(place, StageState.FAILED if stage.reason else StageState.CANCELLED)
+    elif stage.done + stage.failed + stage.cancelled == stage.total:
         try:
             complete(draft, place, output(draft, place))
         except ExpressionError as error:
             draft.fail(place, str(error))
+
+
+def _too_few(planned: PlannedStage, stage: StageRun) -> StageRun:
+    assert planned.stage.fan_out is not None
+    items = items_in(planned, stage)
+    bad = stage.failed + stage.cancelled
+    wanted = needed(planned.stage.fan_out.at_least, items)
+    message = f"{bad} of {items} items did not complete, at least {wanted} must"
+    return replace(stage, reason="too-few-items", message=message)
+
+
+def expire(draft: Draft) -> None:
+    """Fail the running stages whose deadline has passed."""
+    for place, stage in enumerate(draft.stages):
+        if stage.deadline_at is not None and stage.deadline_at <= draft.now and stage.state is StageState.RUNNING:
+            if not stage.reason:
+                message = "the deadline of the stage passed"
+                draft.stages[place] = replace(stage, reason="deadline-exceeded", message=message)
+            draft.end(RunState.FAILED, "stage-failed", f"stage {stage.id} failed: the deadline of the stage passed")
 
 
 def output(draft: Draft, place: int) -> Raw:
@@ -47,20 +70,29 @@ def output(draft: Draft, place: int) -> Raw:
 
 
 def items_of(draft: Draft, place: int) -> list[Raw]:
-    """Return the results of all items of a fan-out, in order."""
+    """Return the results of all items of a fan-out, in order; null for those that did not complete."""
     stage = draft.stages[place]
     planned = draft.plan.stages[place]
-    before = draft.material.results.get(stage.id, {})
-    fresh = draft.results.get(stage.id, {})
-    found: list[Raw] = []
-    for at in range(items_in(planned, stage)):
-        text = fresh.get(at)
-        if text is None:
-            text = before.get(at)
-        if text is None:
-            raise Missing(results=place)
-        found.append(text)
-    return found
+    bad = int.from_bytes(stage.bad, "little")
+    return [b"null" if bad >> at & 1 else _told_of(draft, place, at) for at in range(items_in(planned, stage))]
+
+
+def failures_of(draft: Draft, place: int) -> list[Raw]:
+    """Return what is told of the items of a fan-out that did not complete, in order."""
+    stage = draft.stages[place]
+    bad = int.from_bytes(stage.bad, "little")
+    if not bad:
+        return []
+    return [_told_of(draft, place, at) for at in range(items_in(draft.plan.stages[place], stage)) if bad >> at & 1]
+
+
+def _told_of(draft: Draft, place: int, at: int) -> Raw:
+    stage_id = draft.stages[place].id
+    for known in (draft.results, draft.material.results):
+        text = known[stage_id].get(at) if stage_id in known else None
+        if text is not None:
+            return text
+    raise Missing(results=place)
 
 
 def complete(draft: Draft, place: int, output: Raw) -> None:
@@ -73,6 +105,8 @@ def complete(draft: Draft, place: int, output: Raw) -> None:
         if len(msgspec.json.encode(merged)) <= _SUMMARY_MAX:
             draft.summary = merged
     draft.outputs[stage.id] = output
+    if bad := stage.failed + stage.cancelled:
+        stage = replace(stage, message=f"{bad} of {items_in(planned, stage)} items did not complete")
     counts = numbers(told.counts) or stage.counts
     gate = planned.stage.gate
     if gate is None or planned.gate is None:
@@ -98,17 +132,26 @@ def stop(draft: Draft, first: bool) -> None:
         place = start.stage.place
         before, stage = draft.before.stages[place], draft.stages[place]
         if stage.state is StageState.RUNNING:
-            draft.stages[place] = before if before.state in OPEN else replace(stage, combining=False)
+            draft.stages[place] = (
+                before
+                if before.state in OPEN
+                else replace(stage, combining=before.combining, begun=before.begun, window=before.window)
+            )
     draft.start = []
     fate = StageState.CANCELLED if draft.run.ending is RunState.CANCELLED else StageState.SKIPPED
     for place, stage in enumerate(draft.stages):
+        cleaning = place in draft.plan.cleaning
         if stage.state in OPEN:
-            draft.close(place, fate)
+            if not cleaning:
+                draft.close(place, fate)
         elif stage.state is StageState.RUNNING:
+            failing = spoiled(draft.plan.stages[place], stage)
+            if cleaning and not failing:
+                continue
             left = outstanding(draft.plan.stages[place], stage)
             if not left:
-                draft.close(place, StageState.FAILED if stage.failed else StageState.CANCELLED)
-            elif first:
+                draft.close(place, StageState.FAILED if stage.reason else StageState.CANCELLED)
+            elif first or cleaning:
                 draft.cancel += [task_id(draft.run.id, stage.id, item, stage.round) for item in left]
 
 

@@ -10,7 +10,17 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.errors import FieldError, Invalid
 from mcp_control.pipelines.expressions import Expression
-from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Retry, Run, RunState, StageRun, StageState
+from mcp_control.pipelines.model import (
+    NOT_REACHED,
+    NOT_WANTED,
+    RUN_FINAL,
+    STAGE_FINAL,
+    Retry,
+    Run,
+    RunState,
+    StageRun,
+    StageState,
+)
 from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.pipelines.templates import Template
 from mcp_control.pipelines.transitions import allow
@@ -74,11 +84,15 @@ def retry(
         anew = {place} | plan.descendants(place)
     number = run.round + 1
     stages = list(run.stages)
+    again = {place for place, stage in enumerate(stages) if _runs_again(plan.stages[place], stage, changed)}
+    for place in plan.order:  # needs come first
+        if any(need in again or need in anew for need in plan.stages[place].needs):
+            anew.add(place)
     _check_changes(plan, run, anew, changed)
     for place, stage in enumerate(stages):
         if place in anew:
             stages[place] = StageRun(id=stage.id, round=number)
-        elif stage.state is not StageState.COMPLETED:
+        elif place in again:
             # Its needs are completed if it has results at all, and they stay so unless they are run anew, which makes it anew too.
             fresh = bool(changed) and not changed_in(plan.stages[place], changed).isdisjoint(changed)
             stages[place] = StageRun(id=stage.id, round=number) if fresh else _again(plan, place, stage, number)
@@ -102,6 +116,12 @@ def retry(
         cancel=None,
         deadline_at=None if seconds is None else now + as_millis(seconds),
     )
+
+
+def _runs_again(planned: PlannedStage, stage: StageRun, changed: Collection[str]) -> bool:
+    if stage.state is StageState.SKIPPED and stage.reason in (NOT_WANTED, NOT_REACHED):
+        return bool(changed) and bool(changed_in(planned, changed))
+    return stage.state is not StageState.COMPLETED
 
 
 def changed_in(planned: PlannedStage, names: Collection[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """The tasks of one stage: which there are, which have ended, and what their results tell. Pure."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Final
 
 import msgspec
@@ -11,7 +12,7 @@ from mcp_control.pipelines.expressions import Raw
 from mcp_control.pipelines.model import Run, StageRun, StageState
 from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.tasks.followers import Finished
-from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.model import Task, TaskState
 
 _COUNTS_MAX: Final = 64
 
@@ -57,7 +58,49 @@ def outstanding(planned: PlannedStage, stage: StageRun) -> list[int | None]:
     if planned.over is None:
         return [] if ended & 1 else [None]
     items = items_in(planned, stage)
-    return [-1 if at == items else at for at in range(started) if not ended >> at & 1]
+    return [-1 if at == items and planned.combine is not None else at for at in range(started) if not ended >> at & 1]
+
+
+def open_in(planned: PlannedStage, stage: StageRun) -> int:
+    """Return how many tasks a running stage waits for."""
+    started = started_in(planned, stage)
+    return started - (int.from_bytes(stage.ended, "little") & (1 << started) - 1).bit_count()
+
+
+def needed(at_least: int | str | None, items: int) -> int:
+    """Return how many items of a fan-out must complete."""
+    if at_least is None:
+        return items
+    if isinstance(at_least, int):
+        return min(at_least, items)
+    share = Fraction(at_least.removesuffix("%")) / 100
+    return -(-items * share.numerator // share.denominator)
+
+
+def spoiled(planned: PlannedStage, stage: StageRun) -> bool:
+    """Say whether a running stage can no longer complete."""
+    if stage.reason:
+        return True
+    if not stage.failed and not stage.cancelled:
+        return False
+    fan_out = planned.stage.fan_out
+    if fan_out is None or not planned.lenient:
+        return True
+    items = items_in(planned, stage)
+    bad = int.from_bytes(stage.bad, "little")
+    return bool(bad >> items) or items - bad.bit_count() < needed(fan_out.at_least, items)
+
+
+def failure_of(task: Task, index: int) -> bytes:
+    """Return what is told of an item that did not complete: index, state, reason, message."""
+    failure = task.failure
+    told = {
+        "index": index,
+        "state": task.state.value,
+        "reason": failure.code if failure else task.reason,
+        "message": (failure.message if failure else task.message)[:500],
+    }
+    return msgspec.json.encode(told)
 
 
 def waited_for(run: Run, plan: Plan, limit: int) -> list[str]:
@@ -75,7 +118,9 @@ def items_in(planned: PlannedStage, stage: StageRun) -> int:
 
 
 def started_in(planned: PlannedStage, stage: StageRun) -> int:
-    """Return how many tasks of a running stage have been created."""
+    """Return how many tasks of a running stage have been created, those that a retry keeps included."""
+    if planned.windowed and not stage.combining:
+        return stage.begun
     return stage.total if planned.combine is None or stage.combining else stage.total - 1
 
 
@@ -106,7 +151,7 @@ def count(run_id: str, planned: PlannedStage, stage: StageRun, finished: Finishe
     if task.state is TaskState.CANCELLED:
         return replace(stage, ended=after, bad=bad, cancelled=stage.cancelled + 1), at
     reason, message = stage.reason, stage.message
-    if not stage.failed:
+    if not stage.reason and (item == -1 or not planned.lenient):
         failure = task.failure
         reason = (failure.code if failure else task.reason) or f"task-{task.state.value}"
         message = (failure.message if failure else task.message)[:500]

@@ -7,13 +7,16 @@ the run end in `closing.py`; both work on a `Draft`.
 
 from collections.abc import Sequence
 
-from mcp_control.pipelines.closing import finish, settle, stop
-from mcp_control.pipelines.counting import count
+from msgspec.structs import replace
+
+from mcp_control.pipelines.adaptive import after
+from mcp_control.pipelines.closing import expire, finish, settle, stop
+from mcp_control.pipelines.counting import count, failure_of, open_in
 from mcp_control.pipelines.decision import Decision, Material
 from mcp_control.pipelines.draft import Draft
-from mcp_control.pipelines.launching import combine_all, start_all
-from mcp_control.pipelines.model import RUN_FINAL, Run, RunState
-from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.launching import go_on, start_all
+from mcp_control.pipelines.model import RUN_FINAL, Run, RunState, StageRun, Window
+from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import TaskState
 
@@ -35,6 +38,8 @@ def decide(
         return Decision(run=run)
     draft = Draft(plan, run, material, now)
     was_ending = run.ending
+    if plan.timed:
+        expire(draft)
     for each in finished:
         _count(draft, each)
     for place in sorted(draft.progressed):
@@ -43,15 +48,18 @@ def decide(
         draft.end(RunState.FAILED, "deadline-exceeded", "the deadline of the run passed")
     if draft.run.ending is None:
         # What may start has become so by what ended just now; only a change from outside calls for a look at everything.
-        everything = not draft.progressed or plan.spec.spec.max_running is not None
+        everything = not draft.progressed or plan.choosy
         moved = range(len(draft.stages)) if everything else sorted(draft.progressed)
         if draft.run.state is not RunState.PAUSED:
-            combine_all(draft, moved)
+            go_on(draft, moved)
         start_all(
-            draft, list(moved) if everything else [after for place in moved for after in plan.stages[place].after]
+            draft, list(moved) if everything else [follower for place in moved for follower in plan.stages[place].after]
         )
     if draft.run.ending is not None:
         stop(draft, first=insist or was_ending is None)
+        if plan.cleaning:
+            go_on(draft, plan.cleaning)
+            start_all(draft, list(plan.cleaning))
     if draft.over():
         finish(draft)
     return draft.decision()
@@ -65,7 +73,26 @@ def _count(draft: Draft, finished: Finished) -> None:
     counted = count(draft.run.id, draft.plan.stages[place], stage, finished)
     if counted is None:
         return
-    draft.stages[place], at = counted
+    planned = draft.plan.stages[place]
+    changed, at = counted
+    draft.stages[place] = _adapted(draft, planned, stage, changed, finished)
     if finished.task.state is TaskState.COMPLETED:
         draft.results.setdefault(stage.id, {})[at] = b"null" if finished.result is None else finished.result
+    elif planned.lenient:
+        draft.results.setdefault(stage.id, {})[at] = failure_of(finished.task, at)
     draft.progressed.add(place)
+
+
+def _adapted(draft: Draft, planned: PlannedStage, before: StageRun, stage: StageRun, finished: Finished) -> StageRun:
+    """Return a stage with its window after the end of a task; that of the run follows, too."""
+    fan_out = planned.stage.fan_out
+    completed = finished.task.state is TaskState.COMPLETED
+    if draft.plan.spec.spec.mode == "adaptive":
+        window = draft.run.window or Window()
+        window = after(window, failed=finished.task.failures, completed=completed, open=draft.running())
+        draft.run = replace(draft.run, window=window)
+    if fan_out is None or fan_out.mode != "adaptive":
+        return stage
+    window = stage.window or Window()
+    busy = open_in(planned, before)
+    return replace(stage, window=after(window, failed=finished.task.failures, completed=completed, open=busy))

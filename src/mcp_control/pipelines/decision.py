@@ -21,23 +21,32 @@ class Missing(Exception):
 
 
 class Material:
-    """What is known beside the run document: parameters, outputs of stages, results of fan-out items by stage id."""
+    """What is known beside the run document.
 
-    __slots__ = ("outputs", "params", "results")
+    Attributes:
+        params: by name; outputs: of stages; results: of fan-out items by stage id (of one that may fail, how it failed).
+        lists: what fan-outs of bounded width go over, by stage id, so that it is not computed for each item.
+        free: slots of agents that could take one more task, by task type; empty where that is not known.
+    """
+
+    __slots__ = ("free", "lists", "outputs", "params", "results")
 
     def __init__(self, params: Mapping[str, Raw] | None = None) -> None:
         self.params = params
         self.outputs: dict[str, Raw] = {}
         self.results: dict[str, dict[int, Raw]] = {}
+        self.lists: dict[str, list[msgspec.Raw]] = {}
+        self.free: Mapping[str, int] = {}
 
 
 class Start(msgspec.Struct, frozen=True):
-    """A task to create. `item` is None for the task of a plain stage, -1 for the combine task."""
+    """A task to create. `item` is None for the task of a plain stage, -1 for the combine task; `priority` None is that of the stage."""
 
     stage: PlannedStage
     item: int | None
     round: int
     payload: bytes
+    priority: int | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,13 +69,20 @@ class Draft:
         self.close(place, StageState.FAILED, reason, message[:500])
         self.end(RunState.FAILED, reason, f"stage {self.stages[place].id}: {message}"[:500])
 
-    def add(self, planned: PlannedStage, item: int | None, round: int, payload: bytes) -> None:
-        """Note a task to start. Raises ExpressionError when its payload is too large."""
+    def spoil(self, place: int, message: str) -> None:
+        """Fail a stage that may have tasks under way, and the run with it; it ends when they have."""
+        self.stages[place] = replace(self.stages[place], reason="expression-error", message=message[:500])
+        self.end(RunState.FAILED, "expression-error", f"stage {self.stages[place].id}: {message}"[:500])
+
+    def made(
+        self, planned: PlannedStage, item: int | None, round: int, payload: bytes, priority: int | None = None
+    ) -> Start:
+        """Return a task to start. Raises ExpressionError when its payload is too large."""
         if len(payload) > PAYLOAD_MAX:
             raise ExpressionError(
                 f"the payload would have {len(payload)} bytes, at most {PAYLOAD_MAX}; pass data as artifacts"
             )
-        self.start.append(Start(planned, item, round, payload))
+        return Start(planned, item, round, payload, priority)
 
     def scope(
         self,
@@ -83,6 +90,7 @@ class Draft:
         item: Raw | None = None,
         index: int | None = None,
         items: Sequence[Raw] | None = None,
+        failures: Sequence[Raw] | None = None,
         output: Raw | None = None,
     ) -> Scope:
         """Return what expressions see. Raises Missing."""
@@ -91,14 +99,31 @@ class Draft:
             raise Missing(params=True)
         run = self.run
         about = {"id": run.id, "pipeline": run.pipeline, "version": run.pipeline_number, "round": run.round}
-        return Scope(params, self.output_of, about, item=item, index=index, items=items, output=output)
+        return Scope(
+            params,
+            self.output_of,
+            about,
+            item=item,
+            index=index,
+            items=items,
+            failures=failures,
+            output=output,
+            state_of=self.state_of,
+        )
+
+    def state_of(self, stage_id: str) -> str:
+        """Return the state of a stage by id."""
+        return self.stages[self.plan.place_of[stage_id]].state.value
 
     def output_of(self, stage_id: str) -> Raw:
-        """Return the output of a stage by id. Raises Missing."""
+        """Return the output of a stage by id, null where it ended without one. Raises Missing."""
         found = self.outputs.get(stage_id)
         if found is None:
             found = self.material.outputs.get(stage_id)
         if found is None:
+            stage = self.stages[self.plan.place_of[stage_id]]
+            if stage.state in STAGE_FINAL and not stage.has_output:
+                return b"null"
             raise Missing(output=stage_id)
         return found
 
@@ -137,6 +162,9 @@ class Draft:
                     progressed.append(new)
         if run is before and not changed:
             return Decision(run=before, cancel=self.cancel)
+        if self.plan.timed:
+            due = [stage.deadline_at for stage in stages if stage.state is StageState.RUNNING and not stage.reason]
+            run = replace(run, stage_due=min((at for at in due if at is not None), default=None))
         pending = run.state is RunState.PENDING
         run = replace(
             run,

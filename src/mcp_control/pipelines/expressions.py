@@ -16,7 +16,7 @@ LENGTH_MAX: Final = 1000
 MACROS_MAX: Final = 4
 MACRO_VALUES_MAX: Final = 1000
 DATA_MAX: Final = 256 << 10
-ROOTS: Final = frozenset({"params", "stages", "run", "item", "index", "items", "output"})
+ROOTS: Final = frozenset({"params", "stages", "run", "item", "index", "items", "failures", "output"})
 ALL: Final = "*"  # a step that stands for every element of a list
 
 Raw = bytes  # or `msgspec.Raw`, which the type checker holds to be bytes
@@ -63,6 +63,7 @@ _REFERENCE: Final = re.compile(
     r"""(?<![\w.])(stages|params)\b\s*(?:\.\s*([A-Za-z_]\w*)|\[\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\])?""", re.ASCII
 )
 _MACRO: Final = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_]\w*)\s*,", re.ASCII)
+_STATE: Final = re.compile(r"\.\s*state\b", re.ASCII)
 _KEYWORDS: Final = frozenset({"true", "false", "null", "in"})
 
 _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -84,10 +85,12 @@ class Scope:
         run: `id`, `pipeline`, `version`, `round` of the run.
         item, index: the element of a fan-out.
         items: results of all items, for the combine task.
+        failures: what became of the items that did not complete, for the combine task.
         output: the stage's own output, for its gate.
+        state_of: gives the state of a stage.
     """
 
-    __slots__ = ("index", "item", "items", "output", "output_of", "params", "run")
+    __slots__ = ("failures", "index", "item", "items", "output", "output_of", "params", "run", "state_of")
 
     def __init__(
         self,
@@ -98,7 +101,9 @@ class Scope:
         item: Raw | None = None,
         index: int | None = None,
         items: Sequence[Raw] | None = None,
+        failures: Sequence[Raw] | None = None,
         output: Raw | None = None,
+        state_of: Callable[[str], str] | None = None,
     ) -> None:
         self.params = params
         self.output_of = output_of
@@ -106,7 +111,9 @@ class Scope:
         self.item = item
         self.index = index
         self.items = items
+        self.failures = failures
         self.output = output
+        self.state_of = state_of
 
     def raw(self, root: str) -> Raw:
         """Return a root other than `stages` as JSON text."""
@@ -116,6 +123,8 @@ class Scope:
             return _encode(self.run)
         if root == "items" and self.items is not None:
             return join(self.items)
+        if root == "failures" and self.failures is not None:
+            return join(self.failures)
         if root == "index" and self.index is not None:
             return str(self.index).encode()
         if root == "item" and self.item is not None:
@@ -123,6 +132,12 @@ class Scope:
         if root == "output" and self.output is not None:
             return self.output
         raise ExpressionError(f"`{root}` has no value here")
+
+    def state(self, stage: str) -> str:
+        """Return the state of a stage. Raises ExpressionError where there is none."""
+        if self.state_of is None:
+            raise ExpressionError("the state of a stage is known in the run only")
+        return self.state_of(stage)
 
 
 class Expression:
@@ -167,8 +182,9 @@ class Expression:
         first = path[0] if path else None
         self.stages, self.params = frozenset[str](), frozenset[str]()
         if self._root == "stages":
-            if len(path) < 2 or not isinstance(first, str) or first == ALL or path[1] != "output":
-                raise ExpressionError("a stage is named as in `stages.<id>.output`")
+            known = len(path) > 1 and (path[1] == "output" or path[1:] == ("state",))
+            if not known or not isinstance(first, str) or first == ALL:
+                raise ExpressionError("a stage is named as in `stages.<id>.output` or `stages.<id>.state`")
             self.stages = frozenset({first})
         elif self._root == "params" and isinstance(first, str) and first != ALL:
             self.params = frozenset({first})
@@ -197,7 +213,7 @@ class Expression:
             elif name:
                 stages.add(name)
             else:
-                raise ExpressionError("a stage is named as in `stages.<id>.output`")
+                raise ExpressionError("a stage is named as in `stages.<id>.output` or `stages.<id>.state`")
         self._program = program
         self.roots = frozenset(names)
         self.stages = frozenset(stages)
@@ -225,6 +241,8 @@ class Expression:
         path = self._path
         try:
             if self._root == "stages":
+                if path[1] == "state":
+                    return _encode(scope.state(str(path[0])))
                 return _follow(scope.output_of(str(path[0])), path[2:])
             if self._root == "params" and path and path[0] != ALL:
                 value = scope.params.get(str(path[0]))
@@ -248,12 +266,13 @@ class Expression:
 
     def _run(self, scope: Scope) -> Any:
         assert self._program is not None
+        states = {name: scope.state(name) for name in self.stages} if _STATE.search(self.source) else {}
         outputs = {name: scope.output_of(name) for name in self.stages}
         others = {root: scope.raw(root) for root in self.roots if root != "stages"}
         if sum(map(_size, outputs.values())) + sum(map(_size, others.values())) > DATA_MAX:
             raise ExpressionError(f"`{self.source}` looks at more than {DATA_MAX >> 10} KiB; only a plain path may")
         given = {root: _value(text) for root, text in others.items()}
-        given["stages"] = {name: {"output": _value(text)} for name, text in outputs.items()}
+        given["stages"] = {name: {"output": _value(text), "state": states.get(name)} for name, text in outputs.items()}
         if _MACRO.search(self.source) and sum(map(_count, given.values())) > MACRO_VALUES_MAX:
             raise ExpressionError(
                 f"`{self.source}`: macros look at up to {MACRO_VALUES_MAX} values; a path with [*] has no limit"

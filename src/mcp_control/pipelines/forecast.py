@@ -91,7 +91,7 @@ def plan_run(
             made.append(Part(group=group, tasks=ahead[kind], seconds=seconds.get(kind, 0.0), rank=_AHEAD, holds=False))
         return made
 
-    width = plan.spec.spec.max_running
+    width = plan.width
     half = parts({kind: each.p50 for kind, each in history.items()})
     spans = simulate(half, pools, width)
     count = len(stages) + len(combining)

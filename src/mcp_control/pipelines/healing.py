@@ -54,7 +54,7 @@ class RunHealer:
             for entity in await self._store.get("task", ids, ("result",))
             if entity is not None and (task := read_task(entity)).final
         ]
-        late = stored.deadline_at is not None and stored.deadline_at <= now
+        late = any(at is not None and at <= now for at in (stored.deadline_at, stored.stage_due))
         if not ended and not late and stored.ending is None:
             return False
         actor = replace(SYSTEM, tenant=stored.tenant)

@@ -1,89 +1,132 @@
-"""Starting stages whose needs are met, and the combining tasks of fan-outs. Pure."""
+"""Starting stages whose needs are met, the next items of fan-outs of bounded width, and their combining tasks. Pure."""
 
 from collections.abc import Iterable
 from typing import Final
 
+import msgspec
 from msgspec.structs import replace
 
-from mcp_control.pipelines.closing import complete, items_of
+from mcp_control.pipelines.adaptive import allowed
+from mcp_control.pipelines.closing import complete, failures_of, items_of
+from mcp_control.pipelines.control import as_millis
+from mcp_control.pipelines.counting import items_in, open_in, spoiled
+from mcp_control.pipelines.decision import Start
 from mcp_control.pipelines.draft import OPEN, Draft
-from mcp_control.pipelines.expressions import ExpressionError, elements, join
-from mcp_control.pipelines.model import RunState, StageState
+from mcp_control.pipelines.expressions import Expression, ExpressionError, Scope, elements, join
+from mcp_control.pipelines.model import NOT_REACHED, NOT_WANTED, STAGE_FINAL, RunState, StageRun, StageState, Window
+from mcp_control.pipelines.plan import PlannedStage
+from mcp_control.pipelines.validate import ITEMS_MAX
 
-ITEMS_MAX: Final = 10_000
+_NEW: Final = Window()
 
 
-def combine_all(draft: Draft, places: Iterable[int]) -> None:
-    """Start the combine task of every fan-out among these stages whose items are all completed."""
+def go_on(draft: Draft, places: Iterable[int]) -> None:
+    """Start the next items of running fan-outs among these stages, and the combining task where all items have ended."""
     for place in places:
         stage = draft.stages[place]
-        if stage.state is StageState.RUNNING and not stage.combining:
-            planned = draft.plan.stages[place]
-            if planned.combine is not None and stage.done == stage.total - 1 and draft.run.ending is None:
-                try:
-                    start_combine(draft, place)
-                except ExpressionError as error:
-                    draft.fail(place, str(error))
+        if stage.state is not StageState.RUNNING or stage.combining:
+            continue
+        planned = draft.plan.stages[place]
+        if draft.run.ending is not None and place not in draft.plan.cleaning:
+            continue
+        if planned.windowed and not spoiled(planned, stage):
+            _refill(draft, place)
+            stage = draft.stages[place]
+        ready = stage.done + stage.failed + stage.cancelled == stage.total - 1
+        if planned.combine is not None and ready and not spoiled(planned, stage):
+            try:
+                start_combine(draft, place)
+            except ExpressionError as error:
+                draft.fail(place, str(error))
 
 
 def start_all(draft: Draft, places: list[int]) -> None:
-    """Start what may start among these stages; a fan-out over nothing ends at once, so those after it may follow in the same breath."""
-    plan, run = draft.plan, draft.run
-    width = plan.spec.spec.max_running
+    """Start what may start among these stages. What ends at once, skipped or without items, lets those after it follow in the same breath.
+
+    In a run that is ending only those stages start that run always.
+    """
+    plan, run, ending = draft.plan, draft.run, draft.run.ending
+    running = draft.running() if plan.choosy else 0
     if len(places) > 1:
         places.sort(key=lambda place: plan.stages[place].rank)
     for place in places:  # grows while it is gone through
         stage = draft.stages[place]
-        if stage.state not in OPEN or not needs_met(draft, place):
+        if stage.state not in OPEN or (ending is not None and place not in plan.cleaning):
             continue
-        if run.state is RunState.PAUSED or (width is not None and draft.running() >= width):
-            if stage.state is StageState.PENDING:
-                draft.stages[place] = replace(stage, state=StageState.READY)
+        met = needs_met(draft, place)
+        if met is None:
+            continue
+        planned = plan.stages[place]
+        if not met:
+            draft.close(place, StageState.SKIPPED, NOT_REACHED, "a stage it needs did not complete")
+            places += planned.after
+            continue
+        if run.state is RunState.PAUSED and ending is None:
+            _hold(draft, place)
             continue
         try:
+            if planned.when is not None and not _holds(planned.when, draft.scope()):
+                draft.close(place, StageState.SKIPPED, NOT_WANTED, f"{planned.when.source} is false"[:500])
+                places += planned.after
+                continue
+            if plan.choosy and not _may_start(draft, planned, running):
+                _hold(draft, place)
+                continue
             start_stage(draft, place)
+            running += 1
         except ExpressionError as error:
             draft.fail(place, str(error))
-        if draft.run.ending is not None:
+        if draft.run.ending is not ending:
             return
         if draft.stages[place].state is StageState.COMPLETED:
-            places += plan.stages[place].after
+            running -= 1
+            places += planned.after
 
 
-def needs_met(draft: Draft, place: int) -> bool:
-    """Say whether all that a stage needs is completed."""
-    stages = draft.stages
-    for need in draft.plan.stages[place].needs:  # noqa: SIM110  twice as fast as `all`, on the path of every task
-        if stages[need].state is not StageState.COMPLETED:
-            return False
-    return True
+def needs_met(draft: Draft, place: int) -> bool | None:
+    """Say whether what a stage needs is as it must be; None while that is open."""
+    stages, planned = draft.stages, draft.plan.stages[place]
+    when = planned.stage.run_when
+    if when == "all_completed":
+        met: bool | None = True
+        for need in planned.needs:
+            state = stages[need].state
+            if state is not StageState.COMPLETED:
+                if state in STAGE_FINAL:
+                    return False
+                met = None
+        return met
+    completed = False
+    for need in planned.needs:
+        state = stages[need].state
+        if state not in STAGE_FINAL:
+            return None
+        completed = completed or state is StageState.COMPLETED
+    return completed or when != "any_completed" or not planned.needs
 
 
 def start_stage(draft: Draft, place: int) -> None:
     """Start the tasks of a stage. Raises ExpressionError, Missing."""
     planned = draft.plan.stages[place]
-    stage = draft.stages[place]
+    stage = replace(draft.stages[place], state=StageState.RUNNING, started_at=draft.now)
+    if (seconds := planned.stage.deadline_seconds) is not None:
+        stage = replace(stage, deadline_at=draft.now + as_millis(seconds))
     if planned.over is None:
-        payload = planned.payload.render(draft.scope())
-        draft.stages[place] = replace(stage, state=StageState.RUNNING, started_at=draft.now, total=1, since=stage.round)
-        draft.add(planned, None, stage.round, payload)
+        made = draft.made(planned, None, stage.round, planned.payload.render(draft.scope()))
+        draft.stages[place] = replace(stage, total=1, since=stage.round)
+        draft.start.append(made)
         return
-    stage = replace(stage, state=StageState.RUNNING, started_at=draft.now)
-    items = elements(planned.over.raw(draft.scope()))
-    if len(items) > ITEMS_MAX:
-        raise ExpressionError(f"a fan-out has at most {ITEMS_MAX} items, this one {len(items)}")
+    items = _elements(draft, planned)
     total = len(items) + (planned.combine is not None)
     kept = int.from_bytes(stage.ended, "little") if stage.total == total else 0
     if not kept:
         stage = replace(stage, total=total, done=0, ended=b"", counts={}, since=stage.round)
-    explicit = bool(planned.payload.roots & {"item", "index"})
-    for index, item in enumerate(items):
-        if kept >> index & 1:
-            continue
-        scope = draft.scope(item=item, index=index)
-        beside = None if explicit else {"item": item, "index": str(index).encode()}
-        draft.add(planned, index, stage.round, planned.payload.render(scope, beside))
-    draft.stages[place] = stage
+    if planned.windowed:
+        draft.stages[place], start = _next(draft, planned, replace(stage, begun=0), items)
+    else:
+        start = [_item(draft, planned, stage, items, index) for index in range(len(items)) if not kept >> index & 1]
+        draft.stages[place] = stage
+    draft.start += start
     if stage.done == len(items):
         if planned.combine is not None:
             start_combine(draft, place)
@@ -97,7 +140,116 @@ def start_combine(draft: Draft, place: int) -> None:
     stage = draft.stages[place]
     assert planned.combine is not None
     items = items_of(draft, place)
-    beside = None if "items" in planned.combine.roots else {"items": join(items)}
-    payload = planned.combine.render(draft.scope(items=items), beside)
+    failures = failures_of(draft, place)
+    beside = {}
+    if "items" not in planned.combine.roots:
+        beside["items"] = join(items)
+    if failures and "failures" not in planned.combine.roots:
+        beside["failures"] = join(failures)
+    payload = planned.combine.render(draft.scope(items=items, failures=failures), beside)
+    draft.start.append(draft.made(planned, -1, stage.round, payload))
     draft.stages[place] = replace(stage, combining=True)
-    draft.add(planned, -1, stage.round, payload)
+
+
+def _hold(draft: Draft, place: int) -> None:
+    stage = draft.stages[place]
+    if stage.state is StageState.PENDING:
+        draft.stages[place] = replace(stage, state=StageState.READY)
+
+
+def _holds(condition: Expression, scope: Scope) -> bool:
+    value = condition.value(scope)
+    if not isinstance(value, bool):
+        raise ExpressionError(f"the condition `{condition.source}` must give true or false")
+    return value
+
+
+def _may_start(draft: Draft, planned: PlannedStage, running: int) -> bool:
+    """Say whether one more stage may run beside those that do."""
+    plan = draft.plan
+    mode = plan.spec.spec.mode
+    if mode == "adaptive":
+        free = draft.material.free.get(planned.stage.uses)
+        return running < allowed(draft.run.window or _NEW, open=running, free=free, top=plan.width)
+    if plan.width is not None and running >= plan.width:
+        return False
+    if mode != "priority":
+        return True
+    # Lower ranks are looked at first, so that what could start before this one runs by now.
+    return not any(
+        stage.state is StageState.RUNNING and plan.stages[place].rank[0] < planned.rank[0]
+        for place, stage in enumerate(draft.stages)
+    )
+
+
+# --- items --------------------------------------------------------------------------------------------------------
+
+
+def _elements(draft: Draft, planned: PlannedStage) -> list[msgspec.Raw]:
+    """Return what a fan-out goes over; kept while its items are started bit by bit."""
+    assert planned.over is not None
+    known = draft.material.lists.get(planned.stage.id)
+    if known is not None:
+        return known
+    items = elements(planned.over.raw(draft.scope()))
+    if len(items) > ITEMS_MAX:
+        raise ExpressionError(f"a fan-out has at most {ITEMS_MAX} items, this one {len(items)}")
+    if planned.windowed:
+        draft.material.lists[planned.stage.id] = items
+    return items
+
+
+def _item(draft: Draft, planned: PlannedStage, stage: StageRun, items: list[msgspec.Raw], index: int) -> Start:
+    item = items[index]
+    scope = draft.scope(item=item, index=index)
+    explicit = bool(planned.payload.roots & {"item", "index"})
+    beside = None if explicit else {"item": item, "index": str(index).encode()}
+    priority = None
+    if planned.item_rank is not None:
+        value = planned.item_rank.value(scope)
+        if type(value) is not int or not 0 <= value <= 100:
+            raise ExpressionError(f"the rank `{planned.item_rank.source}` must give a whole number from 0 to 100")
+        priority = value
+    return draft.made(planned, index, stage.round, planned.payload.render(scope, beside), priority)
+
+
+def _refill(draft: Draft, place: int) -> None:
+    planned, stage = draft.plan.stages[place], draft.stages[place]
+    if stage.begun >= items_in(planned, stage):
+        return
+    try:
+        after, start = _next(draft, planned, stage, _elements(draft, planned))
+    except ExpressionError as error:
+        draft.spoil(place, str(error))
+        return
+    if after.begun != stage.begun:
+        draft.stages[place] = after
+        draft.start += start
+
+
+def _next(
+    draft: Draft, planned: PlannedStage, stage: StageRun, items: list[msgspec.Raw]
+) -> tuple[StageRun, list[Start]]:
+    """Return a stage after its next items have been started, as many as its width allows, and these."""
+    ended = int.from_bytes(stage.ended, "little")
+    busy = open_in(planned, stage)
+    limit = _width(draft, planned, stage, busy)
+    start: list[Start] = []
+    at = stage.begun
+    while at < len(items) and (busy < limit or ended >> at & 1):
+        if not ended >> at & 1:
+            start.append(_item(draft, planned, stage, items, at))
+            busy += 1
+        at += 1
+    return replace(stage, begun=at), start
+
+
+def _width(draft: Draft, planned: PlannedStage, stage: StageRun, busy: int) -> int:
+    fan_out = planned.stage.fan_out
+    assert fan_out is not None
+    if fan_out.mode == "sequential":
+        return 1
+    if fan_out.mode == "adaptive":
+        free = draft.material.free.get(planned.stage.uses)
+        return allowed(stage.window or _NEW, open=busy, free=free, top=fan_out.width)
+    return ITEMS_MAX if fan_out.width is None else fan_out.width

@@ -27,6 +27,16 @@ class Param(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     description: str = ""
 
 
+Mode = Literal["sequential", "concurrent", "adaptive", "priority"]
+"""How much is under way at once, of the stages of a run or the items of a fan-out: one (`sequential`), all that may (`concurrent`), as much
+as free agents and few errors allow (`adaptive`), or first what has the highest priority (`priority`)."""
+
+RunWhen = Literal["all_completed", "any_completed", "all_ended", "always"]
+"""What must be true of the stages a stage needs. With `all_completed` it is skipped as soon as one of them is; with `any_completed` it
+waits for all to end and is skipped unless one completed; with `all_ended` it does not matter how they ended. `always` is like
+`all_ended`, and the stage also runs when the run has failed or was cancelled."""
+
+
 class Combine(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, rename={"with_": "with"}
 ):
@@ -39,10 +49,21 @@ class Combine(
 
 
 class FanOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One task per element of a list: `over` is an expression; the element is `item` and its place `index` in `with`."""
+    """One task per element of a list: `over` is an expression; the element is `item` and its place `index` in `with`.
+
+    Attributes:
+        width: how many items are under way at most; the next one starts when one ends. None is all at once.
+        mode: see `Mode`; with `priority`, `rank` is an expression over `item` and `index` for the priority of the item's task, 0 to 100.
+        at_least: how many items must complete, a number or a share such as "80%"; None is all. Others may fail; their results are null
+            in `items` and in the output, and told in `failures` to the combining task.
+    """
 
     over: str
     combine: Combine | None = None
+    width: int | None = None
+    mode: Mode = "concurrent"
+    rank: str | None = None
+    at_least: int | str | None = None
 
 
 class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -68,6 +89,9 @@ class Stage(
         uses: the task type that does it; `version` a range of it.
         needs: ids of the stages that must be completed first.
         with_: the payload; strings of the form `${{ expression }}` are replaced, over `params`, `stages.<id>.output`, `run`.
+        when: an expression that must be true for the stage to run; else it is skipped.
+        run_when: what must be true of the stages it needs.
+        deadline_seconds: a stage that has not ended this long after it started fails, and its tasks are cancelled.
     """
 
     id: str
@@ -75,8 +99,11 @@ class Stage(
     version: str = "*"
     needs: list[str] = []
     with_: Mapping[str, object] = {}
+    when: str | None = None
+    run_when: RunWhen = "all_completed"
     fan_out: FanOut | None = None
     gate: Gate | None = None
+    deadline_seconds: float | None = None
     retry: RetryPolicy | None = None
     timeout: float | None = None
     requires: Needs = NO_NEEDS
@@ -97,8 +124,9 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Attributes:
         deadline_seconds: a run that has not ended this long after it was created (or retried) is ended `failed`.
-        max_running: stages that may run at once: 1 is strictly one after the other, None all whose needs are met. Where there is a
-            choice, higher `priority` of the stage first, then the order of the definition.
+        max_running: stages that may run at once, None all whose needs are met. Where there is a choice, higher `priority` of the
+            stage first, then the order of the definition.
+        mode: see `Mode`; with `priority` a stage starts only when none of higher priority runs or could start.
     """
 
     stages: list[Stage]
@@ -106,6 +134,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     priority: int = 50
     deadline_seconds: float | None = None
     max_running: int | None = None
+    mode: Mode = "concurrent"
 
 
 class PipelineSpec(
@@ -169,6 +198,15 @@ class StageState(StrEnum):
 
 RUN_FINAL: Final = frozenset({RunState.COMPLETED, RunState.FAILED, RunState.CANCELLED})
 STAGE_FINAL: Final = frozenset({StageState.COMPLETED, StageState.FAILED, StageState.SKIPPED, StageState.CANCELLED})
+NOT_WANTED: Final = "condition-false"
+NOT_REACHED: Final = "needs-not-met"
+
+
+class Window(msgspec.Struct, frozen=True, gc=False):
+    """How much may be under way in an adaptive run or fan-out: `width`, and `errors`, the recent share of attempts that failed."""
+
+    width: float = 2.0
+    errors: float = 0.0
 
 
 class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -179,7 +217,9 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
         total: tasks it consists of, the combine task included; done, failed, cancelled: how many ended so.
         combining: the combine task has been started; it is the last of the stage's tasks.
         ended, bad: bit sets over its tasks: those that ended, and among them those that did not complete, so that each counts once.
+        begun: in a fan-out of bounded width, the place of the first item that has not been started.
         since: the first round whose results still count (a retry within a fan-out keeps those that are there).
+        deadline_at: when it fails unless it has ended.
         has_output: its output is kept as the run's cold part `output/<id>`.
         counts: numbers its output told under `counts` (for data: rows_in, rows_out, rejected), summed over items until it ends.
     """
@@ -194,10 +234,13 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
     combining: bool = False
     ended: bytes = b""
     bad: bytes = b""
+    begun: int = 0
+    window: Window | None = None
     since: int = 0
     has_output: bool = False
     counts: dict[str, int] = {}
     started_at: int | None = None
+    deadline_at: int | None = None
     finished_at: int | None = None
     reason: str = ""
     message: str = ""
@@ -221,6 +264,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         round: raised by every retry of the run; retries: the latest of them.
         ending: the final state it is on its way to: nothing starts any more, it waits for the tasks it had cancelled.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
+        stage_due: the next deadline of a running stage.
     """
 
     id: str
@@ -246,6 +290,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pause: Request | None = None
     cancel: Request | None = None
     deadline_at: int | None = None
+    stage_due: int | None = None
+    window: Window | None = None
     idempotency_key: str | None = None
     digest: str = ""
     origin: Origin = Origin()

@@ -28,6 +28,7 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank: order in which stages start where there is a choice: higher priority first, then the place.
+        windowed: its items are started bit by bit; lenient: some of them may fail.
     """
 
     place: int
@@ -39,16 +40,33 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
     over: Expression | None = None
     combine: Template | None = None
     gate: Expression | None = None
+    when: Expression | None = None
+    item_rank: Expression | None = None
+    windowed: bool = False
+    lenient: bool = False
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole definition. `order` lists places so that needs come first; `read` names the stages whose outputs others read."""
+    """A whole definition.
+
+    Attributes:
+        order: places so that needs come first.
+        read: the stages whose outputs others read.
+        width: how many stages may run at once.
+        choosy: what may start depends on what else runs.
+        cleaning: places of the stages that run even when the run has failed.
+        timed: some stage has a deadline.
+    """
 
     spec: PipelineSpec
     stages: tuple[PlannedStage, ...]
     place_of: dict[str, int]
     order: tuple[int, ...]
     read: frozenset[str]
+    width: int | None = None
+    choosy: bool = False
+    cleaning: frozenset[int] = frozenset()
+    timed: bool = False
 
     def descendants(self, place: int) -> set[int]:
         """Return the places of all stages that come after one."""
@@ -77,10 +95,22 @@ def compile_plan(spec: PipelineSpec) -> Plan:
     read: set[str] = set()
     for each in planned:
         read |= each.payload.stages
-        for part in (each.over, each.combine, each.gate):
+        for part in (each.over, each.combine, each.gate, each.when, each.item_rank):
             if part is not None:
                 read |= part.stages
-    return Plan(spec=spec, stages=planned, place_of=place_of, order=order, read=frozenset(read))
+    body = spec.spec
+    width = 1 if body.mode == "sequential" else body.max_running
+    return Plan(
+        spec=spec,
+        stages=planned,
+        place_of=place_of,
+        order=order,
+        read=frozenset(read),
+        width=width,
+        choosy=width is not None or body.mode != "concurrent",
+        cleaning=frozenset(place for place, stage in enumerate(stages) if stage.run_when == "always"),
+        timed=any(stage.deadline_seconds is not None for stage in stages),
+    )
 
 
 def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[int, ...], priority: int) -> PlannedStage:
@@ -95,4 +125,8 @@ def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[in
         over=None if fan_out is None else Expression(fan_out.over),
         combine=None if fan_out is None or fan_out.combine is None else Template(fan_out.combine.with_),
         gate=None if stage.gate is None else Expression(stage.gate.check),
+        when=None if stage.when is None else Expression(stage.when),
+        item_rank=None if fan_out is None or fan_out.rank is None else Expression(fan_out.rank),
+        windowed=fan_out is not None and (fan_out.width is not None or fan_out.mode in ("sequential", "adaptive")),
+        lenient=fan_out is not None and fan_out.at_least is not None,
     )

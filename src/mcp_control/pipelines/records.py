@@ -10,7 +10,17 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.pipelines.model import RUN_FINAL, STAGE_FINAL, Pipeline, Run, RunState, StageRun, StageState
+from mcp_control.pipelines.model import (
+    NOT_REACHED,
+    NOT_WANTED,
+    RUN_FINAL,
+    STAGE_FINAL,
+    Pipeline,
+    Run,
+    RunState,
+    StageRun,
+    StageState,
+)
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.view_model import PipelineView, RetryView, RunView, StageView
 
@@ -36,10 +46,16 @@ def write_run(run: Run, cold: Mapping[str, bytes]) -> tuple[Run, Entity]:
         "state": after.state.value,
         "pipeline": after.pipeline,
         "unique_key": None if key is None else scoped(after.tenant, after.origin.principal, key),
-        "due": None if final or after.ending is not None else after.deadline_at,
+        "due": None if final else _due(after),
         "finished": after.finished_at if final else None,
     }
     return after, Entity("run", after.id, read_at, index, _encode(after), cold)
+
+
+def _due(run: Run) -> int | None:
+    if run.ending is not None or run.deadline_at is None:
+        return run.stage_due
+    return run.deadline_at if run.stage_due is None else min(run.deadline_at, run.stage_due)
 
 
 def read_run(entity: Entity) -> Run:
@@ -169,9 +185,8 @@ def run_view(
         _stage_view(stage, plan, place, now, (inside or {}).get(stage.id, 0.0))
         for place, stage in enumerate(run.stages)
     ]
-    progress = (
-        1.0 if run.state is RunState.COMPLETED else round(sum(stage.progress for stage in stages) / len(stages), 4)
-    )
+    wanted = [stage.progress for stage in stages if stage.reason not in (NOT_WANTED, NOT_REACHED)]
+    progress = 1.0 if run.state is RunState.COMPLETED else round(sum(wanted) / max(1, len(wanted)), 4)
     return RunView(
         id=run.id,
         pipeline=run.pipeline,

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -12,7 +11,7 @@ from mcp_control.kernel.changes import Fact
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import NotFound, StoreUnavailable
 from mcp_control.pipelines.control import broken
-from mcp_control.pipelines.counting import items_in, task_id
+from mcp_control.pipelines.counting import failure_of, items_in, task_id
 from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run
@@ -27,6 +26,7 @@ _log = structlog.get_logger(__name__)
 _PROGRESS_EVERY_MS: Final = 250
 _KEEP_OUTPUT: Final = 256 << 10
 _KEEP_RESULTS: Final = 4 << 20
+_FETCHED_AT_ONCE: Final = 500
 _LOADS_MAX: Final = 10_000
 _DEFAULT_RETRY: Final = RetryPolicy()
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -173,11 +173,18 @@ class Runs:
         ended = int.from_bytes(stage.ended, "little")  # what ends in this very decision is with its finished tasks
         items = range(items_in(active.plan.stages[place], stage))
         left = [item for item in items if ended >> item & 1 and item not in results]
+        bad = int.from_bytes(stage.bad, "little")
         for number in range(stage.round, stage.since - 1, -1):
-            ids = [task_id(run.id, stage.id, item, number) for item in left]
-            for item, entity in zip(left, await self._store.get("task", ids, ("result",)), strict=True):
-                if entity is not None and read_task(entity).state is TaskState.COMPLETED:
-                    results[item] = entity.cold.get("result", b"null")
+            for some in (left[at : at + _FETCHED_AT_ONCE] for at in range(0, len(left), _FETCHED_AT_ONCE)):
+                ids = [task_id(run.id, stage.id, item, number) for item in some]
+                for item, entity in zip(some, await self._store.get("task", ids, ("result",)), strict=True):
+                    if entity is None:
+                        continue
+                    task = read_task(entity)
+                    if task.state is TaskState.COMPLETED:
+                        results[item] = entity.cold.get("result", b"null")
+                    elif bad >> item & 1 and number == stage.round:
+                        results[item] = failure_of(task, item)
             left = [item for item in left if item not in results]
             if not left:
                 return
@@ -214,8 +221,7 @@ class Runs:
                 told.append(stage_fact("stage.progressed", run, stage, actor, now))
         submit: list[NewTask] = []
         if decision.start:
-            deadline = None if run.deadline_at is None else to_datetime(run.deadline_at)
-            submit = [_new_task(run, start, deadline) for start in decision.start]
+            submit = [_new_task(run, start) for start in decision.start]
         advance = Advance(writes=[entity], facts=told, submit=submit, cancel=decision.cancel)
         self._proposals[id(advance)] = _Proposal(advance, active, run, decision)
         return advance
@@ -238,6 +244,7 @@ class Runs:
     def _remember(self, active: Active, decision: Decision) -> None:
         material, plan = active.material, active.plan
         for name, output in decision.outputs.items():
+            material.lists.pop(name, None)
             if name in plan.read and len(memoryview(output)) <= _KEEP_OUTPUT:
                 material.outputs[name] = output
             if (done := material.results.pop(name, None)) is not None:
@@ -272,20 +279,24 @@ class Runs:
         return self.propose(active, run, decision, now)
 
 
-def _new_task(run: Run, start: Start, deadline: datetime | None) -> NewTask:
+def _new_task(run: Run, start: Start) -> NewTask:
     stage = start.stage.stage
+    # What runs after a run has failed is not held to the deadline that it may have missed.
+    due = (None if stage.run_when == "always" else run.deadline_at, run.stages[start.stage.place].deadline_at)
+    deadline = min((at for at in due if at is not None), default=None)
+    priority = stage.priority if start.priority is None else start.priority
     combine = stage.fan_out.combine if start.item == -1 and stage.fan_out is not None else None
     timeout, retry = (stage.timeout, stage.retry) if combine is None else (combine.timeout, combine.retry)
     spec = TaskSpec(
         type=stage.uses if combine is None else combine.uses,
         payload=msgspec.Raw(start.payload),
         type_version=stage.version if combine is None else "*",
-        priority=run.priority if stage.priority is None else stage.priority,
+        priority=run.priority if priority is None else priority,
         needs=stage.requires,
         labels=run.labels,
         retry=_DEFAULT_RETRY if retry is None else retry,
         timeout=timeout,
-        deadline=deadline,
+        deadline=None if deadline is None else to_datetime(deadline),
     )
     links = Links(run_id=run.id, stage=stage.id, item=start.item, round=start.round, root_id=run.id)
     return NewTask(id=task_id(run.id, stage.id, start.item, start.round), spec=spec, links=links, origin=run.origin)

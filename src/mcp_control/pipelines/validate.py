@@ -15,12 +15,13 @@ from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
 from mcp_control.pipelines.definition import from_data, parse_json, parse_yaml, readable
 from mcp_control.pipelines.expressions import Expression, ExpressionError
-from mcp_control.pipelines.model import Param, PipelineSpec, Stage
+from mcp_control.pipelines.model import FanOut, Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
 from mcp_control.pipelines.templates import expressions_in, problems
 from mcp_control.tasks.model import RetryPolicy
 from mcp_control.tasks.submission import TIMEOUT_MAX, needs_errors, retry_errors, version_errors
 
+ITEMS_MAX: Final = 10_000
 STAGES_MAX: Final = 10_000
 DEPTH_MAX: Final = 100
 ERRORS_MAX: Final = 50
@@ -28,6 +29,7 @@ _PARAMS_MAX: Final = 200
 _STAGE_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 _PARAM_NAME: Final = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
 _REASON: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
+_SHARE: Final = re.compile(r"(100|\d{1,2}(\.\d{1,3})?)%", re.ASCII)
 _RESERVED: Final = frozenset({"plan", "validate"})
 _DEADLINE_MAX: Final = 366 * 86_400.0
 _WHERE_WITH: Final = frozenset({"params", "stages", "run"})
@@ -199,6 +201,9 @@ def _head(spec: PipelineSpec) -> list[FieldError]:
     found += range_errors("#/spec/priority", body.priority, 0, 100)
     if body.deadline_seconds is not None:
         found += range_errors("#/spec/deadline_seconds", body.deadline_seconds, 0.001, _DEADLINE_MAX)
+    if body.max_running is not None and body.mode == "sequential":
+        detail = "`sequential` is one stage at a time: no `max_running`"
+        found.append(_error("#/spec/max_running", "invalid-value", detail))
     if body.max_running is not None:
         found += range_errors("#/spec/max_running", body.max_running, 1, STAGES_MAX)
     if len(body.params) > _PARAMS_MAX:
@@ -237,16 +242,25 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
     if stage.priority is not None:
         found += range_errors(f"{pointer}/priority", stage.priority, 0, 100)
     found += _limits(pointer, stage.retry, stage.timeout)
+    if stage.deadline_seconds is not None:
+        found += range_errors(f"{pointer}/deadline_seconds", stage.deadline_seconds, 0.001, _DEADLINE_MAX)
+    if stage.when is not None:
+        found += _expression(f"{pointer}/when", stage.when, _WHERE_WITH, stage, known)
+    if stage.run_when == "any_completed" and not stage.needs:
+        found.append(_error(f"{pointer}/run_when", "invalid-value", "`any_completed` needs something in `needs`"))
     seen = _WHERE_WITH
     if stage.fan_out is not None:
         seen |= {"item", "index"}
         found += _expression(f"{pointer}/fan_out/over", stage.fan_out.over, _WHERE_WITH, stage, known)
+        found += _width(f"{pointer}/fan_out", stage.fan_out)
+        if stage.fan_out.rank is not None:
+            found += _expression(f"{pointer}/fan_out/rank", stage.fan_out.rank, seen, stage, known)
         combine = stage.fan_out.combine
         if combine is not None:
             at = f"{pointer}/fan_out/combine"
             found += name_errors(f"{at}/uses", combine.uses)
             found += _limits(at, combine.retry, combine.timeout)
-            found += _with(f"{at}/with", combine.with_, _WHERE_WITH | {"items"}, stage, known)
+            found += _with(f"{at}/with", combine.with_, _WHERE_WITH | {"items", "failures"}, stage, known)
     found += _with(f"{pointer}/with", stage.with_, seen, stage, known)
     if stage.gate is not None:
         found += _expression(f"{pointer}/gate/check", stage.gate.check, _WHERE_WITH | {"output"}, stage, known)
@@ -256,6 +270,23 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
             )
         found += text_errors(f"{pointer}/gate/message", stage.gate.message, 500)
     return found
+
+
+def _width(pointer: str, fan_out: FanOut) -> Iterator[FieldError]:
+    at_least, mode = fan_out.at_least, fan_out.mode
+    if fan_out.width is not None:
+        yield from range_errors(f"{pointer}/width", fan_out.width, 1, ITEMS_MAX)
+        if mode in ("sequential", "priority"):
+            one = "one item is under way at a time" if mode == "sequential" else "all items wait at once, by their rank"
+            yield _error(f"{pointer}/width", "invalid-value", f"with `{mode}` {one}: no `width`")
+    if (mode == "priority") != (fan_out.rank is not None):
+        where = "rank" if fan_out.rank is not None else "mode"
+        yield _error(f"{pointer}/{where}", "invalid-value", "`mode: priority` and `rank` go together")
+    if isinstance(at_least, int):
+        yield from range_errors(f"{pointer}/at_least", at_least, 0, ITEMS_MAX)
+    elif at_least is not None and not _SHARE.fullmatch(at_least):
+        detail = 'how many items must complete is a number, or a share from "0%" to "100%"'
+        yield _error(f"{pointer}/at_least", "invalid-value", detail)
 
 
 def _limits(pointer: str, retry: RetryPolicy | None, timeout: float | None) -> Iterator[FieldError]:
