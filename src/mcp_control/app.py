@@ -184,9 +184,12 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             return (await ledger.load([task_id], fresh=True))[0]
 
         dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up)
-        settler = Settler(ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers)
+        point_ms = round(settings.queues.priority_seconds * 1000)
+        settler = Settler(
+            ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers, point_ms, history.expected
+        )
         stack.push_async_callback(settler.handing.close)
-        tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher)
+        tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, peers=peers)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)

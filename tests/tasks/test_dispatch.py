@@ -12,6 +12,7 @@ import pytest
 from mcp_control.agents.model import Agent, AgentSpec, Capability, Instance
 from mcp_control.agents.sessions import Frame, Session, Sessions
 from mcp_control.kernel.changes import Query
+from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import RANK_MAX, Queued
@@ -124,6 +125,53 @@ async def test_a_raised_priority_moves_a_waiting_task_ahead(tmp_path: Path) -> N
         await world.control.edit(ADMIN, second.id, TaskEdit(priority="critical"), second.version)
         peer = await world.agent()
         assert await _order_of(peer, 2) == [second.id, first.id]
+
+
+async def test_the_nearest_deadline_comes_first_and_retried_tasks_keep_their_place(tmp_path: Path) -> None:
+    """What must hurry overtakes; a task that an agent handed back is before those that came after it."""
+    async with world_at(tmp_path) as world:
+        now = world.clock.now()
+        plain = await world.submit()
+        later = await world.submit(deadline=to_datetime(now + 60_000).isoformat())
+        sooner = await world.submit(deadline=to_datetime(now + 30_000).isoformat())
+        peer = await world.agent()
+        (first,) = await peer.until_given(1)
+        assert first.task_id == sooner.id
+        await world.manager.drain(ADMIN, peer.actor.id)
+        await peer.done(first, "released")
+        await world.manager.resume(ADMIN, peer.actor.id)
+        peer.given.clear()
+        assert await _order_of(peer, 3) == [sooner.id, later.id, plain.id]
+
+
+async def test_a_low_priority_has_its_turn_while_higher_ones_keep_coming(tmp_path: Path) -> None:
+    """A waiting task overtakes those of a higher priority that came later than the difference is worth."""
+    async with world_at(tmp_path) as world:
+        low = await world.submit(priority=40)
+        world.clock.advance(59)  # type: ignore[attr-defined]  # the world of tests has a fake clock
+        before = await world.submit(priority=50)
+        world.clock.advance(2)  # type: ignore[attr-defined]  # as above
+        after = await world.submit(priority=50)
+        peer = await world.agent()
+        assert await _order_of(peer, 3) == [before.id, low.id, after.id]
+
+
+async def test_a_deadline_that_cannot_be_met_is_said_at_once(tmp_path: Path) -> None:
+    """The answer to a submission warns where tasks of the type usually take longer than there is time."""
+    async with world_at(tmp_path) as world:
+        for _ in range(10):
+            world.history.ran("default", "echo", 20.0, True)
+        await world.history.once(world.clock.now())
+        await world.agent()
+        specs = [
+            TaskSpec(type="echo", deadline=to_datetime(world.clock.now() + seconds * 1000)) for seconds in (15, 30)
+        ]
+        late, in_time = await world.tasks.submit(ADMIN, specs, Origin())
+        assert isinstance(late, Submitted)
+        assert isinstance(in_time, Submitted)
+        assert len(late.warnings) == 1
+        assert "usually take" in late.warnings[0]
+        assert in_time.warnings == []
 
 
 # --- who ----------------------------------------------------------------------------------------------------------

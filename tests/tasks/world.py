@@ -22,17 +22,19 @@ from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
 from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.statistics import STATISTIC_KIND
 from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
 from mcp_control.testing.clock import FakeClock
 
 ADMIN = Actor(id="user_admin", kind="user", display="admin", roles=("administrator",))
-KINDS = (TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND)
+KINDS = (TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
 
 
 class World:
@@ -55,9 +57,18 @@ class World:
         self.manager = AgentManager(store, clock, self.ids, self.sessions, server=server)
         self.ledger = Ledger(store, shared=bool(server))
         self.dispatcher = Dispatcher(self.queue, self.sessions, self._hand_out, self.peers, self._look_up)
-        self.settler = Settler(self.ledger, self.sessions, self.dispatcher, clock, self.ids, peers=self.peers)
+        self.history = TaskHistory(store, clock)
+        self.settler = Settler(
+            self.ledger,
+            self.sessions,
+            self.dispatcher,
+            clock,
+            self.ids,
+            peers=self.peers,
+            expected=self.history.expected,
+        )
         self.tasks = TaskOrchestrator(
-            store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher
+            store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.history
         )
         self.control = TaskControl(
             store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks

@@ -80,6 +80,10 @@ class Queues(_Group):
     subscriber_events: Count = Field(
         default=1000, description="events that may wait for one subscriber before it must read anew"
     )
+    priority_seconds: Annotated[float, Field(ge=0, le=86_400)] = Field(
+        default=6.0,
+        description="waiting time that counts as much as one point of priority; bounds what can overtake a task",
+    )
     agent_bytes: Bytes = Field(
         default=8 << 20, description="bytes that may wait for one agent before its connection is closed"
     )

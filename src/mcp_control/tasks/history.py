@@ -15,7 +15,7 @@ from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
-from mcp_control.tasks.statistics import STATISTIC_KIND, Statistic, Tally, Times, added, times
+from mcp_control.tasks.statistics import STATISTIC_KIND, Statistic, Tally, Times, added, quantile, times
 from mcp_control.tasks.view_model import StatisticView
 
 _TYPES_MAX: Final = 1000
@@ -37,6 +37,8 @@ class TaskHistory:
         self._store = store
         self._clock = clock
         self._tallies: dict[tuple[str, str], Tally] = {}
+        self._expected: dict[tuple[str, str], int] = {}
+        self._asked = False
 
     def ran(self, tenant: str, task_type: str, seconds: float, completed: bool) -> None:
         """Count an attempt that ended."""
@@ -47,8 +49,33 @@ class TaskHistory:
             tally = self._tallies[(tenant, task_type)] = Tally()
         tally.ran(seconds, completed)
 
+    def expected(self, tenant: str, task_type: str) -> int:
+        """Return the median time of a type in milliseconds as it was some seconds ago, 0 while it is not known here."""
+        self._asked = True
+        found = self._expected.get((tenant, task_type))
+        if found is None:
+            found = 0
+            if len(self._expected) < _TYPES_MAX:
+                self._expected[(tenant, task_type)] = 0
+        return found
+
+    async def learn(self, tenant: str, types: Iterable[str]) -> None:
+        """Read the median times of types that nobody has asked for here yet, so that `expected` knows them."""
+        new = [(tenant, name) for name in types if (tenant, name) not in self._expected]
+        if new and len(self._expected) < _TYPES_MAX:
+            await self._read(new)
+
+    async def _read(self, keys: builtins.list[tuple[str, str]]) -> None:
+        rows = await self._store.get(STATISTIC_KIND.name, [_id(*key) for key in keys])
+        for key, row in zip(keys, rows, strict=True):
+            median = None if row is None else quantile(_decode(row.hot).weights, 0.5)
+            self._expected[key] = 0 if median is None else round(median * 1000)
+
     async def once(self, now: int, *, leading: bool = True) -> int:
         """Write what was counted, or drop it on a server that does not lead; returns how many types were written."""
+        if self._asked:
+            self._asked = False
+            await self._read(list(self._expected))
         tallies, self._tallies = self._tallies, {}
         if not leading or not tallies:
             return 0

@@ -11,7 +11,7 @@ from mcp_control.agents.matching import misfit
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
-from mcp_control.kernel.clock import Clock
+from mcp_control.kernel.clock import Clock, to_millis
 from mcp_control.kernel.errors import (
     Duplicate,
     IdempotencyMismatch,
@@ -27,6 +27,7 @@ from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.explain import Seen, explain
 from mcp_control.tasks.followers import NewTask
+from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
@@ -61,6 +62,7 @@ class TaskOrchestrator:
         ledger: Ledger,
         settler: Settler,
         dispatcher: Dispatcher,
+        history: TaskHistory,
     ) -> None:
         self._store = store
         self._queue = queue
@@ -70,6 +72,7 @@ class TaskOrchestrator:
         self._ledger = ledger
         self._settler = settler
         self._dispatcher = dispatcher
+        self._history = history
         self._waiters = Waiters()
         ledger.finished.append(self._waiters.ended)
 
@@ -91,10 +94,12 @@ class TaskOrchestrator:
         groups: builtins.list[Group] = []
         places: builtins.list[int] = []
         warnings: builtins.list[builtins.list[str]] = []
+        if hurried := {spec.type for spec in specs if spec.deadline is not None}:
+            await self._history.learn(actor.tenant, hurried)
         for place, spec in enumerate(specs):
             try:
                 check(spec, now)
-                warned = self._routable(actor.tenant, spec)
+                warned = self._routable(actor.tenant, spec) + self._late(actor.tenant, spec, now)
             except Problem as problem:
                 results[place] = problem
                 continue
@@ -151,6 +156,16 @@ class TaskOrchestrator:
         if spec.on_unroutable == "reject":
             raise Unroutable(message)
         return [message]
+
+    def _late(self, tenant: str, spec: TaskSpec, now: int) -> builtins.list[str]:
+        """Return a warning where the deadline is nearer than tasks of the type usually take."""
+        if spec.deadline is None:
+            return []
+        expected = self._history.expected(tenant, spec.type)
+        begins = now if spec.run_at is None else max(now, to_millis(spec.run_at))
+        if begins + expected <= to_millis(spec.deadline):
+            return []
+        return [f"tasks of type {spec.type} usually take {expected / 1000:.3g} s; the deadline is sooner"]
 
     async def get(self, actor: Actor, ids: Sequence[str], cold: Sequence[str] = ()) -> builtins.list[TaskView | None]:
         """Return tasks in the order of the ids, None where there is none for this actor; `cold` may name payload and result."""

@@ -48,9 +48,9 @@ class Settler:
         ids: IdSource,
         generation: int = 1,
         peers: Peers | None = None,
-        chance: Callable[[], float] = random.random,
         point_ms: int = POINT_MS,
         expected: Expected = unknown,
+        chance: Callable[[], float] = random.random,
     ) -> None:
         self._peers = peers or Peers(None)
         self._chance = chance
