@@ -32,6 +32,7 @@ from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
+from mcp_control.pipelines.capacity import Capacity
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.healing import RunHealer
@@ -201,7 +202,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ids,
             lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
         )
-        engine = PipelineEngine(store, clock, ids, settler, catalogue, shared)
+        engine = PipelineEngine(store, clock, ids, settler, catalogue, shared, Capacity(manager).free)
         settler.follower = engine
         firing = Firing(store, clock, engine, settler)
         limit = settings.limits.max_artifact_bytes

@@ -42,7 +42,7 @@ class Simulation:
         """Decide, check, and take what was decided as committed."""
         self.now += 1
         before = self.run if run is None else run
-        self._look(finished)
+        self._look()
         decision = decide(self.plan, before, finished, self.material, self.now, insist=insist)
         after = decision.run
         for each in finished:
@@ -76,16 +76,16 @@ class Simulation:
         assert set(decision.cancel) <= waited
         self.to_cancel |= set(decision.cancel)
         assert not (after.final and self.open), "a run ended while its tasks did not"
-        self._look([])
+        self._look()
         again = decide(self.plan, after, finished, self.material, self.now)
         assert again.run is after, "a decision repeated decided something"
         assert not again.start
         assert not again.outputs
         return decision
 
-    def _look(self, finished: list[Finished]) -> None:
+    def _look(self) -> None:
         if self.slots is not None:
-            self.material.free = {"work": self.slots - len(self.open.keys() - {each.task.id for each in finished})}
+            self.material.free = {stage.stage.id: self.slots - len(self.open) for stage in self.plan.stages}
 
     def _may_run(self, planned: PlannedStage, run: Run) -> None:
         states = [run.stages[need].state for need in planned.needs]

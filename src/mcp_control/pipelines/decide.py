@@ -81,6 +81,7 @@ def _count(draft: Draft, finished: Finished) -> None:
     elif planned.lenient:
         draft.results.setdefault(stage.id, {})[at] = failure_of(finished.task, at)
     draft.progressed.add(place)
+    draft.ended += 1
 
 
 def _adapted(draft: Draft, planned: PlannedStage, before: StageRun, stage: StageRun, finished: Finished) -> StageRun:

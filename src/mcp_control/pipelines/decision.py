@@ -26,7 +26,7 @@ class Material:
     Attributes:
         params: by name; outputs: of stages; results: of fan-out items by stage id (of one that may fail, how it failed).
         lists: what fan-outs of bounded width go over, by stage id, so that it is not computed for each item.
-        free: slots of agents that could take one more task, by task type; empty where that is not known.
+        free: slots of agents that could take one more task, by stage id; empty where that is not known.
     """
 
     __slots__ = ("free", "lists", "outputs", "params", "results")

@@ -20,13 +20,14 @@ class Draft:
     Attributes:
         before: the run as it was; run, stages: as they are now.
         start, cancel, outputs, results: as in `Decision`.
-        progressed: places of stages that counted a task.
+        progressed: places of stages that counted a task; ended: how many tasks those were.
         summary: the run's summary where it changed.
     """
 
     __slots__ = (
         "before",
         "cancel",
+        "ended",
         "material",
         "now",
         "outputs",
@@ -51,6 +52,7 @@ class Draft:
         self.outputs: dict[str, Raw] = {}
         self.results: dict[str, dict[int, Raw]] = {}
         self.progressed: set[int] = set()
+        self.ended = 0
         self.summary: dict[str, object] | None = None
 
     def close(self, place: int, state: StageState, reason: str | None = None, message: str | None = None) -> None:
@@ -131,6 +133,11 @@ class Draft:
         """Have the run end; the first reason stands."""
         if self.run.ending is None:
             self.run = replace(self.run, ending=state, reason=reason, message=message)
+
+    def free(self, planned: PlannedStage) -> int | None:
+        """Return how many slots there are for more tasks of a stage, with those that just ended; None where that is not known."""
+        free = self.material.free.get(planned.stage.id)
+        return None if free is None else free + self.ended
 
     def over(self) -> bool:
         """Say whether all stages have ended."""

@@ -169,7 +169,7 @@ def _may_start(draft: Draft, planned: PlannedStage, running: int) -> bool:
     plan = draft.plan
     mode = plan.spec.spec.mode
     if mode == "adaptive":
-        free = draft.material.free.get(planned.stage.uses)
+        free = draft.free(planned)
         return running < allowed(draft.run.window or _NEW, open=running, free=free, top=plan.width)
     if plan.width is not None and running >= plan.width:
         return False
@@ -250,6 +250,6 @@ def _width(draft: Draft, planned: PlannedStage, stage: StageRun, busy: int) -> i
     if fan_out.mode == "sequential":
         return 1
     if fan_out.mode == "adaptive":
-        free = draft.material.free.get(planned.stage.uses)
+        free = draft.free(planned)
         return allowed(stage.window or _NEW, open=busy, free=free, top=fan_out.width)
     return ITEMS_MAX if fan_out.width is None else fan_out.width

@@ -56,6 +56,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         choosy: what may start depends on what else runs.
         cleaning: places of the stages that run even when the run has failed.
         timed: some stage has a deadline.
+        adaptive: places of the stages of which more is under way the more room agents have.
     """
 
     spec: PipelineSpec
@@ -67,6 +68,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     choosy: bool = False
     cleaning: frozenset[int] = frozenset()
     timed: bool = False
+    adaptive: frozenset[int] = frozenset()
 
     def descendants(self, place: int) -> set[int]:
         """Return the places of all stages that come after one."""
@@ -109,6 +111,11 @@ def compile_plan(spec: PipelineSpec) -> Plan:
         width=width,
         choosy=width is not None or body.mode != "concurrent",
         cleaning=frozenset(place for place, stage in enumerate(stages) if stage.run_when == "always"),
+        adaptive=frozenset(
+            place
+            for place, stage in enumerate(stages)
+            if body.mode == "adaptive" or (stage.fan_out is not None and stage.fan_out.mode == "adaptive")
+        ),
         timed=any(stage.deadline_seconds is not None for stage in stages),
     )
 

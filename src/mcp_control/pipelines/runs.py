@@ -1,7 +1,7 @@
 """Runs in hand: an identity cache of active runs, and from a decision to the advance that is committed with the tasks that caused it."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -29,6 +29,7 @@ _KEEP_RESULTS: Final = 4 << 20
 _FETCHED_AT_ONCE: Final = 500
 _LOADS_MAX: Final = 10_000
 _DEFAULT_RETRY: Final = RetryPolicy()
+Free = Callable[[str, Plan], Mapping[str, int]]
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -93,9 +94,13 @@ class Runs:
 
     Args:
         shared: other servers move runs on too, so that a copy in memory may be stale.
+        free: says how much room agents have for the adaptive stages of a plan, by stage; for the tenant given first.
     """
 
-    def __init__(self, store: Store, plans: Plans, capacity: int = 2000, shared: bool = False) -> None:
+    def __init__(
+        self, store: Store, plans: Plans, capacity: int = 2000, shared: bool = False, free: Free | None = None
+    ) -> None:
+        self._free = free
         self._shared = shared
         self._store = store
         self._plans = plans
@@ -142,6 +147,8 @@ class Runs:
         self, active: Active, run: Run, finished: Sequence[Finished], now: int, *, insist: bool = False
     ) -> Decision:
         """Decide on a run, loading what is missing. Raises StoreUnavailable and the like when it cannot be loaded."""
+        if active.plan.adaptive and self._free is not None:
+            active.material.free = self._free(run.tenant, active.plan)
         for _ in range(_LOADS_MAX):
             try:
                 return decide(active.plan, run, finished, active.material, now, insist=insist)

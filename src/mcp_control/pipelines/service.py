@@ -25,7 +25,7 @@ from mcp_control.pipelines.model import RUN_FINAL, Pipeline, PipelineSpec, Run, 
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
-from mcp_control.pipelines.runs import Active, Plans, Runs
+from mcp_control.pipelines.runs import Active, Free, Plans, Runs
 from mcp_control.pipelines.starting import Along, check_request, new_run
 from mcp_control.pipelines.view_model import PipelineView, RunView
 from mcp_control.security.model import Actor
@@ -53,7 +53,14 @@ class PipelineEngine:
     """Executes definitions and moves runs on when their tasks end; implements `tasks.followers.Follower`."""
 
     def __init__(
-        self, store: Store, clock: Clock, ids: IdSource, tasks: Settler, catalogue: Catalogue, shared: bool = False
+        self,
+        store: Store,
+        clock: Clock,
+        ids: IdSource,
+        tasks: Settler,
+        catalogue: Catalogue,
+        shared: bool = False,
+        free: Free | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -61,7 +68,7 @@ class PipelineEngine:
         self._tasks = tasks
         self._catalogue = catalogue
         self._plans = Plans(store)
-        self._runs = Runs(store, self._plans, shared=shared)
+        self._runs = Runs(store, self._plans, shared=shared, free=free)
         self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
 
     # --- definitions ----------------------------------------------------------------------------------------------
