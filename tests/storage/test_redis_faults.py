@@ -191,7 +191,7 @@ async def test_older_data_does_not_pass_for_complete(store: SqliteStore, tmp_pat
         await server.submit(10, 20)
         assert await server.redis.complete()
         await asyncio.to_thread(redis.restart)
-        assert redis.command("EXISTS", "{test:queue}:complete") == 1
+        assert redis.command("EXISTS", "{test:queue}:ranked") == 1
         assert not await server.redis.complete()
         assert sorted(await server.work_off()) == [f"t{number:05d}" for number in range(20)]
         await server.close()
