@@ -62,6 +62,7 @@ from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.spending import Spending
 
 _log = structlog.get_logger(__name__)
 
@@ -190,8 +191,9 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers, point_ms, history.expected
         )
         stack.push_async_callback(settler.handing.close)
-        tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history)
-        agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, peers=peers)
+        spending = Spending(store, ledger, settler, clock)
+        tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history, spending)
+        agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, spending, peers=peers)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
         pace = settings.leases.drift_seconds
@@ -254,7 +256,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             credentials=credentials,
             agents=manager,
             tasks=tasks,
-            control=TaskControl(store, clock, ids, manager, ledger, settler, dispatcher, tasks),
+            control=TaskControl(store, clock, ids, manager, ledger, settler, dispatcher, tasks, spending),
+            spending=spending,
             history=history,
             catalogue=catalogue,
             planner=Planner(clock, catalogue, manager, history, figures.lanes),
@@ -283,6 +286,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         timekeeper = Timekeeper(store, clock, settler)
         one_server: list[tuple[str, float, Once]] = [
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
+            ("budgets", 1.0, spending.once),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("runs", 1.0, RunHealer(store, engine).once),

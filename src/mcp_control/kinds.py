@@ -8,6 +8,7 @@ from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.security.records import KINDS as SECURITY_KINDS
+from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
 from mcp_control.tasks.statistics import STATISTIC_KIND
 
@@ -16,6 +17,7 @@ KINDS: Final = (
     INSTANCE_KIND,
     TASK_KIND,
     LOG_KIND,
+    BUDGET_KIND,
     GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,

@@ -43,6 +43,8 @@ def apply(verb: str, task: Task, now: int = NOW + 1, chance: float = 0.5, failur
             return transitions.assign(task, "a", "i", f"t{task.epoch + 1}", now)
         case "fail":
             return transitions.fail(task, failure, now, chance)
+        case "exhaust":
+            return transitions.exhaust(task, failure, now, stop=task.retry.max_attempts == 1)
         case _:
             done: Task = getattr(transitions, verb)(task, now)
             return done

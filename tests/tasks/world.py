@@ -20,6 +20,7 @@ from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import Bus, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
@@ -29,12 +30,13 @@ from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
 from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.spending import Spending
 from mcp_control.tasks.statistics import STATISTIC_KIND
 from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
 from mcp_control.testing.clock import FakeClock
 
 ADMIN = Actor(id="user_admin", kind="user", display="admin", roles=("administrator",))
-KINDS = (TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
+KINDS = (BUDGET_KIND, TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
 
 
 class World:
@@ -67,14 +69,24 @@ class World:
             peers=self.peers,
             expected=self.history.expected,
         )
+        self.spending = Spending(store, self.ledger, self.settler, clock)
         self.tasks = TaskOrchestrator(
-            store, self.queue, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.history
+            store,
+            self.queue,
+            clock,
+            self.ids,
+            self.manager,
+            self.ledger,
+            self.settler,
+            self.dispatcher,
+            self.history,
+            self.spending,
         )
         self.control = TaskControl(
-            store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks
+            store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks, self.spending
         )
         self.agents = AgentSessions(
-            store, clock, self.manager, self.ledger, self.settler, self.dispatcher, peers=self.peers
+            store, clock, self.manager, self.ledger, self.settler, self.dispatcher, self.spending, peers=self.peers
         )
         self.timekeeper = Timekeeper(store, clock, self.settler)
         self.leases = LeaseKeeper(clock, self.manager, self.agents)

@@ -30,6 +30,7 @@ from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.service import TaskOrchestrator
+from mcp_control.tasks.spending import Spending
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +77,7 @@ class Services:
     agents: AgentManager
     tasks: TaskOrchestrator
     control: TaskControl
+    spending: Spending
     history: TaskHistory
     sessions: AgentSessions
     dispatcher: Dispatcher

@@ -5,7 +5,7 @@
     ├── who and may (401, 403)  Unauthenticated InvalidToken Forbidden AgentSuspended PasswordChangeRequired
     ├── not there (404, 405, 406, 410)  NotFound MethodNotAllowed NotAcceptable CursorExpired
     ├── conflicts (409, 412, 428)  Conflict Duplicate LeaseSuperseded AlreadyTerminal InvalidTransition InProgress NameTaken
-    │                              PipelineInUse VersionConflict PreconditionRequired
+    │                              PipelineInUse VersionConflict PreconditionRequired BudgetExhausted
     ├── size and type (408, 413, 415)  BodyTimeout PayloadTooLarge UnsupportedMediaType
     ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline InvalidSchedule GateFailed
     └── not now (429, 503)  RateLimited Overloaded StorageFull StoreUnavailable OutcomeUnknown
@@ -200,6 +200,12 @@ class PipelineInUse(Problem):
     """A run that has not ended, or a schedule, uses this pipeline or version; `runs` and `schedules` in `data` name some of them."""
 
     code, status, title = "pipeline-in-use", 409, "Pipeline in use"
+
+
+class BudgetExhausted(Problem):
+    """A limit of a budget is used up; `limit`, `used`, `allowed` and `owner` (the task or run whose budget it is) are in `data`."""
+
+    code, status, title = "budget-exhausted", 409, "Budget exhausted"
 
 
 class InProgress(Problem):

@@ -15,6 +15,8 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Forbidden, LeaseSuperseded, Problem
 from mcp_control.security.model import Actor
 from mcp_control.storage.ports import Store
+from mcp_control.tasks.budget_model import Over
+from mcp_control.tasks.budgets import CODE, sentence
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Decide, Intent, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
@@ -22,6 +24,7 @@ from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
 from mcp_control.tasks.reports import deciding, gather
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.spending import Spending, Told
 from mcp_control.tasks.verbs import losing, releasing
 from mcp_control.tasks.wire import (
     Ack,
@@ -48,6 +51,7 @@ class AgentSessions:
         ledger: Ledger,
         settler: Settler,
         dispatcher: Dispatcher,
+        spending: Spending,
         chance: Callable[[], float] = random.random,
         peers: Peers | None = None,
     ) -> None:
@@ -59,6 +63,7 @@ class AgentSessions:
         self._ledger = ledger
         self._settler = settler
         self._dispatcher = dispatcher
+        self._spending = spending
         self._chance = chance
 
     async def connect(
@@ -232,7 +237,11 @@ class AgentSessions:
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
                     freed.append((task_id, session.let_go(task_id)))
         self._dispatcher.freed(session)
+        over: dict[str, Over] = {}
         try:
+            if using := self._using(report):
+                # First what was used: what ended may start others, and they must know what is left.
+                over = await self._spending.told(using, actor)
             results = await self._settler.settle(intents)
         except Problem as problem:
             if problem.status < 500:
@@ -243,7 +252,9 @@ class AgentSessions:
             return Ack(id=report.id, retry=True)
         refused: list[Refusal] = []
         for place, (intent, outcome, result) in enumerate(zip(intents, ends, results, strict=True)):
-            if isinstance(result, Problem):
+            if intent.task_id in over:
+                refused.append(Refusal(task_id=intent.task_id, code=CODE, detail=sentence(over[intent.task_id])))
+            elif isinstance(result, Problem):
                 refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
                 await self._refused(session, intent.task_id)
             elif outcome:
@@ -251,6 +262,17 @@ class AgentSessions:
                 if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
         return Ack(id=report.id, refused=refused)
+
+    def _using(self, report: Report) -> list[Told]:
+        """Return what a report says of usage; the end of a task that draws from a budget ends what it holds of it."""
+        if not report.used and not any(self._ledger.draws(done.task_id) for done in report.done):
+            return []
+        spent = {(used.task_id, used.lease_token): used.spent for used in report.used}
+        told = [
+            Told(done.task_id, done.lease_token, spent.pop((done.task_id, done.lease_token), None), over=True)
+            for done in report.done
+        ]
+        return [*told, *(Told(task_id, token, each) for (task_id, token), each in spent.items())]
 
     async def _refused(self, session: Session, task_id: str) -> None:
         """Free the slot of a task that is not this instance's any more; it may hold it again under a newer lease."""

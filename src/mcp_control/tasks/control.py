@@ -20,6 +20,7 @@ from mcp_control.tasks.ledger import Decide, Intent, Ledger
 from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.spending import Spending
 from mcp_control.tasks.submission import priority_number
 from mcp_control.tasks.verbs import cancelling, editing, pausing, pinning, resuming
 
@@ -46,6 +47,7 @@ class TaskControl:
         settler: Settler,
         dispatcher: Dispatcher,
         tasks: TaskOrchestrator,
+        spending: Spending,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -55,6 +57,7 @@ class TaskControl:
         self._settler = settler
         self._dispatcher = dispatcher
         self._tasks = tasks
+        self._spending = spending
 
     async def cancel(self, actor: Actor, task_id: str, reason: str = "") -> Task:
         """Cancel a waiting task at once; ask the agent of a running one to stop, and end it by force when the grace is over.
@@ -96,9 +99,11 @@ class TaskControl:
             context_id=task.links.context_id,
             parent_id=task.links.parent_id,
             trust=task.trust,
+            budget=await self._spending.own(task),
         )
+        above = [owner for owner in task.draws if owner != task.id]
         links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
-        new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin)
+        new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin, draws=above)
         started = self._settler.handing.create(new, self._clock.now(), actor.tenant, actor.id)
         await self._settler.handing.launch([started])
         return Submitted(msgspec.structs.replace(started[0], version=1), True)

@@ -1,11 +1,13 @@
 """What time alone asks of a task: when its next step is due, and that step. Pure."""
 
+from mcp_control.tasks.budgets import out_of_time
 from mcp_control.tasks.model import FINAL_STATES, Failure, Task, TaskState
-from mcp_control.tasks.transitions import cancel, expire, fail, promote
+from mcp_control.tasks.transitions import cancel, exhaust, expire, fail, promote
 
 
 def due_at(task: Task, cancel_grace_ms: int) -> int | None:
-    """Return when time alone asks for a step: promotion, attempt timeout, forced cancellation or deadline, whichever is first."""
+    """Return when time alone asks for a step: promotion, attempt timeout, forced cancellation, the end of a budget's time or
+    deadline, whichever is first."""
     if task.state in FINAL_STATES:
         return None
     moments = [task.deadline_at]
@@ -16,11 +18,14 @@ def due_at(task: Task, cancel_grace_ms: int) -> int | None:
             moments.append(task.lease.since + task.timeout_ms)
         if task.cancel is not None:
             moments.append(task.cancel.at + cancel_grace_ms)
+        if task.ceiling is not None:
+            moments.append(task.ceiling.at)
     return min((moment for moment in moments if moment is not None), default=None)
 
 
 def on_time(task: Task, now: int, chance: float, cancel_grace_ms: int) -> Task | None:
-    """Take the step that time asks for; None when there is none yet. The order settles ties: deadline, cancellation, timeout, promotion."""
+    """Take the step that time asks for; None when there is none yet. Ties are settled in the order deadline, cancellation, timeout,
+    budget, promotion."""
     if task.state in FINAL_STATES:
         return None
     if task.deadline_at is not None and task.deadline_at <= now:
@@ -33,6 +38,8 @@ def on_time(task: Task, now: int, chance: float, cancel_grace_ms: int) -> Task |
                 cause="timeout", code="timeout", message=f"the attempt took longer than {task.timeout_ms / 1000:g} s"
             )
             return fail(task, failure, now, chance, "timeout")
+        if task.ceiling is not None and task.ceiling.at <= now:
+            return exhaust(task, out_of_time(task.ceiling), now, stop=task.ceiling.on_exhausted == "stop")
     if task.state is TaskState.SCHEDULED and (task.not_before is None or task.not_before <= now):
         return promote(task, now)
     return None

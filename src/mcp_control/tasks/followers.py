@@ -14,12 +14,16 @@ from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 
 
 class NewTask(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A task to create as part of an advance. Its id is derived, so that deciding twice creates it once."""
+    """A task to create as part of an advance. Its id is derived, so that deciding twice creates it once.
+
+    `draws`: whose budgets it draws from beside its own.
+    """
 
     id: str
     spec: TaskSpec
     links: Links
     origin: Origin
+    draws: list[str] = []
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True, gc=False):

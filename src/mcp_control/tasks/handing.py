@@ -1,7 +1,7 @@
 """Handing out: giving new and queued tasks to agents, and finding those again whose commit is in doubt."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -13,6 +13,8 @@ from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
+from mcp_control.tasks.budget_model import Over
+from mcp_control.tasks.budgets import CODE, opening
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.ledger import Group, Ledger, Move
@@ -21,12 +23,24 @@ from mcp_control.tasks.ranking import ORDER_SHIFT, ORDER_STEP, POINT_MS, Expecte
 from mcp_control.tasks.records import assignment, task_fact
 from mcp_control.tasks.submission import new_task
 from mcp_control.tasks.transitions import assign
-from mcp_control.tasks.wire import Tasks
+from mcp_control.tasks.wire import Cancel, Tasks
 
 _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
 GiveBack = Callable[[str, Sequence[str]], Coroutine[None, None, None]]
 Created = tuple[Task, bytes, Session | None, Move]
+
+
+class Budgets(Protocol):
+    """What must be asked before a task is given out that draws from budgets (`spending.py`)."""
+
+    async def begin(self, moves: Sequence[Move]) -> list[Task | Over | Problem]:
+        """Commit new attempts as far as something is left; returns each as it is now, or why not."""
+        ...
+
+    async def refuse(self, over: Mapping[str, Over]) -> None:
+        """Keep waiting tasks from being given out that have nothing left."""
+        ...
 
 
 class Handing:
@@ -63,6 +77,7 @@ class Handing:
         self._expected = expected
         self._order = 0
         self._background: set[asyncio.Task[None]] = set()
+        self.budgets: Budgets | None = None
 
     def order(self, now: int) -> int:
         """Return the next place in line: grows with time and from call to call."""
@@ -87,17 +102,20 @@ class Handing:
             now=now,
             order=self.order(now),
             links=new.links,
+            draws=new.draws,
             generation=self._generation,
             expected_ms=0 if new.spec.deadline is None else self._expected(tenant, new.spec.type),
             point_ms=self._point_ms,
         )
         kind = "task.queued" if task.state is TaskState.QUEUED else "task.scheduled"
         facts = [task_fact(kind, task, actor, now)]
-        session = self._dispatcher.place(task) if task.state is TaskState.QUEUED else None
+        # What draws from a budget is looked at before it is given out.
+        session = self._dispatcher.place(task) if task.state is TaskState.QUEUED and not task.draws else None
         if session is not None:
             task = assign(task, session.agent.id, session.instance.id, self._ids.secret(), now)
             facts.append(task_fact("task.assigned", task, "system", now))
-        return task, payload, session, Move(task, facts, payload=payload)
+        opened = [] if new.spec.budget is None else [opening(task, new.spec.budget)]
+        return task, payload, session, Move(task, facts, payload=payload, writes=opened)
 
     async def begin(self, started: Sequence[tuple[Task, bytes, Session | None]]) -> None:
         """Send committed tasks to the sessions chosen for them, put the others in their lanes."""
@@ -155,6 +173,7 @@ class Handing:
             loaded = await self._ledger.load_with_payload([task_id for task_id, _ in pairs], lambda task: task.waits)
             moves: list[Move] = []
             given: list[tuple[Task, bytes, Session | None]] = []
+            drawing: list[tuple[Move, bytes, Session]] = []
             for (task_id, session), found in zip(pairs, loaded, strict=True):
                 if found is None or not found[0].waits:
                     self._dispatcher.unreserve(session, task_id)
@@ -162,8 +181,14 @@ class Handing:
                         self.resend(*found)
                     continue
                 task = assign(found[0], session.agent.id, session.instance.id, self._ids.secret(), now)
-                moves.append(Move(task, [task_fact("task.assigned", task, "system", now)]))
+                move = Move(task, [task_fact("task.assigned", task, "system", now)])
+                if task.draws:
+                    drawing.append((move, found[1], session))
+                    continue
+                moves.append(move)
                 given.append((task, found[1], session))
+            if drawing:
+                self.later(self._hand_out_drawing(drawing))
             outcomes = await self._ledger.commit([Group([move]) for move in moves]) if moves else []
         except Exception as error:
             _log.warning("tasks.hand_out_failed", error=repr(error), tasks=len(pairs))
@@ -180,6 +205,36 @@ class Handing:
         for session, task_id in lost:
             self._dispatcher.unreserve(session, task_id)
         self.doubt([task_id for _, task_id in lost])
+
+    async def _hand_out_drawing(self, items: list[tuple[Move, bytes, Session]]) -> None:
+        """Assign tasks that draw from budgets, as far as something is left of them."""
+        ids = [move.after.id for move, _, _ in items]
+        try:
+            if self.budgets is None:
+                raise RuntimeError("nobody keeps the budgets")
+            outcomes = await self.budgets.begin([move for move, _, _ in items])
+        except Exception as error:
+            _log.warning("tasks.hand_out_failed", error=repr(error), tasks=len(items))
+            self.doubt(ids, [(session, move.after.id) for move, _, session in items])
+            return
+        sent = [(each, item[1], item[2]) for each, item in zip(outcomes, items, strict=True) if isinstance(each, Task)]
+        await self.begin(sent)
+        over: dict[str, Over] = {}
+        lost: list[str] = []
+        for each, (move, _, session) in zip(outcomes, items, strict=True):
+            if not isinstance(each, Task):
+                self._dispatcher.unreserve(session, move.after.id)
+                if isinstance(each, Over):
+                    over[move.after.id] = each
+                else:
+                    lost.append(move.after.id)
+        self.doubt(lost)
+        if over:
+            try:
+                await self.budgets.refuse(over)
+            except Problem as problem:
+                _log.warning("tasks.refusing_failed", code=problem.code, tasks=len(over))
+                self.doubt(list(over))
 
     def doubt(self, ids: Sequence[str], reserved: Sequence[tuple[Session, str]] = ()) -> None:
         """Look tasks up again whose commit failed or may have failed, once the store answers; they must not be forgotten.
@@ -227,6 +282,8 @@ class Handing:
             session = self._sessions.get(task.attempts[-1].instance_id)
             if session is not None and task.id in session.held:
                 self._dispatcher.unreserve(session, task.id)
+                if task.attempts[-1].outcome == "budget":
+                    session.send([Cancel(task_ids=[task.id], reason=CODE)])
 
     def later(self, work: Coroutine[None, None, None]) -> None:
         """Run something in the background; it is ended by `close`."""

@@ -22,13 +22,14 @@ _NOTHING: Final = Change()
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
-    """A task's next value, the facts that go with it, and the cold parts it brings."""
+    """A task's next value, the facts that go with it, what else is written with it, and the cold parts it brings."""
 
     after: Task
     facts: Sequence[Fact] = ()
     payload: bytes | None = None
     result: bytes | None = None
     lines: Sequence[LogLine] = ()
+    writes: Sequence[Entity] = ()
 
 
 Decide = Callable[[Task], Move | None]
@@ -61,7 +62,8 @@ class _Kept:
 
 
 class Ledger:
-    """Reads and writes tasks. `finished` is called with the id of every task that became final by this server, after the commit.
+    """Reads and writes tasks. `finished` is called with the id of every task that became final by this server, after the commit, and
+    `drew` with those among them that draw from budgets.
 
     Args:
         shared: other servers write tasks too.
@@ -76,6 +78,7 @@ class Ledger:
         self._payload_room = payload_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.finished: list[Callable[[str], None]] = []
+        self.drew: Callable[[Task], None] = lambda _: None
 
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
         """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
@@ -123,6 +126,11 @@ class Ledger:
         entry = self._kept.get(task_id)
         return entry is not None and entry.task.lease is not None and entry.task.lease.opens(token)
 
+    def draws(self, task_id: str) -> bool:
+        """Say whether a task may draw from budgets: False only where it is in memory and does not."""
+        entry = self._kept.get(task_id)
+        return entry is None or bool(entry.task.draws)
+
     def forget(self, ids: Sequence[str]) -> None:
         """Drop tasks from memory; the next load reads the store."""
         for task_id in ids:
@@ -149,6 +157,7 @@ class Ledger:
                     task = msgspec.structs.replace(task, log_lines=task.log_lines + len(move.lines))
                 task, entity = write(task, move.payload, move.result)
                 entities.append(entity)
+                entities += move.writes
                 facts += move.facts
                 after.append((task, move))
             entities += group.writes
@@ -172,6 +181,8 @@ class Ledger:
         kept = self._kept
         if task.final:
             self.forget([task.id])
+            if task.draws:
+                self.drew(task)
             for hear in self.finished:
                 hear(task.id)
             return

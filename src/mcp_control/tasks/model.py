@@ -13,6 +13,7 @@ import msgspec
 from mcp_control.agents.model import Resources
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.budget_model import Budget, Ceiling, Usage
 
 
 class TaskState(StrEnum):
@@ -125,7 +126,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
-    """One assignment that ended. `outcome` is completed, failed, timeout, cancelled, lost, released, restored or expired."""
+    """One assignment that ended. `outcome` is completed, failed, timeout, cancelled, lost, released, restored,
+    expired or budget."""
 
     number: int
     agent_id: str
@@ -166,6 +168,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         reason, message: why it is in its state: a stable code and a sentence.
         hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
+        draws: whose budgets it draws from (ids of tasks and of its run), its own first.
+        usage: what it has used; None while nothing was counted.
+        ceiling: when the attempt under way has used up the time of its budgets; of no meaning without a lease.
     """
 
     id: str
@@ -211,6 +216,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     traceparent: str | None = None
     log_lines: int = 0
+    draws: list[str] = []
+    usage: Usage | None = None
+    ceiling: Ceiling | None = None
     schema: int = 1
 
     @property
@@ -240,6 +248,8 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
         deadline: when it still waits or runs then, it ends `expired`.
         idempotency_key: repeating a submission with the same key returns the first task.
         on_unroutable: what to do when no registered agent could ever take it.
+        parent_id: the task it is done for: it draws from that task's budget, and is one level deeper.
+        budget: what it, and all tasks that name it as their parent, may use.
     """
 
     type: str
@@ -257,6 +267,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     parent_id: str | None = None
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     on_unroutable: Literal["accept", "reject"] = "accept"
+    budget: Budget | None = None
 
 
 class LogLine(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

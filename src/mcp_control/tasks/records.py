@@ -10,6 +10,7 @@ from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.storage.ports import Store, waiting_value
+from mcp_control.tasks.budgets import amounts, shown
 from mcp_control.tasks.due import due_at
 from mcp_control.tasks.model import FINAL_STATES, GENERATION_KIND, LogChunk, LogLine, Task, TaskState
 from mcp_control.tasks.view_model import TaskView
@@ -129,6 +130,7 @@ def assignment(task: Task, payload: bytes) -> Assignment:
         stage=links.stage,
         item=links.item,
         labels=task.labels,
+        budget=None if task.usage is None or not task.draws else shown(task.usage.left),
         traceparent=task.traceparent,
         slots=task.needs.slots,
     )
@@ -189,6 +191,8 @@ def view(
         retry_of=links.retry_of,
         context_id=links.context_id,
         log_lines=task.log_lines,
+        usage=None if task.usage is None else amounts(task.usage.total),
+        budgets=task.draws,
         warnings=warnings or [],
         etag=str(task.version),
         payload=msgspec.UNSET if payload is None else msgspec.Raw(payload),

@@ -50,6 +50,8 @@ def gather(report: Report) -> dict[str, list[Told]]:
     for logged in report.logs:
         entry = told(logged.task_id, logged.lease_token)
         entry.lines = [*entry.lines, *logged.lines]
+    for used in report.used:
+        told(used.task_id, used.lease_token)
     for done in report.done:
         told(done.task_id, done.lease_token).done = done
     return found

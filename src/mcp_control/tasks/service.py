@@ -34,6 +34,7 @@ from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.spending import NO_LINEAGE, Spending
 from mcp_control.tasks.submission import check, digest_of
 from mcp_control.tasks.view_model import Explanation, TaskView
 
@@ -63,6 +64,7 @@ class TaskOrchestrator:
         settler: Settler,
         dispatcher: Dispatcher,
         history: TaskHistory,
+        spending: Spending,
     ) -> None:
         self._store = store
         self._queue = queue
@@ -72,6 +74,7 @@ class TaskOrchestrator:
         self._ledger = ledger
         self._settler = settler
         self._dispatcher = dispatcher
+        self._spending = spending
         self._history = history
         self._waiters = Waiters()
         ledger.finished.append(self._waiters.ended)
@@ -96,14 +99,19 @@ class TaskOrchestrator:
         warnings: builtins.list[builtins.list[str]] = []
         if hurried := {spec.type for spec in specs if spec.deadline is not None}:
             await self._history.learn(actor.tenant, hurried)
+        parents = [spec.parent_id for spec in specs if spec.parent_id is not None]
+        lineage = await self._spending.lineage(actor.tenant, parents) if parents else {}
         for place, spec in enumerate(specs):
+            above = NO_LINEAGE if spec.parent_id is None else lineage.get(spec.parent_id, NO_LINEAGE)
             try:
                 check(spec, now)
+                if above.accounts:
+                    above.check()
                 warned = self._routable(actor.tenant, spec) + self._late(actor.tenant, spec, now)
             except Problem as problem:
                 results[place] = problem
                 continue
-            new = NewTask(id=self._ids.new("task"), spec=spec, links=_NO_LINKS, origin=origin)
+            new = NewTask(id=self._ids.new("task"), spec=spec, links=above.links, origin=origin, draws=above.draws)
             task, payload, session, move = self._settler.handing.create(new, now, actor.tenant, actor.id)
             started.append((task, payload, session))
             groups.append(Group([move]))

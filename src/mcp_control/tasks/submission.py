@@ -11,6 +11,7 @@ from mcp_control.agents.matching import parse_range
 from mcp_control.kernel.clock import to_millis
 from mcp_control.kernel.errors import FieldError, IdempotencyKeyInvalid, Invalid
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
+from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.lanes import lane_key
 from mcp_control.tasks.model import PRIORITIES, Links, Needs, Origin, RetryPolicy, Task, TaskSpec, TaskState
 
@@ -22,6 +23,7 @@ _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
 _NO_NEEDS: Final = Needs()
 _NO_RETRY: Final = RetryPolicy()
 _NO_LINKS: Final = Links()
+_NO_DRAWS: Final[list[str]] = []
 # Ordered: labels written in another order are the same labels.
 _encode: Final = msgspec.msgpack.Encoder(order="deterministic").encode
 
@@ -116,6 +118,8 @@ def check(spec: TaskSpec, now: int) -> None:
         found += retry_errors("#/retry", spec.retry)
     if spec.timeout is not None:
         found += range_errors("#/timeout", spec.timeout, 0.001, TIMEOUT_MAX)
+    if spec.budget is not None:
+        found += budget_errors("#/budget", spec.budget)
     if spec.run_at is not None:
         found += _time_errors("#/run_at", spec.run_at, now)
     if spec.deadline is not None:
@@ -150,6 +154,7 @@ def new_task(
     now: int,
     order: int,
     links: Links = _NO_LINKS,
+    draws: list[str] = _NO_DRAWS,
     traceparent: str | None = None,
     generation: int = 1,
 ) -> Task:
@@ -195,6 +200,7 @@ def new_task(
         digest="" if spec.idempotency_key is None else digest_of(spec),
         origin=origin,
         links=links,
+        draws=draws if spec.budget is None else [task_id, *draws],
         trust=spec.trust,
         traceparent=traceparent,
     )

@@ -35,6 +35,9 @@ TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = Ma
         "lose": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
         "release": _rows(_HELD, S.QUEUED, S.CANCELLED),
         "restore": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
+        "exhaust": _rows((*_HELD, S.QUEUED), S.FAILED, S.INPUT_REQUIRED, S.CANCELLED)
+        | _rows((S.INPUT_REQUIRED,), S.FAILED),
+        "answer": _rows((S.INPUT_REQUIRED,), S.QUEUED),
         "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
         "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
     }
@@ -286,6 +289,40 @@ def restore(task: Task, now: int) -> Task:
             message=failure.message,
         )
     return replace(held, state=S.QUEUED, reason="restored", message="a backup was restored; queued again")
+
+
+def exhaust(task: Task, failure: Failure, now: int, *, stop: bool) -> Task:
+    """Keep a task from going on because a budget is used up: it fails for good, or waits until somebody raises the budget.
+
+    Args:
+        stop: end it; where it waits already, somebody has said no.
+    """
+    _check(task, "exhaust")
+    held = replace(
+        task,
+        state=S.INPUT_REQUIRED,
+        state_at=now,
+        attempts=_end_attempt(task, "budget", now, failure),
+        lease=None,
+        last_lease=task.lease or task.last_lease,
+        started_at=None,
+        epoch=task.epoch + 1,
+        lost=0,
+        failure=failure,
+        reason=failure.code,
+        message=failure.message,
+    )
+    if task.cancel is not None and task.state is not S.INPUT_REQUIRED:
+        return replace(
+            held, state=S.CANCELLED, finished_at=now, failure=None, reason="cancelled", message=task.cancel.reason
+        )
+    return replace(held, state=S.FAILED, finished_at=now) if stop or task.state is S.INPUT_REQUIRED else held
+
+
+def answer(task: Task, now: int) -> Task:
+    """Queue a task again that waited for a person, at its old place."""
+    _check(task, "answer")
+    return replace(task, state=S.QUEUED, state_at=now, failure=None, reason="", message="")
 
 
 def raise_generation(task: Task, generation: int) -> Task:

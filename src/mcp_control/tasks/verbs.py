@@ -6,6 +6,8 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
 from mcp_control.tasks.due import on_time
+from mcp_control.tasks.budgets import CODE
+from mcp_control.tasks.exhaustion import exhausted_facts
 from mcp_control.tasks.ledger import Decide, Move
 from mcp_control.tasks.model import HELD_STATES, Request, Task, TaskState
 from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
@@ -60,6 +62,8 @@ def timing(now: int, chance: float) -> Decide:
         after = on_time(task, now, chance, CANCEL_GRACE_MS)
         if after is None:
             return None
+        if after.reason == CODE:
+            return Move(after, exhausted_facts(task, after, "system", now))
         kind = {"queued": "task.queued", "scheduled": "task.retrying"}.get(
             after.state.value, f"task.{after.state.value}"
         )

@@ -4,11 +4,15 @@ from datetime import datetime
 
 import msgspec
 
+from mcp_control.tasks.budget_model import Amounts
 from mcp_control.tasks.model import Attempt, Failure, Needs, RetryPolicy, TaskState
 
 
 class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists."""
+    """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists.
+
+    `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
+    """
 
     id: str
     type: str
@@ -48,6 +52,8 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retry_of: str | None = None
     context_id: str | None = None
     log_lines: int = 0
+    usage: Amounts | None = None
+    budgets: list[str] = []
     warnings: list[str] = []
     etag: str
     payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from mcp_control.agents.model import AgentSpec, Beat
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import NULL, Failure, LogLine
 
 
@@ -18,6 +19,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     Attributes:
         fence: `generation.epoch`, for outside systems.
         deadline_at: wall milliseconds, None where there is none.
+        budget: what is left of what is limited, by the names of a budget; None where it draws from no budget.
         slots: how many of the agent's slots it takes.
     """
 
@@ -34,6 +36,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     stage: str | None = None
     item: int | None = None
     labels: dict[str, str] = {}
+    budget: dict[str, float] | None = None
     traceparent: str | None = None
     slots: int = 1
 
@@ -60,6 +63,14 @@ class Logged(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown
     task_id: str
     lease_token: str
     lines: list[LogLine]
+
+
+class Used(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
+    """What an attempt has used so far, in all."""
+
+    task_id: str
+    lease_token: str
+    spent: Spent
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
@@ -114,6 +125,7 @@ class Report(
     started: list[Started] = []
     progress: list[Progress] = []
     logs: list[Logged] = []
+    used: list[Used] = []
     done: list[Done] = []
 
 
