@@ -52,6 +52,7 @@ ARTIFACT_KIND: Final = Kind(
     indexes=(
         Index("artifact_sha", ("sha256", "id")),
         Index("artifact_run", ("run", "id")),
-        Index("artifact_created", ("created", "id")),
+        Index("artifact_created", ("tenant", "created", "id")),
+        Index("artifact_name", ("tenant", "name", "created", "id")),
     ),
 )

@@ -345,6 +345,7 @@ RUN_KIND: Final = Kind(
         Index("run_pipeline", ("pipeline", "id")),
         Index("run_key", ("unique_key",), unique=True),
         Index("run_due", ("due", "id")),
+        Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_finished", ("finished", "id")),
     ),
     cold=("params", "output"),

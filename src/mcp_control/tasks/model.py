@@ -321,3 +321,4 @@ LOG_KIND: Final = Kind(
     indexes=(Index("log_task", ("task", "first")),),
 )
 GENERATION_KIND: Final = Kind(name="generation")
+        Index("task_type_state", ("type", "state", "id")),
