@@ -66,7 +66,7 @@ class World:
 @asynccontextmanager
 async def world(folder: Path, **settings: object) -> AsyncIterator[World]:
     """Run a server; agents that were started are gone at the end."""
-    async with running_server(folder / "server", **settings) as server, admin(server) as client:
+    async with running_server(folder / "server", **{"leases__drift_seconds": 1.0, **settings}) as server, admin(server) as client:
         made = World(folder, server, client, await enrolment(client))
         try:
             yield made
@@ -172,7 +172,8 @@ async def test_sigterm_lets_work_in_hand_finish(tmp_path: Path) -> None:
         name = f"{API}/agents/leaving"
 
         async def draining() -> bool:
-            return bool((await w.client.get(name)).json()["free_slots"] == 0)
+            shown = (await w.client.get(name)).json()
+            return bool((shown["state"], shown["free_slots"]) == ("draining", 0))
 
         await until(draining, 10, "the server knows that the agent drains")
         later = await submit(w.client, "it.echo", "later")

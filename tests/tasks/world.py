@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND, AgentSpec, Beat, Capability
+from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND, AgentSpec, Beat, Capability, Resources
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.changes import StoredFact
@@ -129,7 +129,7 @@ class World:
             while not await done():  # noqa: ASYNC110 - the condition is the store's content, which has no event to wait for
                 await asyncio.sleep(0.001)
 
-    async def agent(self, name: str = "worker", *types: str, slots: int = 1, lease_seconds: float = 30.0) -> "Peer":
+    async def agent(self, name: str = "worker", *types: str, slots: int = 1, lease_seconds: float = 30.0, resources: Resources = Resources()) -> "Peer":
         """Register an agent and connect an instance of it."""
         spec = AgentSpec(
             name=name,
@@ -143,6 +143,7 @@ class World:
         await peer.connect()
         return peer
 
+            resources=resources,
 
 class Peer:
     """An agent instance whose frames arrive in a list."""

@@ -15,12 +15,13 @@ from mcp_control.tasks.ledger import Ledger
 
 _log = structlog.get_logger(__name__)
 _PAGE: Final = 1000
+_SETTLED: Final = 2.0  # seconds after which nothing that was on its way can still be
 
 
 class DriftKeeper:
     """Finds and heals the difference between counted and real: a slot that stays taken for nothing, or a lease nobody counts.
 
-    A difference counts only when it is there in two looks: between them, what was on its way has arrived.
+    A difference counts only when it is there in two looks, seconds apart: between them, what was on its way has arrived.
 
     Args:
         seconds: between two looks at all sessions; those with a difference are looked at again with the next `once`.
@@ -50,7 +51,7 @@ class DriftKeeper:
         self._handing = handing
         self._seconds = seconds
         self._broken = broken
-        self._suspects: dict[str, frozenset[str]] = {}
+        self._suspects: dict[str, tuple[float, frozenset[str]]] = {}
         self._looked_at = clock.monotonic()
         self.drift = 0
         self.healed = 0
@@ -66,13 +67,17 @@ class DriftKeeper:
         before, self._suspects = self._suspects, {}
         found = 0
         for session in looked:
+            instance_id = session.instance.id
+            since, suspected = before.get(instance_id, (now, frozenset[str]()))
             different = await self._different(session)
-            sure = different & before.get(session.instance.id, frozenset())
-            if sure and self._sessions.get(session.instance.id) is session:
-                await self._heal(session, sure)
-                found += len(sure)
-            if different - sure:
-                self._suspects[session.instance.id] = different - sure
+            still = different & suspected
+            if still and now - since < _SETTLED:
+                self._suspects[instance_id] = (since, still)
+            elif still and self._sessions.get(instance_id) is session:
+                await self._heal(session, still)
+                found += len(still)
+            elif different:
+                self._suspects[instance_id] = (now, different)
         if found:
             self.drift += found
             self.healed += found

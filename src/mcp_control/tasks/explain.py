@@ -6,19 +6,29 @@ import msgspec
 
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
+from mcp_control.agents.reserving import Load, amount, load_of, short_of
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.view_model import Explanation
 
 
+class Room(msgspec.Struct, frozen=True):
+    """What an instance of an agent has left, the tasks that hold the rest, and when the last of them began to."""
+
+    left: Load
+    holders: Sequence[str]
+    since: int
+
+
 class Seen(msgspec.Struct, frozen=True):
-    """What the scheduler sees of an agent."""
+    """What the scheduler sees of an agent. `rooms` is there for tasks that take more than a slot."""
 
     id: str
     spec: AgentSpec
     state: AgentState
     free: int
     state_at: int
+    rooms: Sequence[Room] = ()
 
 
 def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation:
@@ -63,12 +73,35 @@ def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         since = max(agent.state_at for agent in fit)
         message = f"the agents that can take it are {' or '.join(states)}"
         return _because(task, "agents-unavailable", message, since, [agent.id for agent in fit[:10]], ahead)
+    if (found := _short(task, demand, there, ahead)) is not None:
+        return found
     if not any(agent.free for agent in there):
         message = f"all {len(there)} agents that can take it are full"
         return _because(task, "agents-full", message, task.state_at, [agent.id for agent in there[:10]], ahead)
     if ahead:
         return _because(task, "waiting-turn", f"{ahead} tasks are before it in its lane", task.state_at, [], ahead)
     return _because(task, "next", "it is next; an agent is about to get it", task.state_at, [], ahead)
+
+
+def _short(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation | None:
+    """Return which resource keeps a task out that takes more than a slot, where it fits nowhere now."""
+    load = load_of(demand.slots, demand.resources)
+    if load is None:
+        return None
+    told: list[str] = []
+    holders: dict[str, None] = {}
+    since = task.state_at
+    for agent in agents:
+        for room in agent.rooms:
+            name = short_of(load, room.left)
+            if name is None:
+                return None
+            told.append(f"{agent.spec.name} has {amount(name, room.left)} left, wanted {amount(name, load)}")
+            holders.update(dict.fromkeys(room.holders))
+            since = max(since, room.since)
+    if not told:
+        return None
+    return _because(task, "resources-short", "; ".join(sorted(told)[:3]), since, list(holders)[:10], ahead)
 
 
 def _holder(task: Task) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from mcp_control.agents.matching import misfit
+from mcp_control.agents.reserving import load_of
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
@@ -25,7 +26,7 @@ from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.explain import Seen, explain
+from mcp_control.tasks.explain import Room, Seen, explain
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.lanes import demand_of, lane_key
@@ -34,6 +35,7 @@ from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.rooms import rooms_of
 from mcp_control.tasks.spending import NO_LINEAGE, Spending
 from mcp_control.tasks.submission import check, digest_of
 from mcp_control.tasks.view_model import Explanation, TaskView
@@ -232,12 +234,12 @@ class TaskOrchestrator:
         task = await self.one(actor, task_id)
         await self._manager.look()
         agents = [
-            Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at)
+            Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at, rooms.get(shown.id, ()))
             for agent in self._manager.registry.registered(actor.tenant)
             for shown in (self._manager.view(agent),)
         ]
         ahead = await self._queue.ahead(task.lane, task.id) if task.state is TaskState.QUEUED else None
-        return explain(task, demand_of(task), agents, ahead)
+        return explain(task, demand, agents, ahead)
 
     async def logs(self, actor: Actor, task_id: str, after: int = 0, limit: int = 1000) -> builtins.list[LogChunk]:
         """Return what a task logged from line number `after` on, about `limit` lines."""
@@ -246,6 +248,11 @@ class TaskOrchestrator:
         chunks: builtins.list[LogChunk] = []
         lines = 0
         # A chunk that begins before `after` may reach beyond it, so the one before counts too.
+        demand = demand_of(task)
+        rooms: dict[str, builtins.list[Room]] = {}
+        if load_of(demand.slots, demand.resources) is not None:
+            known = self._manager.registry.known(actor.tenant)
+            rooms = await rooms_of(self._store, [each for each in known if misfit(*each, demand) is None])
         before = Query(
             where=[Where("task", "eq", task_id), Where("first", "le", after)], order="first", descending=True, limit=1
         )
