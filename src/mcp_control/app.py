@@ -18,7 +18,7 @@ from mcp_control.api.assembly import application, routes
 from mcp_control.api.network import NetworkServer, listening, on_signals
 from mcp_control.api.services import Cluster, Services
 from mcp_control.artifacts.service import Artifacts
-from mcp_control.backend import Around, Backend, backend
+from mcp_control.backend import Around, backend
 from mcp_control.configuration.settings import Settings
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.keeping import Once, retention_loops
@@ -27,7 +27,7 @@ from mcp_control.kernel.errors import Invalid, InvalidPipeline, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.loops import every
 from mcp_control.kinds import KINDS as KINDS
-from mcp_control.member import Member
+from mcp_control.member import Member, led
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
@@ -312,20 +312,11 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
                 ("cut-off", 1.0, member.cut_off),
             ]
             stack.push_async_callback(_stopped, [asyncio.create_task(peers.run(member.heard))])
-        loops = [*every_server, *((loop, pace, _led(base, once)) for loop, pace, once in one_server)]
+        loops = [*every_server, *((loop, pace, led(base, once)) for loop, pace, once in one_server)]
         for loop, pace, once in loops:
             stack.push_async_callback(every(pace, once, name=loop, clock=clock).stop)
         stack.push_async_callback(_stopped, [asyncio.create_task(dispatcher.run())])
         yield Control(application(services), services, one_time_password)
-
-
-def _led(base: Backend, once: Once) -> Once:
-    """Do something on the server that leads alone."""
-
-    async def guarded(now: int) -> object:
-        return await once(now) if base.leading else None
-
-    return guarded
 
 
 async def _stopped(loops: list[asyncio.Task[None]]) -> None:

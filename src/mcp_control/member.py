@@ -1,5 +1,6 @@
 """What a server does as a member of a cluster: hear the others, look after them, and step back when it is cut off."""
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -14,6 +15,15 @@ from mcp_control.tasks.settling import Settler
 
 _log = structlog.get_logger(__name__)
 _TRY_AGAIN_LATER: Final = 1013  # RFC 6455 registry
+
+
+def led(base: Backend, once: Callable[[int], Awaitable[object]]) -> Callable[[int], Awaitable[object]]:
+    """Return what does something only while this server leads."""
+
+    async def guarded(now: int) -> object:
+        return await once(now) if base.leading else None
+
+    return guarded
 
 
 class Member:
