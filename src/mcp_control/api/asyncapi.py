@@ -15,6 +15,7 @@ from mcp_control.api.json_schema import any_json
 from mcp_control.configuration.settings import Settings
 from mcp_control.events.model import Event
 from mcp_control.tasks import wire
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 
 _TASK: Final = "task_06h09s2bje1u5ikneltrvpo1bjh7un2n0b20"
@@ -62,6 +63,7 @@ _TO_AGENTS: Final = (
             )
         ],
     ),
+    wire.Report(id=9, used=[wire.Used(task_id=_TASK, lease_token=_PROOF, spent=Spent(number=2, calls=1, tokens=850))]),
     wire.Bye(step="drain"),
     wire.Renew(credential="a fresh credential"),
 )

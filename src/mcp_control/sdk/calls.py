@@ -15,6 +15,7 @@ from mcp_control.pipelines.view_model import RunView
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
 from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply
+from mcp_control.tasks.budget_model import BudgetEdit, BudgetView, SpendAnswer, Spent
 from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskSpec
 from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
@@ -166,6 +167,32 @@ def task_verb(task_id: str, verb: str, **body: object) -> Request[TaskView]:
         {k: v for k, v in body.items() if v is not None},
         repeatable=verb in ("cancel", "pause", "resume"),
     )
+
+
+def report_usage(task_id: str, lease_token: str, spent: Spent) -> Request[SpendAnswer]:
+    """Tell what an attempt has used in all, and hold what it asks for; repeating it changes nothing."""
+    body = {"lease_token": lease_token, "spent": spent}
+    return _post(SpendAnswer, f"/tasks/{_seg(task_id)}/usage", body, repeatable=True)
+
+
+def get_budget(owner: str) -> Request[BudgetView]:
+    """Read the budget of a task or run."""
+    return _get(BudgetView, f"/{_noun(owner)}/{_seg(owner)}/budget")
+
+
+def edit_budget(owner: str, edit: BudgetEdit) -> Request[BudgetView]:
+    """Set or raise limits of a task or run."""
+    call = Call(method="PATCH", path=f"/{_noun(owner)}/{_seg(owner)}/budget", body=encode_json(edit))
+    return Request(call, lambda reply: reply.json(BudgetView))
+
+
+def refuse_budget(task_id: str) -> Request[TaskView]:
+    """Say no to a task that asked for more."""
+    return _post(TaskView, f"/tasks/{_seg(task_id)}/budget/refuse")
+
+
+def _noun(owner: str) -> str:
+    return "runs" if owner.startswith("run_") else "tasks"
 
 
 def explain(task_id: str) -> Request[Explanation]:

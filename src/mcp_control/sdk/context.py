@@ -3,6 +3,7 @@
 `Context` is for coroutines, `SyncContext` for threads and processes; they differ in whether artifacts and client are awaited.
 """
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar
 import msgspec
 
 from mcp_control.sdk.errors import Cancelled
+from mcp_control.sdk.usage import Meter, Money, Reservation, counted
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import LogLine
 from mcp_control.tasks.wire import Assignment
 
@@ -37,6 +40,10 @@ class Sink(Protocol):
 
     def log(self, line: LogLine) -> None:
         """Take a line."""
+        ...
+
+    def used(self, spent: Spent) -> None:
+        """Take what the attempt has used in all; what was told before and not yet sent is dropped."""
         ...
 
 
@@ -186,10 +193,37 @@ class BaseContext:
         self.cancelled = cancelled
         self.log = Log(sink, assignment.attempt)
         self._sink = sink
+        self._assignment = assignment
+        self._metered: Meter | None = None
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Report how far the attempt is, 0 to 1, with a sentence. Cheap to call often: only the newest is sent."""
         self._sink.progress(min(1.0, max(0.0, float(fraction))), message[:PROGRESS_LIMIT])
+
+    @property
+    def _meter(self) -> Meter:
+        if self._metered is None:
+            self._metered = Meter(self._assignment, self._sink.used)
+        return self._metered
+
+    @property
+    def budget(self) -> dict[str, float] | None:
+        """What is left of what is limited, by `calls`, `tokens`, `money_micros`, `attempts`, `wall_seconds`; None without a budget."""
+        return self._meter.left
+
+    def use(self, *, calls: int = 0, tokens: int = 0, money: Money = 0) -> None:
+        """Report what was used. Told with the next report to the server, which stops the attempt when a limit is passed.
+
+        Args:
+            calls: calls made, of whatever is counted.
+            tokens: tokens used.
+            money: an amount in the currency you count in, kept in millionths.
+
+        Raises:
+            Cancelled: the attempt must stop; what was used is counted all the same.
+        """
+        self._meter.use(counted(calls, tokens, money))
+        self.check()
 
     def track(self, source: Iterable[T] | AsyncIterable[T], total: int | None = None, message: str = "") -> Tracked[T]:
         """Iterate (`for` or `async for`) with progress, and with a check before every element.
@@ -216,6 +250,19 @@ class Context(BaseContext):
         super().__init__(assignment, sink, cancelled)
         self._make = client
         self._lease_token = assignment.lease_token
+        self._asking = asyncio.Lock()
+
+    async def reserve(self, *, calls: int = 0, tokens: int = 0, money: Money = 0) -> Reservation:
+        """Hold something of the budget before it is spent; the answer is false where so much is not left.
+
+        Raises:
+            Cancelled: a limit is passed already, or the attempt must stop.
+        """
+        self.check()
+        amounts = counted(calls, tokens, money)
+        async with self._asking:
+            granted = await self._meter.reserve_async(self.client, amounts)
+        return Reservation(self._meter, amounts, granted)
 
     @property
     def client(self) -> "AsyncClient":
@@ -240,6 +287,16 @@ class SyncContext(BaseContext):
         super().__init__(assignment, sink, cancelled)
         self._make = client
         self._lease_token = assignment.lease_token
+
+    def reserve(self, *, calls: int = 0, tokens: int = 0, money: Money = 0) -> Reservation:
+        """Hold something of the budget before it is spent; the answer is false where so much is not left.
+
+        Raises:
+            Cancelled: a limit is passed already, or the attempt must stop.
+        """
+        self.check()
+        amounts = counted(calls, tokens, money)
+        return Reservation(self._meter, amounts, self._meter.reserve(self.client, amounts))
 
     @property
     def client(self) -> "Client":

@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.pipelines.model import RunState
 from mcp_control.pipelines.view_model import RunView
 from mcp_control.sdk import calls
 from mcp_control.sdk.errors import RunFailed
+from mcp_control.sdk.usage import Added
+from mcp_control.tasks.budget_model import Amounts, Budget, BudgetEdit, BudgetView
 from mcp_control.tasks.view_model import TaskView
 
 if TYPE_CHECKING:
@@ -42,6 +44,14 @@ class RunHandle:
     def result(self, timeout: float | None = None) -> RunView:
         """Wait for the run to complete. Raises RunFailed, WaitTimeout."""
         return completed(self.wait(timeout))
+
+    def budget(self) -> BudgetView:
+        """Read its budget and what was used of it. Raises Missing where it has none."""
+        return self._client.do(calls.get_budget(self.id))
+
+    def raise_budget(self, set: Budget | None = None, **add: Unpack[Added]) -> BudgetView:
+        """Replace the limits that `set` names, and add to limits that are there; what waits for them goes on."""
+        return self._client.do(calls.edit_budget(self.id, BudgetEdit(set=set, add=Amounts(**add))))
 
     def pause(self, reason: str | None = None) -> RunView:
         """Start no further tasks; what runs goes on."""
@@ -116,6 +126,14 @@ class AsyncRunHandle:
     async def result(self, timeout: float | None = None) -> RunView:
         """Wait for the run to complete. Raises RunFailed, WaitTimeout."""
         return completed(await self.wait(timeout))
+
+    async def budget(self) -> BudgetView:
+        """Read its budget and what was used of it. Raises Missing where it has none."""
+        return await self._client.do(calls.get_budget(self.id))
+
+    async def raise_budget(self, set: Budget | None = None, **add: Unpack[Added]) -> BudgetView:
+        """Replace the limits that `set` names, and add to limits that are there; what waits for them goes on."""
+        return await self._client.do(calls.edit_budget(self.id, BudgetEdit(set=set, add=Amounts(**add))))
 
     async def pause(self, reason: str | None = None) -> RunView:
         """Start no further tasks; what runs goes on."""

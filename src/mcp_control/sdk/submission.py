@@ -10,6 +10,7 @@ import msgspec
 
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, RetryPolicy, TaskSpec
 
 YAML: Final = "application/yaml"
@@ -24,7 +25,7 @@ class SubmitOptions(TypedDict, total=False):
 
     priority: 0 to 100, or critical, high, medium, low. key: idempotency key; submitting it again returns the first task. run_at: a
     time, or seconds from now. timeout: seconds one attempt may take. deadline: a time, or seconds from now. retries: attempts after
-    the first one (a short form of `retry`).
+    the first one (a short form of `retry`). budget: what it, and what is done for it, may use.
     """
 
     priority: int | str
@@ -41,6 +42,7 @@ class SubmitOptions(TypedDict, total=False):
     parent_id: str
     trust: Literal["trusted", "external", "tainted"]
     on_unroutable: Literal["accept", "reject"]
+    budget: Budget
 
 
 class RunOptions(TypedDict, total=False):

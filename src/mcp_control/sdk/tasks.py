@@ -13,6 +13,8 @@ from mcp_control.sdk import calls
 from mcp_control.sdk.errors import ApiProblem, NotNow, TaskFailed, Unreachable
 from mcp_control.sdk.follow import TaskFollower, Update
 from mcp_control.sdk.submission import BATCH_TASKS, SubmitOptions, batches, encode_json, keyed, make_spec
+from mcp_control.sdk.usage import Added
+from mcp_control.tasks.budget_model import Amounts, Budget, BudgetEdit, BudgetView
 from mcp_control.tasks.model import LogLine, TaskSpec, TaskState
 from mcp_control.tasks.view_model import Explanation, StatisticView, TaskView
 
@@ -90,6 +92,18 @@ class TaskHandle:
             after = page.next
             if page.final or (not follow and not page.lines):
                 return
+
+    def budget(self) -> BudgetView:
+        """Read its budget and what was used of it. Raises Missing where it has none."""
+        return self._client.do(calls.get_budget(self.id))
+
+    def raise_budget(self, set: Budget | None = None, **add: Unpack[Added]) -> BudgetView:
+        """Replace the limits that `set` names, and add to limits that are there; what waits for them goes on."""
+        return self._client.do(calls.edit_budget(self.id, BudgetEdit(set=set, add=Amounts(**add))))
+
+    def refuse_budget(self) -> TaskView:
+        """Say no to a task that asked for more: it fails."""
+        return self._client.do(calls.refuse_budget(self.id))
 
     def cancel(self, reason: str | None = None) -> TaskView:
         """Cancel the task: at once when it waits, by telling the agent when it runs."""
@@ -244,6 +258,18 @@ class AsyncTaskHandle:
             after = page.next
             if page.final or (not follow and not page.lines):
                 return
+
+    async def budget(self) -> BudgetView:
+        """Read its budget and what was used of it. Raises Missing where it has none."""
+        return await self._client.do(calls.get_budget(self.id))
+
+    async def raise_budget(self, set: Budget | None = None, **add: Unpack[Added]) -> BudgetView:
+        """Replace the limits that `set` names, and add to limits that are there; what waits for them goes on."""
+        return await self._client.do(calls.edit_budget(self.id, BudgetEdit(set=set, add=Amounts(**add))))
+
+    async def refuse_budget(self) -> TaskView:
+        """Say no to a task that asked for more: it fails."""
+        return await self._client.do(calls.refuse_budget(self.id))
 
     async def cancel(self, reason: str | None = None) -> TaskView:
         """Cancel the task: at once when it waits, by telling the agent when it runs."""

@@ -4,8 +4,9 @@ from typing import Final
 
 import msgspec
 
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
-from mcp_control.tasks.wire import Ack, Done, Logged, Progress, Report, Started
+from mcp_control.tasks.wire import Ack, Done, Logged, Progress, Report, Started, Used
 
 FRAME_BYTES: Final = 768 * 1024
 MAX_LINES: Final = 2000
@@ -15,17 +16,18 @@ _ENVELOPE: Final = 300
 class Outbox:
     """Reports in the making and on their way.
 
-    Ends of attempts and starts go out at once. Progress and logs alone wait while a report is unacknowledged, so that their rate is the
-    rate at which the server takes them; progress is replaced by newer progress, logs are bounded per task.
+    Ends of attempts and starts go out at once. Progress, usage and logs alone wait while a report is unacknowledged, so that their rate
+    is the rate at which the server takes them; progress and usage are replaced by newer ones, logs are bounded per task.
     """
 
-    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked", "_untold")
+    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked", "_untold", "_used")
 
     def __init__(self) -> None:
         self._started: dict[str, Started] = {}
         self._progress: dict[str, Progress] = {}
         self._logs: dict[str, tuple[str, list[LogLine]]] = {}
         self._dropped: dict[str, int] = {}
+        self._used: dict[str, Used] = {}
         self._done: list[Done] = []
         self._again: list[Report] = []
         self._unacked: dict[int, Report] = {}
@@ -39,6 +41,10 @@ class Outbox:
     def progress(self, task_id: str, token: str, fraction: float, message: str) -> None:
         """An attempt has come so far."""
         self._progress[task_id] = Progress(task_id=task_id, lease_token=token, fraction=fraction, message=message)
+
+    def used(self, task_id: str, token: str, spent: Spent) -> None:
+        """An attempt has used so much in all."""
+        self._used[task_id] = Used(task_id=task_id, lease_token=token, spent=spent)
 
     def log(self, task_id: str, token: str, line: LogLine) -> None:
         """An attempt logged a line. Over 2,000 lines unsent, further ones are counted and left out."""
@@ -59,6 +65,7 @@ class Outbox:
         """The task belongs to somebody else: tell nothing more about it."""
         self._started.pop(task_id, None)
         self._progress.pop(task_id, None)
+        self._used.pop(task_id, None)
         self._logs.pop(task_id, None)
         self._dropped.pop(task_id, None)
 
@@ -66,7 +73,7 @@ class Outbox:
     def urgent(self) -> bool:
         """Whether a report should go out now."""
         return bool(
-            self._done or self._started or self._again or (not self._unacked and (self._progress or self._logs))
+            self._done or self._started or self._again or (not self._unacked and (self._progress or self._logs or self._used))
         )
 
     @property
@@ -97,11 +104,14 @@ class Outbox:
             and not any(item.failure is not None for item in self._done)
             and sum(len(item.result) for item in self._done) < FRAME_BYTES
         ):
-            report = Report(id=self._next, started=list(self._started.values()), done=self._done)
+            used = list(self._used.values()) if self._used else []
+            report = Report(id=self._next, started=list(self._started.values()), used=used, done=self._done)
             self._done = []
         else:
             report = self._take_bounded()
         self._started = {}
+        if self._used:
+            self._used = {}
         self._unacked[self._next] = report
         self._next += 1
         return report
@@ -145,7 +155,14 @@ class Outbox:
             count += 1
         done, self._done = self._done[:count], self._done[count:]
         progress, self._progress = list(self._progress.values()), {}
-        return Report(id=self._next, started=list(self._started.values()), progress=progress, logs=logs, done=done)
+        return Report(
+            id=self._next,
+            started=list(self._started.values()),
+            progress=progress,
+            logs=logs,
+            used=list(self._used.values()),
+            done=done,
+        )
 
     def acked(self, ack: Ack) -> None:
         """A report is durable, or must be sent again."""
@@ -195,6 +212,8 @@ class Outbox:
         for progress in report.progress:
             if progress.task_id not in ended:
                 self._progress.setdefault(progress.task_id, progress)
+        for used in report.used:
+            self._used.setdefault(used.task_id, used)
         for logged in report.logs:
             newer = self._logs.get(logged.task_id, ("", []))[1]
             self._logs[logged.task_id] = (logged.lease_token, [*logged.lines, *newer])

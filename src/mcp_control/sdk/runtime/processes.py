@@ -15,6 +15,7 @@ from mcp_control.sdk.runtime.worker import (
     Ready,
     Run,
     Said,
+    Spending,
     Stop,
     decode_news,
     encode,
@@ -92,6 +93,9 @@ class WorkerProcess:
                 elif isinstance(news, Said):
                     if self._sink is not None:
                         self._sink.log(news.line)
+                elif isinstance(news, Spending):
+                    if self._sink is not None:
+                        self._sink.used(news.spent)
                 elif isinstance(news, Ready):
                     self._ready.set_result(None)
                 elif self._ended is not None and not self._ended.done():

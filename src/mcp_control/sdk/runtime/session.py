@@ -25,6 +25,8 @@ FIRST_DELAY: Final = 0.1
 LONGEST_DELAY: Final = 10.0
 LEAVE_SECONDS: Final = 5.0
 STEADY_SECONDS: Final = 5.0  # a connection that lived as long was a good one
+BUDGET_EXHAUSTED: Final = "budget-exhausted"
+BUDGET_GRACE: Final = 1.0  # seconds; what is spent meanwhile counts for nobody any more
 TRY_LATER: Final = 1013  # close code: overloaded, or this end is too slow
 PASSING: Final = frozenset(
     {"agent-suspended", "overloaded", "store-unavailable", "storage-full", "outcome-unknown", "conflict", "internal"}
@@ -255,7 +257,10 @@ class Session:
             elif isinstance(frame, BeatAck):
                 self._beat_acked(frame)
             elif isinstance(frame, Cancel):
-                bench.stop(frame.task_ids, "cancel")
+                if frame.reason == BUDGET_EXHAUSTED:
+                    bench.stop(frame.task_ids, "budget", BUDGET_GRACE)
+                else:
+                    bench.stop(frame.task_ids, "cancel")
             elif isinstance(frame, Order):
                 self._ordered(frame)
             elif isinstance(frame, Trouble):
@@ -272,6 +277,8 @@ class Session:
                 [r.task_id for r in ack.refused if r.code in ("lease-superseded", "already-terminal", "not-found")],
                 "gone",
             )
+            spent = [refusal.task_id for refusal in ack.refused if refusal.code == BUDGET_EXHAUSTED]
+            self.bench.stop(spent, "budget", BUDGET_GRACE)
         if ack.retry:
             asyncio.get_running_loop().call_later(0.2, self.wake)
         elif self._outbox.urgent:

@@ -7,6 +7,7 @@ Why an attempt is stopped decides what is told of it:
     lease     the lease could not be renewed: handed back, should the server still count it as ours
     drain     the agent ends: handed back
     timeout   the attempt took too long: a temporary failure
+    budget    nothing is left of its budget, and the server has ended it: nothing
 """
 
 import asyncio
@@ -23,13 +24,14 @@ from mcp_control.sdk.errors import Cancelled
 from mcp_control.sdk.handlers import Handler, capped, encode_result, failure_from, invalid_payload
 from mcp_control.sdk.runtime.outbox import Outbox
 from mcp_control.sdk.runtime.processes import ProcessPool, WorkerProcess
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import Assignment, Done
 
-StopReason = Literal["cancel", "gone", "lease", "drain", "timeout"]
+StopReason = Literal["cancel", "gone", "lease", "drain", "timeout", "budget"]
 Outcome = Literal["completed", "failed", "cancelled"]
 _NULL: Final = msgspec.Raw(b"null")
-_WEIGHT: Final = {"": 0, "timeout": 1, "cancel": 2, "drain": 3, "lease": 4, "gone": 5}
+_WEIGHT: Final = {"": 0, "timeout": 1, "cancel": 2, "drain": 3, "lease": 4, "budget": 5, "gone": 6}
 _ABANDONED: Final = Failure(
     cause="infra", code="thread-abandoned", message="the thread did not stop in time and runs on, unheard"
 )
@@ -94,6 +96,9 @@ class _LoopSink:
     def log(self, line: LogLine) -> None:
         self._bench.said(self._work, line)
 
+    def used(self, spent: Spent) -> None:
+        self._bench.used(self._work, spent)
+
 
 class _ThreadSink:
     """For handlers in threads: crosses to the loop, with at most one crossing for progress on its way."""
@@ -114,6 +119,9 @@ class _ThreadSink:
 
     def log(self, line: LogLine) -> None:
         self._call(self._bench.said, self._work, line)
+
+    def used(self, spent: Spent) -> None:
+        self._call(self._bench.used, self._work, spent)
 
     def _deliver(self) -> None:
         latest, self._latest = self._latest, None
@@ -245,6 +253,13 @@ class Workbench:
             self._outbox.log(work.assignment.task_id, work.assignment.lease_token, line)
             self._wake()
 
+    def used(self, work: Work, spent: Spent) -> None:
+        """Take what an attempt that is still ours has used."""
+        if self.works.get(work.assignment.task_id) is work:
+            self.tick += 1
+            self._outbox.used(work.assignment.task_id, work.assignment.lease_token, spent)
+            self._wake()
+
     # --- the three ways to run ---
 
     async def _run_async(self, work: Work) -> None:
@@ -356,7 +371,7 @@ class Workbench:
             work.timer.cancel()
         if not self.works:
             self._empty.set()
-        if work.stop == "gone":
+        if work.stop in ("gone", "budget"):
             self._outbox.forget(assignment.task_id)
         else:
             self._outbox.done(_told(work, outcome, result, failure))

@@ -17,6 +17,7 @@ import msgspec
 from mcp_control.sdk.context import StopFlag, SyncContext
 from mcp_control.sdk.errors import Cancelled
 from mcp_control.sdk.handlers import Handler, encode_result, failure_from, invalid_payload
+from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import Assignment
 
@@ -52,6 +53,12 @@ class Said(msgspec.Struct, frozen=True, tag="said"):
     line: LogLine
 
 
+class Spending(msgspec.Struct, frozen=True, tag="spending"):
+    """Worker to agent: what the attempt has used in all."""
+
+    spent: Spent
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """Worker to agent: the attempt has ended; `result` is JSON."""
 
@@ -62,7 +69,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_order: Final = msgspec.msgpack.Decoder(Run | Stop).decode
-decode_news: Final = msgspec.msgpack.Decoder(Ready | Moved | Said | Ended).decode
+decode_news: Final = msgspec.msgpack.Decoder(Ready | Moved | Said | Spending | Ended).decode
 encode_assignment: Final = msgspec.json.Encoder().encode
 _decode_assignment: Final = msgspec.json.Decoder(Assignment).decode
 
@@ -81,6 +88,9 @@ class _PipeSink:
 
     def log(self, line: LogLine) -> None:
         self.send(Said(line))
+
+    def used(self, spent: Spent) -> None:
+        self.send(Spending(spent))
 
 
 def main(connection: Connection, url: str, credential: str) -> None:
