@@ -60,6 +60,9 @@ async def get_run(call: Call) -> Reply:
     run_id = call.params["run_id"]
     run = await (call.until_gone(engine.wait(call.actor, run_id, wait)) if wait else engine.run(call.actor, run_id))
     view = await engine.view(call.actor, run)
+    budget, usage = await call.services.spending.used(run_id)
+    if usage is not None or budget is not None:
+        view = msgspec.structs.replace(view, budget=budget, usage=usage)
     return tagged(view, view.etag)
 
 

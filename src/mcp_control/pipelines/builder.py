@@ -19,6 +19,7 @@ from mcp_control.pipelines.model import (
     RunWhen,
     Stage,
 )
+from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, RetryPolicy
 
 
@@ -63,6 +64,7 @@ class PipelineBuilder:
         priority: int = 50,
         deadline_seconds: float | None = None,
         max_running: int | None = None,
+        budget: Budget | None = None,
         mode: Mode = "concurrent",
     ) -> None:
         self._metadata = Metadata(name=name, description=description, labels=dict(labels or {}))
@@ -71,6 +73,7 @@ class PipelineBuilder:
         self._priority = priority
         self._deadline_seconds = deadline_seconds
         self._max_running = max_running
+        self._budget = budget
         self._mode = mode
 
     def param(
@@ -151,6 +154,7 @@ class PipelineBuilder:
                 priority=self._priority,
                 deadline_seconds=self._deadline_seconds,
                 max_running=self._max_running,
+                budget=self._budget,
                 mode=self._mode,
             ),
         )

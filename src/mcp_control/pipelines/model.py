@@ -8,6 +8,7 @@ import msgspec
 
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, Origin, Request, RetryPolicy
 
 API_VERSION: Final = "mcp-control/v1"
@@ -126,6 +127,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         deadline_seconds: a run that has not ended this long after it was created (or retried) is ended `failed`.
         max_running: stages that may run at once, None all whose needs are met. Where there is a choice, higher `priority` of the
             stage first, then the order of the definition.
+        budget: what all tasks of a run may use together.
         mode: see `Mode`; with `priority` a stage starts only when none of higher priority runs or could start.
     """
 
@@ -134,6 +136,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     priority: int = 50
     deadline_seconds: float | None = None
     max_running: int | None = None
+    budget: Budget | None = None
     mode: Mode = "concurrent"
 
 
@@ -294,6 +297,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     window: Window | None = None
     idempotency_key: str | None = None
     digest: str = ""
+    draws: list[str] = []
     origin: Origin = Origin()
     schema: int = 1
 
@@ -304,12 +308,16 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Start a pipeline: its parameters by name, the version (None: the newest), and the usual idempotency key."""
+    """Start a pipeline: its parameters by name, the version (None: the newest), and the usual idempotency key.
+
+    `budget`: overrules the definition's, limit by limit.
+    """
 
     params: dict[str, msgspec.Raw] = {}
     version: int | None = None
     labels: dict[str, str] = {}
     priority: int | None = None
+    budget: Budget | None = None
     idempotency_key: str | None = None
 
 

@@ -306,4 +306,4 @@ def _new_task(run: Run, start: Start) -> NewTask:
         deadline=None if deadline is None else to_datetime(deadline),
     )
     links = Links(run_id=run.id, stage=stage.id, item=start.item, round=start.round, root_id=run.id)
-    return NewTask(id=task_id(run.id, stage.id, start.item, start.round), spec=spec, links=links, origin=run.origin)
+    return NewTask(id=task_id(run.id, stage.id, start.item, start.round), spec=spec, links=links, origin=run.origin, draws=run.draws)

@@ -26,7 +26,7 @@ from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
 from mcp_control.pipelines.runs import Active, Free, Plans, Runs
-from mcp_control.pipelines.starting import Along, check_request, new_run
+from mcp_control.pipelines.starting import Along, budget_of, budget_writes, check_request, new_run
 from mcp_control.pipelines.view_model import PipelineView, RunView
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
@@ -142,7 +142,7 @@ class PipelineEngine:
         created = [run_fact("run.created", run, actor.id, now)]
         cold = {"params": _encode(params)}
         advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=created, cold=cold)
-        advance.writes.extend(along.writes)
+        advance.writes.extend([*along.writes, *budget_writes(run, budget_of(pipeline, request))])
         advance.facts.extend(along.facts)
         await self._apply(actor, run.id, advance)
         return replace(decision.run, version=1)

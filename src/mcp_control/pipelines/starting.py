@@ -9,6 +9,8 @@ from mcp_control.kernel.text import label_errors, range_errors
 from mcp_control.pipelines.control import as_millis
 from mcp_control.pipelines.model import Pipeline, Run, RunRequest, RunState, StageRun
 from mcp_control.security.model import Actor
+from mcp_control.tasks.budget_model import Account, Budget
+from mcp_control.tasks.budgets import budget_errors, merged, written
 from mcp_control.tasks.model import Origin
 
 
@@ -24,8 +26,20 @@ def check_request(request: RunRequest) -> None:
     found: list[FieldError] = label_errors("#/labels", request.labels)
     if request.priority is not None:
         found += range_errors("#/priority", request.priority, 0, 100)
+    if request.budget is not None:
+        found += budget_errors("#/budget", request.budget)
     if found:
         raise Invalid(found[0].detail, errors=found)
+
+
+def budget_of(pipeline: Pipeline, request: RunRequest) -> Budget | None:
+    """Return what all tasks of a run may use together, None where that is not limited."""
+    return merged(pipeline.spec.spec.budget, request.budget)
+
+
+def budget_writes(run: Run, budget: Budget | None) -> list[Entity]:
+    """Return what is written beside a new run for its budget."""
+    return [] if budget is None else [written(Account(id=run.id, tenant=run.tenant, budget=budget))]
 
 
 def new_run(
@@ -45,6 +59,7 @@ def new_run(
         created_at=now,
         stages=[StageRun(id=stage.id) for stage in body.stages],
         labels=request.labels,
+        draws=[] if budget_of(pipeline, request) is None else [run_id],
         priority=body.priority if request.priority is None else request.priority,
         deadline_at=None if body.deadline_seconds is None else now + as_millis(body.deadline_seconds),
         idempotency_key=request.idempotency_key,

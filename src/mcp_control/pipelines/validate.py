@@ -18,6 +18,7 @@ from mcp_control.pipelines.expressions import Expression, ExpressionError
 from mcp_control.pipelines.model import FanOut, Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
 from mcp_control.pipelines.templates import expressions_in, problems
+from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.model import RetryPolicy
 from mcp_control.tasks.submission import TIMEOUT_MAX, needs_errors, retry_errors, version_errors
 
@@ -201,6 +202,8 @@ def _head(spec: PipelineSpec) -> list[FieldError]:
     found += range_errors("#/spec/priority", body.priority, 0, 100)
     if body.deadline_seconds is not None:
         found += range_errors("#/spec/deadline_seconds", body.deadline_seconds, 0.001, _DEADLINE_MAX)
+    if body.budget is not None:
+        found += budget_errors("#/spec/budget", body.budget)
     if body.max_running is not None and body.mode == "sequential":
         detail = "`sequential` is one stage at a time: no `max_running`"
         found.append(_error("#/spec/max_running", "invalid-value", detail))

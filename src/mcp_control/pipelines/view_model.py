@@ -5,6 +5,7 @@ from datetime import datetime
 import msgspec
 
 from mcp_control.pipelines.model import PipelineSpec, RunState, StageState
+from mcp_control.tasks.budget_model import Amounts, Budget
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -63,6 +64,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     labels: dict[str, str] = {}
     params: dict[str, msgspec.Raw] | None = None
     cancel_requested: bool = False
+    budget: Budget | None = None
+    usage: Amounts | None = None
     etag: str
 
 

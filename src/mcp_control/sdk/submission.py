@@ -52,6 +52,7 @@ class RunOptions(TypedDict, total=False):
     labels: Mapping[str, str]
     priority: int
     key: str
+    budget: Budget
 
 
 def fresh_key() -> str:
