@@ -235,6 +235,7 @@ def task_spec(spec: ScheduleSpec, slot: int) -> TaskSpec:
         payload=_rendered(spec, {"payload": task.payload}, slot, "#/task")["payload"],
         type_version=task.type_version,
         priority=task.priority,
+        fairness=task.fairness,
         needs=task.needs,
         labels={**task.labels, "schedule": spec.name},
         retry=task.retry,

@@ -8,7 +8,7 @@ import msgspec
 
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
-from mcp_control.tasks.model import Needs, Request, RetryPolicy
+from mcp_control.tasks.model import Fairness, Needs, Request, RetryPolicy
 
 Overlap = Literal["allow", "skip", "queue-one", "cancel-previous"]
 CatchUp = Literal["none", "last", "all"]
@@ -36,6 +36,7 @@ class ScheduledTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     payload: Any = None
     type_version: str = "*"
     priority: int | str = 50
+    fairness: Fairness | None = None
     needs: Needs = Needs()
     labels: dict[str, str] = {}
     retry: RetryPolicy = RetryPolicy()

@@ -15,7 +15,7 @@ from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
-from mcp_control.tasks.lanes import demand_of, lane_key
+from mcp_control.tasks.lanes import demand_of, lane_of
 from mcp_control.tasks.ledger import Decide, Intent, Ledger
 from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
@@ -92,6 +92,7 @@ class TaskControl:
             payload=msgspec.Raw(payload),
             type_version=task.type_version,
             priority=task.priority,
+            fairness=task.fairness,
             needs=task.needs,
             labels=task.labels,
             retry=task.retry,
@@ -123,7 +124,7 @@ class TaskControl:
         reason = misfit(chosen.id, chosen.spec, msgspec.structs.replace(demand_of(task), agent=chosen.id))
         if reason is not None:
             raise Unroutable(f"agent {chosen.spec.name} cannot take it: it {reason}")
-        lane = lane_key(task.tenant, task.type, task.type_version, needs)
+        lane = lane_of(msgspec.structs.replace(task, needs=needs))
         after = await self._one(task_id, pinning(actor.id, chosen.id, lane, self._clock.now()))
         if task.lane != lane:
             await self._dispatcher.withdraw(task)
@@ -162,11 +163,14 @@ class TaskControl:
             )
         if errors:
             raise Invalid(errors[0].detail, errors=errors)
-        await self._tasks.one(actor, task_id)
+        before = await self._tasks.one(actor, task_id)
         # Pushing an entry that is there replaces it, so a queued task moves to its new place.
-        return await self._one(
+        after = await self._one(
             task_id, editing(actor.id, version, priority, edit.labels, self._clock.now(), self._settler.handing.rank)
         )
+        if after.lane != before.lane:
+            await self._dispatcher.withdraw(before)
+        return after
 
     async def _one(self, task_id: str, decide: Decide) -> Task:
         result = (await self._settler.settle([Intent(task_id, decide)]))[0]

@@ -5,6 +5,7 @@ tasks in one lane cost what one task costs.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
@@ -12,14 +13,15 @@ import structlog
 
 from mcp_control.agents.balancing import Candidate, least_loaded
 from mcp_control.agents.matching import Demand, misfit
-from mcp_control.agents.reserving import Load, load_of
+from mcp_control.agents.reserving import Load
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.errors import Problem
 from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
-from mcp_control.tasks.lanes import demand_of
+from mcp_control.tasks.fairness import Line, Shares, allot, grade_of
+from mcp_control.tasks.lanes import Lane, demand_of
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
-from mcp_control.tasks.ranking import ranks
+from mcp_control.tasks.ranking import POINT_MS, ranks
 
 _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
@@ -42,25 +44,6 @@ def queued(task: Task) -> Queued:
     return Queued(task.lane, task.id, task.rank)
 
 
-class Lane:
-    """What is known of a lane: what it asks, who fits, and bounds of what waits in it.
-
-    `waiting` may be too high and `rank`, that of the first, too low; both correct themselves when entries are taken.
-    """
-
-    __slots__ = ("demand", "key", "load", "pushed", "rank", "sessions", "tenant", "waiting")
-
-    def __init__(self, key: str, tenant: str, demand: Demand) -> None:
-        self.key = key
-        self.tenant = tenant
-        self.demand = demand
-        self.load = load_of(demand.slots, demand.resources)
-        self.waiting = 0
-        self.pushed = 0
-        self.rank = 0
-        self.sessions: set[Session] = set()
-
-
 class Dispatcher:
     """Watches sessions and lanes. `hand_out` is given task ids and the sessions chosen for them, whose slots are already reserved.
 
@@ -69,6 +52,8 @@ class Dispatcher:
 
     Args:
         lookup: returns a task by id, to learn what a lane asks for that another server filled.
+        point_ms: what a point of priority is worth, in milliseconds of waiting.
+        monotonic: seconds, for how long shares have waited.
     """
 
     def __init__(
@@ -78,7 +63,12 @@ class Dispatcher:
         hand_out: HandOut,
         peers: Peers | None = None,
         lookup: Lookup | None = None,
+        point_ms: int = POINT_MS,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._point_ms = point_ms
+        self._monotonic = monotonic
+        self.shares = Shares()
         self._peers = peers or Peers(None)
         self._lookup = lookup
         self._queue = queue
@@ -115,10 +105,16 @@ class Dispatcher:
     def lane(self, task: Task) -> Lane:
         """Return the lane of a task."""
         lane = self._lanes.get(task.lane)
-        return self._opened(task.lane, task.tenant, demand_of(task)) if lane is None else lane
+        if lane is None:
+            share = "" if task.fairness is None else task.fairness.key
+            line = self.shares.line(task.tenant, share, grade_of(task.priority))
+            lane = self._opened(task.lane, line, demand_of(task))
+        if task.fairness is not None:
+            lane.line.share.asked = task.fairness.weight
+        return lane
 
-    def _opened(self, key: str, tenant: str, demand: Demand) -> Lane:
-        lane = Lane(key, tenant, demand)
+    def _opened(self, key: str, line: Line, demand: Demand) -> Lane:
+        lane = Lane(key, line, demand)
         lane.sessions = {session for session in self._sessions.all() if self._fits(lane, session)}
         self._lanes[key] = lane
         return lane
@@ -135,12 +131,16 @@ class Dispatcher:
         """Choose a session for a task that is about to be committed, and reserve the slot; None where it has to queue.
 
         Saves the commit between `queued` and `assigned` on an idle system. Nobody is overtaken: a lane with waiting tasks is refused,
-        and so is a session that a waiting lane could use whose first comes before this task.
+        and so is a session that a waiting lane could use whose first comes before this task, or that is of another share.
         """
         lane = self.lane(task)
         if lane.waiting or not self._free:
             return None
-        contenders = [other for other in self._waiting.values() if other.rank <= task.rank]
+        contenders = [
+            other
+            for other in self._waiting.values()
+            if other.rank <= task.rank or other.line.share is not lane.line.share
+        ]
         best: Session | None = None
         best_load = 2.0
         looked = 0
@@ -158,6 +158,10 @@ class Dispatcher:
                 break
         if best is not None:
             self._reserve(best, task.id, lane.load)
+            if self.shares.keyed:
+                now = self._monotonic()
+                self._begin(lane, now)
+                self.shares.served(lane.line, 1, now)
         return best
 
     def _reserve(self, session: Session, task_id: str, load: Load | None) -> None:
@@ -185,7 +189,7 @@ class Dispatcher:
             lane = self.lane(task)
             if not lane.waiting:
                 lane.rank = task.rank
-                self._waiting[lane.key] = lane
+                self._wait(lane)
             lane.waiting += 1
             lane.pushed += 1
             lane.rank = min(lane.rank, task.rank)
@@ -222,7 +226,7 @@ class Dispatcher:
                 lane = self.lane(task)
             if not lane.waiting:
                 lane.rank = depth.rank
-            self._waiting[lane.key] = lane
+                self._wait(lane)
             lane.waiting = max(lane.waiting, depth.waiting)
             lane.rank = min(lane.rank, depth.rank)
         if depths and self._free:
@@ -249,42 +253,94 @@ class Dispatcher:
             for task in self._running:
                 task.cancel()
 
+    def _wait(self, lane: Lane) -> None:
+        """Note that something waits in a lane in which nothing did."""
+        if self.shares.keyed:
+            self._begin(lane, self._monotonic())
+        self._waiting[lane.key] = lane
+
+    def _begin(self, lane: Lane, now: float) -> None:
+        if not any(other.line is lane.line for other in self._waiting.values()):
+            self.shares.begin(lane.line, now)
+
     async def _pass(self) -> bool:
         """Take what fits from every waiting lane, best first; say whether anything was taken."""
-        took = False
         lanes = sorted(self._waiting.values(), key=lambda lane: lane.rank)
-        for place, lane in enumerate(lanes):
-            load = lane.load
-            sessions = [session for session in self._free if session in lane.sessions and session.room(load) > 0]
-            room = sum(session.room(load) for session in sessions)
-            if not room:
-                continue
-            ceiling = min(RANK_MAX, lanes[place + 1].rank + _NEAR) if place + 1 < len(lanes) else RANK_MAX
-            wanted = min(room, _AT_ONCE)
-            entries = await self._queue.take(lane.key, wanted, ceiling)
-            self._taken(lane, entries, wanted, ceiling)
-            # Nothing below the ceiling: what waits above it has its turn in the next pass, with the lane's bound corrected.
-            took = took or bool(entries) or lane.waiting > 0
-            if not entries:
-                continue
-            await self._room.acquire()
-            # Slots may have gone while this waited; those entries go back.
-            sessions = [session for session in sessions if session.room(load) > 0]
-            chosen = least_loaded([Candidate(session.slots, session.room(load)) for session in sessions], len(entries))
-            # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
-            pairs = [
-                (entry.id, sessions[at])
-                for entry, at in zip(entries, chosen, strict=False)
-                if entry.id not in sessions[at].held
-            ]
-            for task_id, session in pairs:
-                self._reserve(session, task_id, load)
-            if len(chosen) < len(entries):
-                await self._put_back(lane, entries[len(chosen) :])
-            running = asyncio.create_task(self._give(pairs))
-            self._running.add(running)
-            running.add_done_callback(self._running.discard)
+        if not self.shares.keyed:
+            return await self._in_order(lanes)
+        took = False
+        for tenant in {lane.tenant: None for lane in lanes}:
+            took = await self._fairly([lane for lane in lanes if lane.tenant == tenant]) or took
         return took
+
+    async def _in_order(self, lanes: Sequence[Lane], wanted: int = _AT_ONCE) -> bool:
+        """Take what fits from these lanes in the order of the ranks, at most so many in all; say whether anything was taken."""
+        took = False
+        for place, lane in enumerate(lanes):
+            ceiling = min(RANK_MAX, lanes[place + 1].rank + _NEAR) if place + 1 < len(lanes) else RANK_MAX
+            found = await self._serve(lane, wanted, ceiling)
+            took = took or found is not None
+            wanted -= found or 0
+        return took
+
+    async def _fairly(self, lanes: Sequence[Lane]) -> bool:
+        """Share the free slots out between the shares of a tenant, by their weights."""
+        lines: dict[Line, list[Lane]] = {}
+        for lane in lanes:
+            if any(session in lane.sessions and session.room(lane.load) > 0 for session in self._free):
+                lines.setdefault(lane.line, []).append(lane)
+        if len({line.share for line in lines}) < 2:
+            return await self._in_order([lane for lane in lanes if lane.line in lines])
+        free = sum(
+            session.free
+            for session in self._free
+            if any(session in each.sessions for its in lines.values() for each in its)
+        )
+        for line in lines:
+            self.shares.catch_up(line)
+        waiting = [(line, sum(lane.waiting for lane in its)) for line, its in lines.items()]
+        counts = allot(waiting, min(free, _AT_ONCE), self._monotonic(), self._point_ms)
+        took = False
+        for its, count in zip(lines.values(), counts, strict=True):
+            if count:
+                took = await self._in_order(its, count) or took
+        return took
+
+    async def _serve(self, lane: Lane, wanted: int, ceiling: int) -> int | None:
+        """Take what fits from a lane, at most so many, and give it out.
+
+        Returns how many were given out; None where there was no room for any, or nothing waits any more.
+        """
+        load = lane.load
+        sessions = [session for session in self._free if session in lane.sessions and session.room(load) > 0]
+        wanted = min(wanted, sum(session.room(load) for session in sessions))
+        if wanted <= 0:
+            return None
+        entries = await self._queue.take(lane.key, wanted, ceiling)
+        self._taken(lane, entries, wanted, ceiling)
+        if not entries:
+            # Nothing below the ceiling: what waits above it has its turn in the next pass, with the lane's bound corrected.
+            return 0 if lane.waiting else None
+        await self._room.acquire()
+        # Slots may have gone while this waited; those entries go back.
+        sessions = [session for session in sessions if session.room(load) > 0]
+        chosen = least_loaded([Candidate(session.slots, session.room(load)) for session in sessions], len(entries))
+        # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
+        pairs = [
+            (entry.id, sessions[at])
+            for entry, at in zip(entries, chosen, strict=False)
+            if entry.id not in sessions[at].held
+        ]
+        for task_id, session in pairs:
+            self._reserve(session, task_id, load)
+        if len(chosen) < len(entries):
+            await self._put_back(lane, entries[len(chosen) :])
+        if self.shares.keyed:
+            self.shares.served(lane.line, len(pairs), self._monotonic())
+        running = asyncio.create_task(self._give(pairs))
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return len(pairs)
 
     def _taken(self, lane: Lane, entries: Sequence[Queued], wanted: int, ceiling: int) -> None:
         if len(entries) < wanted and ceiling == RANK_MAX:
@@ -301,7 +357,9 @@ class Dispatcher:
     async def _put_back(self, lane: Lane, entries: Sequence[Queued]) -> None:
         await self._queue.push(entries)
         # The lane may have been forgotten while it looked empty.
-        lane = self._lanes.get(lane.key) or self._opened(lane.key, lane.tenant, lane.demand)
+        lane = self._lanes.get(lane.key) or self._opened(lane.key, lane.line, lane.demand)
+        if not lane.waiting:
+            lane.rank = entries[0].rank
         lane.waiting += len(entries)
         lane.rank = min(lane.rank, entries[0].rank)
         self._waiting[lane.key] = lane
@@ -317,6 +375,8 @@ class Dispatcher:
         """Drop lanes in which nothing waits; called now and then, so that lanes of the past cost nothing."""
         for key in [key for key, lane in self._lanes.items() if not lane.waiting]:
             del self._lanes[key]
+        if self.shares.keyed:
+            self.shares.forget({lane.line for lane in self._lanes.values()})
 
     def _fits(self, lane: Lane, session: Session) -> bool:
         agent = session.agent

@@ -47,6 +47,7 @@ ErrorClass = Literal["temporary", "permanent", "critical"]
 Cause = Literal["app", "infra", "policy", "budget", "deadline", "timeout", "lost"]
 # Given by a factory: a Raw as a plain default cannot be shown in a JSON Schema.
 NULL: Final = msgspec.Raw(b"null")
+DEFAULT_PRIORITY: Final = 50
 PRIORITIES: Final = {"critical": 90, "high": 70, "medium": 50, "low": 30}
 
 
@@ -75,6 +76,18 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_
     resources: Resources = Resources()
     slots: int = 1
     agent: str | None = None
+
+
+class Fairness(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
+    """Whose share of the slots a task takes: inside a class of priority, shares that wait are served by their weights.
+
+    Attributes:
+        key: names the share inside the tenant; empty is the tenant's own.
+        weight: its part in relation to those of the others, 0.1 to 100; that of the newest task counts, unless an operator gave one.
+    """
+
+    key: str = ""
+    weight: float = 1.0
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
@@ -183,7 +196,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     created_at: int
     reason: str = ""
     message: str = ""
-    priority: int = 50
+    priority: int = DEFAULT_PRIORITY
+    fairness: Fairness | None = None
     lane: str
     order: int
     rank: int = 0
@@ -243,6 +257,7 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     Attributes:
         payload: any JSON, at most 1 MiB, at most 32 levels deep.
         priority: 0 to 100, or critical, high, medium, low.
+        fairness: whose share of the slots it takes; None is the tenant's own.
         run_at: not before this time (RFC 3339 with a zone).
         timeout: seconds one attempt may take.
         deadline: when it still waits or runs then, it ends `expired`.
@@ -255,7 +270,8 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     type: str
     payload: msgspec.Raw = msgspec.field(default_factory=lambda: NULL)
     type_version: str = "*"
-    priority: int | str = 50
+    priority: int | str = DEFAULT_PRIORITY
+    fairness: Fairness | None = None
     needs: Needs = Needs()
     labels: dict[str, str] = {}
     retry: RetryPolicy = RetryPolicy()

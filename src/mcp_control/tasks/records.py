@@ -68,6 +68,8 @@ def task_fact(kind: str, task: Task, actor: str, now: int, **more: object) -> Fa
         data["attempt"] = task.attempt
     if task.lease is not None:
         data["agent_id"] = task.lease.agent_id
+    if task.fairness is not None and task.fairness.key:
+        data["share"] = task.fairness.key
     links = task.links
     run = links.run_id or ""
     if run:

@@ -37,7 +37,7 @@ from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.rooms import rooms_of
 from mcp_control.tasks.spending import NO_LINEAGE, Spending
-from mcp_control.tasks.submission import check, digest_of
+from mcp_control.tasks.submission import check, digest_of, priority_number, share_of
 from mcp_control.tasks.view_model import Explanation, TaskView
 
 WAIT_MAX_SECONDS: Final = 60.0
@@ -154,7 +154,9 @@ class TaskOrchestrator:
 
     def _routable(self, tenant: str, spec: TaskSpec) -> builtins.list[str]:
         """Return a warning where no registered agent could ever take the task; raise Unroutable if the caller asked for that."""
-        lane = lane_key(tenant, spec.type, spec.type_version, spec.needs)
+        lane = lane_key(
+            tenant, spec.type, spec.type_version, spec.needs, priority_number(spec.priority) or 0, share_of(spec)
+        )
         known = self._dispatcher.known(lane)
         if known is not None and known.sessions:
             return []

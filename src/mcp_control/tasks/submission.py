@@ -14,8 +14,8 @@ from mcp_control.kernel.text import label_errors, name_errors, range_errors, tex
 from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.lanes import lane_key
 from mcp_control.tasks.model import PRIORITIES, Links, Needs, Origin, RetryPolicy, Task, TaskSpec, TaskState
-
 from mcp_control.tasks.ranking import ORDER_SHIFT, POINT_MS, rank_of
+
 PAYLOAD_MAX: Final = 1 << 20
 TIMEOUT_MAX: Final = 30 * 86_400.0
 _AHEAD_MAX_MS: Final = 10 * 366 * 86_400_000
@@ -39,6 +39,11 @@ def priority_number(priority: int | str) -> int | None:
     if isinstance(priority, str):
         return PRIORITIES.get(priority)
     return priority if 0 <= priority <= 100 else None
+
+
+def share_of(spec: TaskSpec) -> str:
+    """Return the key of the share that a submission belongs to."""
+    return "" if spec.fairness is None else spec.fairness.key
 
 
 def retry_errors(pointer: str, retry: RetryPolicy) -> list[FieldError]:
@@ -110,6 +115,9 @@ def check(spec: TaskSpec, now: int) -> None:
         found.append(
             FieldError(pointer="#/priority", code="out-of-range", detail="0 to 100, or critical, high, medium, low")
         )
+    if spec.fairness is not None:
+        found += name_errors("#/fairness/key", spec.fairness.key, 64) if spec.fairness.key else []
+        found += range_errors("#/fairness/weight", spec.fairness.weight, 0.1, 100)
     if spec.labels:
         found += label_errors("#/labels", spec.labels)
     if spec.needs != _NO_NEEDS:
@@ -157,6 +165,8 @@ def new_task(
     draws: list[str] = _NO_DRAWS,
     traceparent: str | None = None,
     generation: int = 1,
+    expected_ms: int = 0,
+    point_ms: int = POINT_MS,
 ) -> Task:
     """Return the task a checked submission begins as: `queued`, or `scheduled` when `run_at` lies ahead.
 
@@ -166,16 +176,14 @@ def new_task(
         point_ms: what a point of priority is worth.
     """
     not_before = None if spec.run_at is None else to_millis(spec.run_at)
-    expected_ms: int = 0,
-    point_ms: int = POINT_MS,
     waits = not_before is not None and not_before > now
-    if spec.context_id is not None or spec.parent_id is not None:
-        links = msgspec.structs.replace(links, context_id=spec.context_id, parent_id=spec.parent_id)
-    return Task(
     if not_before is not None and waits:
         order = max(order, not_before << ORDER_SHIFT)
     priority = priority_number(spec.priority) or 0
     deadline_at = None if spec.deadline is None else to_millis(spec.deadline)
+    if spec.context_id is not None or spec.parent_id is not None:
+        links = msgspec.structs.replace(links, context_id=spec.context_id, parent_id=spec.parent_id)
+    return Task(
         id=task_id,
         version=0,
         tenant=tenant,
@@ -186,12 +194,13 @@ def new_task(
         created_at=now,
         reason="not-before" if waits else "",
         priority=priority,
-        lane=lane_key(tenant, spec.type, spec.type_version, spec.needs),
+        fairness=spec.fairness,
+        lane=lane_key(tenant, spec.type, spec.type_version, spec.needs, priority, share_of(spec)),
         order=order,
+        rank=rank_of(order, priority, deadline_at, expected_ms, point_ms),
         generation=generation,
         needs=spec.needs,
         labels=spec.labels,
-        rank=rank_of(order, priority, deadline_at, expected_ms, point_ms),
         retry=spec.retry,
         timeout_ms=None if spec.timeout is None else max(1, round(spec.timeout * 1000)),
         not_before=not_before if waits else None,

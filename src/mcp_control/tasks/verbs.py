@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
-from mcp_control.tasks.due import on_time
 from mcp_control.tasks.budgets import CODE
+from mcp_control.tasks.due import on_time
 from mcp_control.tasks.exhaustion import exhausted_facts
+from mcp_control.tasks.lanes import lane_of
 from mcp_control.tasks.ledger import Decide, Move
 from mcp_control.tasks.model import HELD_STATES, Request, Task, TaskState
 from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
@@ -64,9 +65,7 @@ def timing(now: int, chance: float) -> Decide:
             return None
         if after.reason == CODE:
             return Move(after, exhausted_facts(task, after, "system", now))
-        kind = {"queued": "task.queued", "scheduled": "task.retrying"}.get(
-            after.state.value, f"task.{after.state.value}"
-        )
+        kind = "task.retrying" if after.state is TaskState.SCHEDULED else f"task.{after.state.value}"
         return Move(after, [task_fact(kind, after, "system", now)])
 
     return decide
@@ -120,9 +119,9 @@ def editing(
         if task.final:
             raise InvalidTransition(f"the task is already {task.state.value}", state=task.state.value, allowed=[])
         after = task
-            after = replace(after, rank=rank(after))
         if priority is not None:
             after = replace(after, priority=priority)
+            after = replace(after, rank=rank(after), lane=lane_of(after))
         if labels is not None:
             after = replace(after, labels=dict(labels))
         return None if after == task else Move(after, [task_fact("task.updated", after, actor, now)])
