@@ -52,7 +52,6 @@ from mcp_control.security.verified import VerifiedCache
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.drift import DriftKeeper
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Timekeeper
@@ -63,6 +62,7 @@ from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.spending import Spending
+from mcp_control.watching import AgentWatch
 
 _log = structlog.get_logger(__name__)
 
@@ -196,8 +196,9 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, spending, peers=peers)
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
-        pace = settings.leases.drift_seconds
-        drift = DriftKeeper(store, clock, sessions, ledger, dispatcher, settler.handing, pace, metrics.violation)
+        watch = AgentWatch(
+            settings, metrics, store, clock, manager, agent_sessions, lease_keeper, ledger, settler, dispatcher, history
+        )
         catalogue = Catalogue(
             store,
             clock,
@@ -236,7 +237,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         health = Health()
 
         watch_health(health, base, plugins, metrics, lease_keeper)
-        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, drift)
+        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper)
         metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,
@@ -288,6 +289,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
             ("budgets", 1.0, spending.once),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),
+            *watch.one_server,
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("runs", 1.0, RunHealer(store, engine).once),
             ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
@@ -298,7 +300,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         ]
         every_server: list[tuple[str, float, Once]] = [
             ("lanes", 0.25, look_at_lanes),
-            ("drift", min(5.0, pace), lambda _: drift.once()),
+            *watch.every_server,
             ("statistics", 2.0, lambda now: history.once(now, leading=base.leading)),
         ]
         if shared:

@@ -10,7 +10,6 @@ from mcp_control.monitoring.health import OK, Finding, Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.model import DEFAULT_TENANT
-from mcp_control.tasks.drift import DriftKeeper
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler
 
 
@@ -54,7 +53,6 @@ def watch_figures(
     manager: AgentManager,
     reconciler: Reconciler,
     lease_keeper: LeaseKeeper,
-    drift: DriftKeeper,
 ) -> None:
     """Show what is read when the figures are."""
 
@@ -66,8 +64,6 @@ def watch_figures(
     metrics.watch("sessions", "connected agent instances", lambda: len(manager.sessions))
     metrics.watch("subscriptions", "open event subscriptions", lambda: broadcaster.subscribers)
     metrics.watch("leading", "whether this server does what only one should do", lambda: base.leading)
-    metrics.watch("slot_drift", "slots counted wrongly when all were last looked at; must be 0", lambda: drift.drift)
-    metrics.watch_total("slot_drift_healed", "slots that were counted wrongly and were set right", lambda: drift.healed)
     metrics.watch_total("facts", "facts recorded", lambda: broadcaster.newest)
     metrics.watch_total("orphans", "tasks whose holder had ended without them", lambda: reconciler.orphans)
     metrics.watch_total("clock_holds", "times a clock jump made leases hold longer", lambda: lease_keeper.holds)

@@ -7,10 +7,11 @@ import msgspec
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A place where work could go: slots in all, and how many of them are free."""
+    """A place where work could go: slots in all, how many tasks it can take, and whether it is only for what nobody else can take."""
 
     slots: int
     free: int
+    last: bool = False
 
 
 def least_loaded(candidates: Sequence[Candidate], count: int) -> list[int]:

@@ -84,6 +84,29 @@ class Drain(msgspec.Struct, frozen=True, kw_only=True):
     note: str = ""
 
 
+Verdict = Literal["ok", "slow", "silent", "stuck", "flapping"]
+VERDICTS: Final[tuple[Verdict, ...]] = ("ok", "slow", "silent", "stuck", "flapping")
+SYSTEM_ORDER: Final = "system"  # who ordered a quarantine that followed from a verdict
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How an agent does, by what it gets done (`health.py`). Times are wall milliseconds.
+
+    Attributes:
+        since: of the verdict.
+        trips: quarantines in a row that followed from verdicts.
+        until: end of the present one; None while it is in none.
+        probing: it is out on trial, one task at a time in each instance.
+    """
+
+    verdict: Verdict = "ok"
+    since: int = 0
+    reason: str = ""
+    trips: int = 0
+    until: int | None = None
+    probing: bool = False
+
+
 class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The stored agent. `version` is the version of this value in the store; times are wall milliseconds."""
 
@@ -98,6 +121,7 @@ class Agent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     last_beat_at: int = 0
     drain: Drain | None = None
     quarantine: Drain | None = None
+    health: Health = Health()
     retired_at: int | None = None
     completed: int = 0
     failed: int = 0
@@ -149,6 +173,19 @@ class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     end_reason: str = ""
 
 
+class HealthView(msgspec.Struct, frozen=True, kw_only=True):
+    """How an agent does: `ok`, `slow`, `silent`, `stuck` or `flapping`, since when and why.
+
+    `until` is when it may show with one task that it is well, null while it is not kept from work; `probing` is True while it does so.
+    """
+
+    verdict: Verdict
+    since: datetime
+    reason: str
+    until: datetime | None
+    probing: bool
+
+
 class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     """An agent as callers see it."""
 
@@ -157,6 +194,7 @@ class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     kind: AgentKind
     state: AgentState
     state_since: datetime
+    health: HealthView
     capabilities: list[Capability]
     labels: dict[str, str]
     resources: Resources

@@ -5,7 +5,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.agents.model import Agent, AgentState, AgentView, Instance
+from mcp_control.agents.model import Agent, AgentState, AgentView, HealthView, Instance
 from mcp_control.kernel.changes import Entity
 from mcp_control.kernel.clock import to_datetime
 
@@ -59,6 +59,13 @@ def view_agent(agent: Agent, state: AgentState, free: int, running: int, instanc
         kind=spec.kind,
         state=state,
         state_since=to_datetime(agent.state_at),
+        health=HealthView(
+            verdict=agent.health.verdict,
+            since=to_datetime(agent.health.since or agent.created_at),
+            reason=agent.health.reason,
+            until=None if agent.health.until is None else to_datetime(agent.health.until),
+            probing=agent.health.probing,
+        ),
         capabilities=spec.capabilities,
         labels=spec.labels,
         resources=spec.resources,

@@ -57,6 +57,10 @@ class Registry:
         """Return every agent of a tenant that is not retired."""
         return [agent for agent in self._agents.values() if agent.tenant == tenant]
 
+    def everybody(self) -> list[Agent]:
+        """Return every agent of every tenant that is not retired."""
+        return list(self._agents.values())
+
     def by_id(self, agent_id: str) -> Agent | None:
         """Return an agent that is not retired, None where there is none."""
         return self._agents.get(agent_id)

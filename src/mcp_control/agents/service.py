@@ -7,7 +7,17 @@ import msgspec
 from msgspec.structs import replace
 
 from mcp_control.agents.instances import Instances
-from mcp_control.agents.model import Agent, AgentKind, AgentSpec, AgentState, AgentView, Drain, Instance
+from mcp_control.agents.model import (
+    SYSTEM_ORDER,
+    Agent,
+    AgentKind,
+    AgentSpec,
+    AgentState,
+    AgentView,
+    Drain,
+    Health,
+    Instance,
+)
 from mcp_control.agents.records import read_agent, view_agent
 from mcp_control.agents.registration import check
 from mcp_control.agents.registry import TRIES, Registry, agent_fact
@@ -268,9 +278,14 @@ class AgentManager:
             if verb == "drain":
                 after, kind = replace(agent, drain=agent.drain or order), "agent.draining"
             elif verb == "quarantine":
-                after, kind = replace(agent, quarantine=agent.quarantine or order), "agent.quarantined"
+                # An operator's word holds until it is taken back; one that followed from a verdict ends by itself.
+                ordered = agent.quarantine is not None and agent.quarantine.by != SYSTEM_ORDER
+                health = agent.health if ordered else replace(agent.health, until=None, probing=False)
+                kept = agent.quarantine if ordered else order
+                after, kind = replace(agent, quarantine=kept, health=health), "agent.quarantined"
             elif verb == "resume":
-                after, kind = replace(agent, drain=None, quarantine=None), "agent.resumed"
+                health = Health(since=now) if agent.health != Health() else agent.health
+                after, kind = replace(agent, drain=None, quarantine=None, health=health), "agent.resumed"
             else:
                 after, kind = replace(agent, retired_at=now, drain=agent.drain or order), "agent.retired"
             if after == agent:

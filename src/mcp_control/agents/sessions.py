@@ -30,6 +30,9 @@ class Session:
         allowance: how many further tasks it takes right now beside its free slots; None for a socket, which takes as many as it has slots.
             A long poll sets it while it waits.
         accepting: whether it may be given work at all.
+        asked: how often it has asked for work, for one that polls.
+        probing: it gets one task at a time, to show that its agent is well.
+        last: it is chosen when nobody else can, as its agent is slow.
         parted: called when the session is dropped; a long poll sets it while it waits.
     """
 
@@ -38,10 +41,13 @@ class Session:
         "account",
         "agent",
         "allowance",
+        "asked",
         "held",
         "instance",
+        "last",
         "leaving",
         "parted",
+        "probing",
         "send",
         "slots",
         "stalled",
@@ -66,6 +72,9 @@ class Session:
         self.leaving = False
         self.stalled = False
         self.accepting = True
+        self.asked = 0
+        self.probing = False
+        self.last = False
         self.refresh(agent)
 
     @property
@@ -78,6 +87,8 @@ class Session:
             free -= self.account.extra
         if self.allowance is not None and self.allowance < free:
             free = self.allowance
+        if self.probing:
+            free = min(free, 1 - len(self.held))
         return max(0, free)
 
     @property
@@ -127,15 +138,22 @@ class Session:
         self.agent = agent
         ordered_off = agent.drain is not None or agent.quarantine is not None or agent.retired_at is not None
         self.accepting = not (ordered_off or self.leaving or self.stalled)
+        self.probing = agent.health.probing
+        self.last = agent.health.verdict == "slow"
 
 
 class Sessions:
-    """All live sessions of this server, by instance and by agent."""
+    """All live sessions of this server, by instance and by agent.
+
+    Attributes:
+        greeting: called with every session that is added.
+    """
 
     def __init__(self) -> None:
         self._by_instance: dict[str, Session] = {}
         self._by_agent: dict[str, dict[str, Session]] = {}
         self._watchers: list[Watcher] = []
+        self.greeting: list[Callable[[Session], None]] = []
 
     def __len__(self) -> int:
         return len(self._by_instance)
@@ -166,6 +184,8 @@ class Sessions:
         self._by_agent.setdefault(session.agent.id, {})[instance_id] = session
         for watcher in self._watchers:
             watcher.opened(session)
+        for greet in self.greeting:
+            greet(session)
         return before
 
     def drop(self, instance_id: str) -> Session | None:
@@ -188,9 +208,9 @@ class Sessions:
         """Take over a newer value of an agent in all its sessions, which may change what they match."""
         for session in self.of_agent(agent.id):
             unchanged = session.agent.spec == agent.spec
-            accepted = session.accepting
+            accepted = session.accepting, session.probing
             session.refresh(agent)
-            if unchanged and accepted == session.accepting:
+            if unchanged and accepted == (session.accepting, session.probing):
                 continue
             session.slots = agent.spec.slots
             for watcher in self._watchers:

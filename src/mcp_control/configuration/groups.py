@@ -63,6 +63,36 @@ class Leases(_Group):
     )
 
 
+class Health(_Group):
+    """Agents are judged by what they get done: slow, silent, stuck or flapping."""
+
+    fence: bool = Field(default=True, description="take tasks that stand still from their agents; off: only shown")
+    quarantine: bool = Field(
+        default=True, description="keep agents that are stuck, silent on work or flapping from work for a time"
+    )
+    interval_seconds: Seconds = Field(default=5.0, description="how often agents are judged")
+    least_history: Count = Field(default=50, description="completed attempts of a type before its times say anything")
+    slow_factor: Annotated[float, Field(ge=1)] = Field(
+        default=3.0, description="times the 99th percentile of its type after which a task makes its agent slow"
+    )
+    stuck_factor: Annotated[float, Field(ge=1)] = Field(
+        default=20.0, description="times the 99th percentile without a sign of life after which a task stands still"
+    )
+    stuck_seconds: Seconds = Field(default=300.0, description="seconds before which nothing is said to stand still")
+    silent_seconds: Seconds = Field(
+        default=60.0, description="how long work may wait for an agent that asks for none, or be left alone by it"
+    )
+    flapping_losses: Count = Field(default=8, description="leases lost within the window that are too many")
+    flapping_connects: Count = Field(default=60, description="connections within the window that are too many")
+    window_seconds: Seconds = Field(default=600.0, description="the window")
+    probe_seconds: Seconds = Field(
+        default=60.0, description="first time in quarantine; then one task shows whether the agent is well"
+    )
+    probe_longest_seconds: Seconds = Field(
+        default=3600.0, description="longest time in quarantine; it doubles with each that fails"
+    )
+
+
 class Overload(_Group):
     """When new work is shed to keep accepted work moving; submits go first, completions and heartbeats last."""
 

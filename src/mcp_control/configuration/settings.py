@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from mcp_control.configuration.groups import (
     Cluster,
+    Health,
     Leases,
     Limits,
     Log,
@@ -90,6 +91,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     retention: Retention = Retention()
     leases: Leases = Leases()
+    health: Health = Health()
     overload: Overload = Overload()
     queues: Queues = Queues()
     security: Security = Security()

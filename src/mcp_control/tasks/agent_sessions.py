@@ -1,7 +1,7 @@
 """What an agent's connection can ask for, whichever door it came through: connect, heartbeat, report, claim, leave."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from msgspec.structs import replace
@@ -41,7 +41,11 @@ _ON_ITS_WAY_MS: Final = 3000  # how long an assignment may be under way to an ag
 
 
 class AgentSessions:
-    """The agents' side of the task component."""
+    """The agents' side of the task component.
+
+    Attributes:
+        tried: told how a task ended that an agent on trial was given.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class AgentSessions:
     ) -> None:
         self._peers = peers or Peers(None)
         self._missing: dict[str, set[str]] = {}
+        self.tried: Callable[[Session, Task, str], Awaitable[None]] | None = None
         self._store = store
         self._clock = clock
         self._manager = manager
@@ -261,6 +266,8 @@ class AgentSessions:
                 self._let_go(session, result)
                 if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
+                    if session.probing and self.tried is not None:
+                        await self.tried(session, result, outcome)
         return Ack(id=report.id, refused=refused)
 
     def _using(self, report: Report) -> list[Told]:

@@ -1,7 +1,7 @@
 """The janitors of tasks: what time brings about, one `once` each. The app runs them with `kernel/loops.py`; tests call them."""
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -57,6 +57,9 @@ class LeaseKeeper:
 
     After a start, and whenever the wall clock jumps against the monotonic one, every lease is held for one full term from that moment
     (reliability, section 2, "Clock guard"): a server that was away, or a clock that was wrong, must not cost anybody their work.
+
+    Attributes:
+        lost: told of the agent of every lease that was ended.
     """
 
     def __init__(self, clock: Clock, manager: AgentManager, agents: AgentSessions) -> None:
@@ -67,6 +70,7 @@ class LeaseKeeper:
         self._wall = self._held_from
         self._monotonic = clock.monotonic()
         self.holds = 0
+        self.lost: Callable[[str], Awaitable[None]] | None = None
 
     def silence(self) -> int:
         """Give nothing new to instances connected here whose lease is over, whoever ends it; returns how many there are."""
@@ -104,6 +108,8 @@ class LeaseKeeper:
             self._agents.silence(instance.id)
         for instance in ending:
             taken += await self._agents.take_back(instance.id, now)
+            if self.lost is not None:
+                await self.lost(instance.agent_id)
             _log.warning("agents.lease_expired", instance=instance.id, agent=instance.agent_id)
         return taken
 

@@ -180,6 +180,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         deadline_at: then it ends `expired`.
         reason, message: why it is in its state: a stable code and a sentence.
         hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
+        moved_at: when the attempt last told of progress or logged something.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
         draws: whose budgets it draws from (ids of tasks and of its run), its own first.
         usage: what it has used; None while nothing was counted.
@@ -226,6 +227,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     idempotency_key: str | None = None
     digest: str = ""
     origin: Origin = Origin()
+    moved_at: int | None = None
     links: Links = Links()
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     traceparent: str | None = None

@@ -31,6 +31,7 @@ class PollOutbox:
     ) -> tuple[list[Assignment], list[str]]:
         """Wait up to so many seconds for at most `limit` tasks; returns them, and ids of tasks to cancel."""
         session.allowance = limit
+        session.asked += 1
         session.parted = self._there.set  # another server has the session: ask again, wherever that leads
         dispatcher.freed(session)
         try:

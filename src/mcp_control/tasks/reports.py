@@ -101,6 +101,7 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> D
             )
         lines = _kept_lines(task, told.lines)
         if lines:
+            after = replace(after, moved_at=now)
             facts.append(task_fact("task.logged", after, actor, now, first=task.log_lines, lines=len(lines)))
         result: bytes | None = None
         if done is not None:

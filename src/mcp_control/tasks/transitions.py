@@ -78,6 +78,7 @@ def assign(task: Task, agent_id: str, instance_id: str, token: str, now: int) ->
         started_at=None,
         progress=0.0,
         progress_message="",
+        moved_at=None,
         reason="",
         message="",
     )
@@ -92,7 +93,7 @@ def start(task: Task, now: int) -> Task:
 def progress(task: Task, fraction: float, message: str, now: int) -> Task:
     """Record how far the attempt is; an attempt that makes progress has begun. Not a change of state for a running task."""
     running = task if task.state is S.RUNNING else start(task, now)
-    return replace(running, progress=min(1.0, max(0.0, fraction)), progress_message=message)
+    return replace(running, progress=min(1.0, max(0.0, fraction)), progress_message=message, moved_at=now)
 
 
 def _end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = None) -> list[Attempt]:

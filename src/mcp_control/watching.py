@@ -1,0 +1,88 @@
+"""Watching over agents, wired: what they get done, and whether what they are counted to hold is what the leases say."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from mcp_control.agents.health import Rules
+from mcp_control.agents.model import VERDICTS
+from mcp_control.agents.service import AgentManager
+from mcp_control.agents.verdicts import Verdicts
+from mcp_control.configuration.settings import Settings
+from mcp_control.kernel.clock import Clock
+from mcp_control.monitoring.metrics import Metrics
+from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.storage.ports import Store
+from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.drift import DriftKeeper
+from mcp_control.tasks.health import HealthKeeper
+from mcp_control.tasks.history import TaskHistory
+from mcp_control.tasks.janitors import LeaseKeeper
+from mcp_control.tasks.ledger import Ledger
+from mcp_control.tasks.settling import Settler
+
+Once = Callable[[int], Awaitable[object]]
+_DRIFT_PACE = 5.0
+_PROBE_PACE = 0.5
+
+
+class AgentWatch:
+    """Builds who watches and tells them of all they have to hear.
+
+    Attributes:
+        every_server, one_server: the loops: name, pace in seconds, what to do.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        store: Store,
+        clock: Clock,
+        manager: AgentManager,
+        agents: AgentSessions,
+        leases: LeaseKeeper,
+        ledger: Ledger,
+        settler: Settler,
+        dispatcher: Dispatcher,
+        history: TaskHistory,
+    ) -> None:
+        wanted = settings.health
+        rules = Rules(**wanted.model_dump(exclude={"fence", "quarantine", "interval_seconds"}))
+        verdicts = Verdicts(clock, manager.registry, rules)
+        keeper = HealthKeeper(
+            clock,
+            manager.sessions,
+            ledger,
+            settler,
+            dispatcher,
+            verdicts,
+            history.times,
+            rules,
+            fence=wanted.fence,
+            quarantine=wanted.quarantine,
+        )
+        manager.sessions.greeting.append(keeper.connected)
+        agents.tried = keeper.ended
+        leases.lost = keeper.lost
+        pace = settings.leases.drift_seconds
+        drift = DriftKeeper(
+            store, clock, manager.sessions, ledger, dispatcher, settler.handing, pace, metrics.violation
+        )
+        self.every_server: list[tuple[str, float, Once]] = [
+            ("agent-health", wanted.interval_seconds, keeper.once),
+            ("drift", min(_DRIFT_PACE, pace), lambda _: drift.once()),
+        ]
+        self.one_server: list[tuple[str, float, Once]] = [("agent-probes", _PROBE_PACE, verdicts.once)]
+
+        def health() -> dict[str, float]:
+            return dict(Counter(agent.health.verdict for agent in manager.registry.registered(DEFAULT_TENANT)))
+
+        metrics.watch_states("agent_health", "agents, by verdict on what they get done", VERDICTS, health)
+        metrics.watch_total("tasks_fenced", "tasks taken from agents that did not move them on", lambda: keeper.fenced)
+        metrics.watch(
+            "slot_drift", "slots counted wrongly when all were last looked at; must be 0", lambda: drift.drift
+        )
+        metrics.watch_total(
+            "slot_drift_healed", "slots that were counted wrongly and were set right", lambda: drift.healed
+        )
