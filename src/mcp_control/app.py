@@ -56,6 +56,7 @@ from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Timekeeper
 from mcp_control.tasks.ledger import Ledger
+from mcp_control.tasks.limit_service import LimitManager
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
@@ -194,6 +195,9 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         spending = Spending(store, ledger, settler, clock)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history, spending)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, spending, peers=peers)
+        limiting = LimitManager(store, clock, ids, ledger, settler, dispatcher, tasks, metrics)
+        stack.push_async_callback(limiting.stop)
+        await limiting.start()
         lease_keeper = LeaseKeeper(clock, manager, agent_sessions)
         reconciler = Reconciler(store, clock, ledger, settler, dispatcher, metrics.violation)
         watch = AgentWatch(
@@ -211,7 +215,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         limit = settings.limits.max_artifact_bytes
         artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)
         if shared:
-            hearing += [manager.registry.heard, tasks.heard, engine.heard]
+            hearing += [manager.registry.heard, tasks.heard, limiting.heard, engine.heard]
 
         overload = settings.overload
         limits = Limits(
@@ -266,6 +270,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             dispatcher=dispatcher,
             pipelines=engine,
             scheduler=Scheduler(store, clock, ids, firing),
+            limits=limiting,
             artifacts=artifacts,
             cluster=Cluster(
                 store=base.kind,
@@ -286,6 +291,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
 
         timekeeper = Timekeeper(store, clock, settler)
         one_server: list[tuple[str, float, Once]] = [
+            *limiting.loops(),
             ("timekeeper", 0.1, lambda _: timekeeper.once()),
             ("budgets", 1.0, spending.once),
             ("leases", settings.leases.sweep_seconds, lambda _: lease_keeper.once()),

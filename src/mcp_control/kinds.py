@@ -9,6 +9,7 @@ from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.tasks.budget_model import BUDGET_KIND
+from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
 from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
 from mcp_control.tasks.statistics import STATISTIC_KIND
 
@@ -22,6 +23,7 @@ KINDS: Final = (
     PIPELINE_KIND,
     RUN_KIND,
     STATISTIC_KIND,
+    *LIMIT_KINDS,
     *SCHEDULE_KINDS,
     *ARTIFACT_KINDS,
     *COORDINATION_KINDS,

@@ -390,7 +390,7 @@ REASONS: list[tuple[Task, list[Seen], int | None, str, list[str]]] = [
     (held(), [], None, "assigned", ["a", "i"]),
     (a_task(S.SCHEDULED, not_before=NOW + 1000), [], None, "scheduled", []),
     (a_task(S.SCHEDULED, not_before=NOW + 1000, reason="retrying"), [], None, "retry-backoff", []),
-    (a_task(S.BLOCKED), [], None, "blocked", []),
+    (a_task(S.BLOCKED, reason="limit-full", message="waits"), [], None, "limit-full", []),
     (a_task(S.INPUT_REQUIRED), [], None, "input-required", []),
     (a_task(), [], 0, "no-capable-agent", []),
     (a_task(), [seen(spec=AgentSpec(name="w"))], 0, "no-capable-agent", []),

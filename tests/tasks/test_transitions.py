@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import InvalidTransition
-from mcp_control.tasks import transitions
+from mcp_control.tasks import gating, transitions
 from mcp_control.tasks.due import due_at, on_time
+from mcp_control.tasks.limit_model import Gate
 from mcp_control.tasks.model import FINAL_STATES, HELD_STATES, Failure, Lease, Request, RetryPolicy, Task, TaskState
 from mcp_control.tasks.retry import backoff_ms
 from mcp_control.tasks.transitions import LOST_LIMIT, TRANSITIONS, allowed_verbs
@@ -41,6 +42,8 @@ def apply(verb: str, task: Task, now: int = NOW + 1, chance: float = 0.5, failur
     match verb:
         case "assign":
             return transitions.assign(task, "a", "i", f"t{task.epoch + 1}", now)
+        case "admit":
+            return gating.admit(task, [], now)
         case "fail":
             return transitions.fail(task, failure, now, chance)
         case "exhaust":
@@ -59,8 +62,8 @@ def test_a_verb_follows_the_table_or_is_refused(verb: str, state: TaskState) -> 
     for cancel in cancels:
         for lost in range(LOST_LIMIT):
             for failure in (TEMPORARY, PERMANENT, CRITICAL):
-                for most in (1, 3):
-                    task = a_task(state, cancel=cancel, lost=lost, retry=RetryPolicy(max_attempts=most))
+                for most, gates in ((1, []), (3, []), (3, [Gate(key="k", slots=1)])):
+                    task = a_task(state, cancel=cancel, lost=lost, retry=RetryPolicy(max_attempts=most), gates=gates)
                     if state not in rows:
                         with pytest.raises(InvalidTransition) as refused:
                             apply(verb, task, failure=failure)

@@ -25,7 +25,11 @@ from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
+from mcp_control.tasks.keyed import KeyedSubmission
 from mcp_control.tasks.ledger import Ledger
+from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
+from mcp_control.tasks.limit_rules import Rules
+from mcp_control.tasks.limits import Limits
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
 from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
@@ -36,7 +40,7 @@ from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report,
 from mcp_control.testing.clock import FakeClock
 
 ADMIN = Actor(id="user_admin", kind="user", display="admin", roles=("administrator",))
-KINDS = (BUDGET_KIND, TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
+KINDS = (*LIMIT_KINDS, BUDGET_KIND, TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
 
 
 class World:
@@ -82,6 +86,9 @@ class World:
             self.history,
             self.spending,
         )
+        self.limits = Limits(store, clock, self.ids, self.ledger, Rules(store))
+        self.limits.attach(self.settler.handing, self.dispatcher)
+        self.tasks.keyed = KeyedSubmission(store, clock, self.ledger, self.settler, self.dispatcher, self.limits)
         self.control = TaskControl(
             store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks, self.spending
         )
@@ -219,10 +226,12 @@ async def world_at(folder: Path, clock: Clock | None = None, store: Store | None
     await world.manager.registry.start()
     await world.reconciler.rebuild()
     running = asyncio.create_task(world.dispatcher.run())
+    letting = asyncio.create_task(world.limits.run())
     try:
         yield world
     finally:
         running.cancel()
+        letting.cancel()
         await world.settler.handing.close()
         await inner.close()
 
@@ -246,6 +255,7 @@ async def two_servers_at(folder: Path, clock: Clock | None = None) -> AsyncItera
     running: list[asyncio.Task[None]] = []
     for world in (one, two):
         await world.manager.registry.start()
+        running.append(asyncio.create_task(world.limits.run()))
         running += [asyncio.create_task(world.dispatcher.run()), asyncio.create_task(world.peers.run(world.hint))]
     try:
         yield one, two

@@ -29,6 +29,7 @@ from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
+from mcp_control.tasks.limit_service import LimitManager
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.spending import Spending
 
@@ -85,6 +86,7 @@ class Services:
     catalogue: Catalogue
     planner: Planner
     scheduler: Scheduler
+    limits: LimitManager
     artifacts: Artifacts
     cluster: Cluster
     sockets: OpenSockets = field(default_factory=OpenSockets)

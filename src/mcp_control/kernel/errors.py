@@ -178,6 +178,12 @@ class NameTaken(Problem):
     code, status, title = "name-taken", 409, "Name taken"
 
 
+class NotUnique(Problem):
+    """Another task has the key that only one may have at a time; `existing` in `data` is its id."""
+
+    code, status, title = "not-unique", 409, "A task with this key is there already"
+
+
 class LeaseSuperseded(Problem):
     """The lease this call presents is not the live one; nothing was changed."""
 
@@ -278,6 +284,12 @@ class RateLimited(Problem):
     """Too many requests from this caller."""
 
     code, status, title, retryable = "rate-limited", 429, "Too many requests", True
+
+
+class Throttled(Problem):
+    """The task is over a rate that drops what is too much; it was not accepted. `key` in `data` names the rate."""
+
+    code, status, title = "throttled", 429, "Over the rate, dropped"
 
 
 class Overloaded(Problem):

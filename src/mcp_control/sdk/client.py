@@ -19,6 +19,7 @@ from mcp_control.sdk.artifacts import Artifacts, AsyncArtifacts
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
+from mcp_control.sdk.limits import AsyncLimits, Limits
 from mcp_control.sdk.pipelines import AsyncPipelines, Pipelines
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.runs import AsyncRuns, Runs
@@ -57,6 +58,7 @@ class Client:
         self.runs = Runs(self)
         self.pipelines = Pipelines(self)
         self.schedules = Schedules(self)
+        self.limits = Limits(self)
         self.artifacts = Artifacts(self)
         self.agents = Agents(self)
 
@@ -154,6 +156,7 @@ class AsyncClient:
         self.runs = AsyncRuns(self)
         self.pipelines = AsyncPipelines(self)
         self.schedules = AsyncSchedules(self)
+        self.limits = AsyncLimits(self)
         self.artifacts = AsyncArtifacts(self)
         self.agents = AsyncAgents(self)
 

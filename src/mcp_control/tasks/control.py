@@ -17,6 +17,7 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.lanes import demand_of, lane_of
 from mcp_control.tasks.ledger import Decide, Intent, Ledger
+from mcp_control.tasks.limiting import limits_of
 from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
@@ -95,6 +96,7 @@ class TaskControl:
             fairness=task.fairness,
             needs=task.needs,
             labels=task.labels,
+            limits=limits_of(task.gates),
             retry=task.retry,
             timeout=None if task.timeout_ms is None else task.timeout_ms / 1000,
             context_id=task.links.context_id,

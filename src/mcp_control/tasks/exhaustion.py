@@ -46,7 +46,7 @@ def answering(actor: str, now: int) -> Decide:
         if task.state is not TaskState.INPUT_REQUIRED or task.reason != budgets.CODE:
             return None
         after = answer(task, now)
-        return Move(after, [task_fact("task.queued", after, actor, now)])
+        return Move(after, [task_fact(f"task.{after.state.value}", after, actor, now)])
 
     return decide
 

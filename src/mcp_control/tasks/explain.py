@@ -55,6 +55,8 @@ def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
             if task.not_before is None
             else msgspec.structs.replace(found, expected_start=to_datetime(task.not_before))
         )
+    if task.state is TaskState.BLOCKED:
+        return _because(task, task.reason, task.message, task.state_at)
     if task.state is not TaskState.QUEUED:
         return _because(task, task.state.value.replace("_", "-"), task.message or "it waits", task.state_at)
     return _queued(task, demand, agents, ahead)

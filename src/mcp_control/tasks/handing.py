@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
@@ -17,8 +17,10 @@ from mcp_control.tasks.budget_model import Over
 from mcp_control.tasks.budgets import CODE, opening
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
+from mcp_control.tasks.gating import gated
 from mcp_control.tasks.ledger import Group, Ledger, Move
-from mcp_control.tasks.model import Task, TaskState
+from mcp_control.tasks.limit_model import Gate
+from mcp_control.tasks.model import Task, TaskSpec, TaskState
 from mcp_control.tasks.ranking import ORDER_SHIFT, ORDER_STEP, POINT_MS, Expected, rank_of, unknown
 from mcp_control.tasks.records import assignment, task_fact
 from mcp_control.tasks.submission import new_task
@@ -29,6 +31,18 @@ _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
 GiveBack = Callable[[str, Sequence[str]], Coroutine[None, None, None]]
 Created = tuple[Task, bytes, Session | None, Move]
+
+
+class Gates(Protocol):
+    """What stands before the lanes: limits (`limits.py`)."""
+
+    def applying(self, tenant: str, spec: TaskSpec) -> list[Gate]:
+        """Return the limits of a new task."""
+        ...
+
+    def wake(self, task: Task) -> None:
+        """Look at a blocked task soon: it was committed by this server just now."""
+        ...
 
 
 class Budgets(Protocol):
@@ -77,6 +91,7 @@ class Handing:
         self._expected = expected
         self._order = 0
         self._background: set[asyncio.Task[None]] = set()
+        self.gates: Gates | None = None
         self.budgets: Budgets | None = None
 
     def order(self, now: int) -> int:
@@ -90,7 +105,7 @@ class Handing:
         return rank_of(task.order, task.priority, task.deadline_at, expected_ms, self._point_ms)
 
     def create(
-        self, new: NewTask, now: int, tenant: str = "default", actor: str = "system"
+        self, new: NewTask, now: int, tenant: str = "default", actor: str = "system", *, place: bool = True
     ) -> tuple[Task, bytes, Session | None, Move]:
         """Build a new task, given to an idle agent at once where one is free; the caller commits the move and then calls `begin`."""
         payload = bytes(new.spec.payload)
@@ -107,15 +122,21 @@ class Handing:
             expected_ms=0 if new.spec.deadline is None else self._expected(tenant, new.spec.type),
             point_ms=self._point_ms,
         )
-        kind = "task.queued" if task.state is TaskState.QUEUED else "task.scheduled"
-        facts = [task_fact(kind, task, actor, now)]
+        if self.gates is not None and (gates := self.gates.applying(tenant, new.spec)):
+            task = gated(task, gates, now)
+        facts = [task_fact(f"task.{task.state.value}", task, actor, now)]
         # What draws from a budget is looked at before it is given out.
-        session = self._dispatcher.place(task) if task.state is TaskState.QUEUED and not task.draws else None
+        session = self._dispatcher.place(task) if place and task.state is TaskState.QUEUED and not task.draws else None
         if session is not None:
             task = assign(task, session.agent.id, session.instance.id, self._ids.secret(), now)
             facts.append(task_fact("task.assigned", task, "system", now))
         opened = [] if new.spec.budget is None else [opening(task, new.spec.budget)]
         return task, payload, session, Move(task, facts, payload=payload, writes=opened)
+
+    def blocked(self, task: Task) -> None:
+        """Hear of a committed task; one that waits for its limits is looked at soon."""
+        if task.state is TaskState.BLOCKED and self.gates is not None:
+            self.gates.wake(task)
 
     async def begin(self, started: Sequence[tuple[Task, bytes, Session | None]]) -> None:
         """Send committed tasks to the sessions chosen for them, put the others in their lanes."""
@@ -126,6 +147,8 @@ class Handing:
                 frames.setdefault(session, []).append((task, payload))
             elif task.state is TaskState.QUEUED:
                 queued.append(task)
+            else:
+                self.blocked(task)
         for chosen, tasks in frames.items():
             # The instance may have reconnected while this was committed: its present session gets the frame.
             session = self._sessions.get(chosen.instance.id)
@@ -263,6 +286,7 @@ class Handing:
             if entry[0].waits:
                 queued.append(entry[0])
             else:
+                self.blocked(entry[0])
                 self.resend(*entry)
         if queued:
             await self._dispatcher.enqueue(queued)

@@ -8,13 +8,15 @@ time: what is shown to callers is read anew (`fresh`), and nobody is refused on 
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
-from mcp_control.kernel.changes import Change, Entity, Fact
+from mcp_control.kernel.changes import Change, Entity, Fact, Key
 from mcp_control.kernel.errors import Conflict, Problem
 from mcp_control.storage.ports import Store
+from mcp_control.tasks.limit_model import HoldChange
+from mcp_control.tasks.limiting import settled
 from mcp_control.tasks.model import LogLine, Task
 from mcp_control.tasks.records import read, write, write_log
 
@@ -22,7 +24,10 @@ _NOTHING: Final = Change()
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
-    """A task's next value, the facts that go with it, what else is written with it, and the cold parts it brings."""
+    """A task's next value, the facts that go with it, what else is written with it, and the cold parts it brings.
+
+    `taken`: how many of its holds, the last ones, it takes with this move.
+    """
 
     after: Task
     facts: Sequence[Fact] = ()
@@ -30,6 +35,7 @@ class Move(msgspec.Struct, frozen=True, gc=False):
     result: bytes | None = None
     lines: Sequence[LogLine] = ()
     writes: Sequence[Entity] = ()
+    taken: int = 0
 
 
 Decide = Callable[[Task], Move | None]
@@ -51,6 +57,18 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     moves: Sequence[Move]
     writes: Sequence[Entity] = ()
     facts: Sequence[Fact] = ()
+
+
+class HoldWatcher(Protocol):
+    """Hears what became of holds on limits and keys by this server's commits."""
+
+    def changed(self, changes: Sequence[HoldChange]) -> None:
+        """Hear of committed changes."""
+        ...
+
+    def unsure(self, names: Sequence[str]) -> None:
+        """Hear of gates whose holds may have changed, or are not what was thought."""
+        ...
 
 
 class _Kept:
@@ -78,6 +96,7 @@ class Ledger:
         self._payload_room = payload_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self.finished: list[Callable[[str], None]] = []
+        self.holds: HoldWatcher | None = None
         self.drew: Callable[[Task], None] = lambda _: None
 
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
@@ -146,8 +165,10 @@ class Ledger:
         """
         changes: list[Change] = []
         written: list[list[tuple[Task, Move]]] = []
+        held: dict[int, list[HoldChange]] = {}
         for group in groups:
             entities: list[Entity] = []
+            deletes: list[Key] = []
             facts: list[Fact] = []
             after: list[tuple[Task, Move]] = []
             for move in group.moves:
@@ -155,6 +176,11 @@ class Ledger:
                 if move.lines:
                     entities.append(write_log(task, list(move.lines)))
                     task = msgspec.structs.replace(task, log_lines=task.log_lines + len(move.lines))
+                if task.holds:
+                    task, holds, let_go, became = settled(task, move.taken)
+                    entities += holds
+                    deletes += let_go
+                    held.setdefault(len(changes), []).extend(became)
                 task, entity = write(task, move.payload, move.result)
                 entities.append(entity)
                 entities += move.writes
@@ -162,12 +188,14 @@ class Ledger:
                 after.append((task, move))
             entities += group.writes
             facts += group.facts
-            changes.append(Change(entities, (), facts))
+            changes.append(Change(entities, deletes, facts))
             written.append(after)
         try:
             outcomes = await self._store.commit(changes)
         except BaseException:
             self.forget([task.id for after in written for task, _ in after])
+            if self.holds is not None and held:
+                self.holds.unsure([one.name for became in held.values() for one in became])
             raise
         for outcome, after in zip(outcomes, written, strict=True):
             if outcome is None:
@@ -175,6 +203,12 @@ class Ledger:
                     self._keep(task, move)
             elif isinstance(outcome, Conflict):
                 self.forget([task.id for task, _ in after])
+        if self.holds is not None:
+            for place, became in held.items():
+                if outcomes[place] is None:
+                    self.holds.changed(became)
+                else:
+                    self.holds.unsure([one.name for one in became])
         return outcomes
 
     def _keep(self, task: Task, move: Move) -> None:
@@ -192,6 +226,8 @@ class Ledger:
                 entry.task = task
             return
         payload = move.payload
+        if any(hold.ends == "due" for hold in task.holds):
+            payload = None  # a debounced task's payload may be replaced yet, by any server
         if payload is not None:
             if self._payload_room < len(payload):
                 payload = None

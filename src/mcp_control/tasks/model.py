@@ -13,6 +13,7 @@ import msgspec
 from mcp_control.agents.model import Resources
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.limit_model import Debounce, Gate, Hold, Limit, Unique
 from mcp_control.tasks.budget_model import Budget, Ceiling, Usage
 
 
@@ -182,6 +183,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
         moved_at: when the attempt last told of progress or logged something.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
+        gates: limits it must pass before it is queued; `waits_at` names the one where it waits while it is `blocked`, and `passed` counts
+            how often it was sent on to another.
+        holds: what it holds of limits and keys (`limiting.py`).
         draws: whose budgets it draws from (ids of tasks and of its run), its own first.
         usage: what it has used; None while nothing was counted.
         ceiling: when the attempt under way has used up the time of its budgets; of no meaning without a lease.
@@ -232,6 +236,10 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     traceparent: str | None = None
     log_lines: int = 0
+    gates: list[Gate] = []
+    waits_at: str = ""
+    passed: int = 0
+    holds: list[Hold] = []
     draws: list[str] = []
     usage: Usage | None = None
     ceiling: Ceiling | None = None
@@ -265,6 +273,8 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
         deadline: when it still waits or runs then, it ends `expired`.
         idempotency_key: repeating a submission with the same key returns the first task.
         on_unroutable: what to do when no registered agent could ever take it.
+        limits: how many tasks with the same key may be under way at once, or start in a time.
+        unique, debounce: a key that only one task has; a key whose submissions become one task.
         parent_id: the task it is done for: it draws from that task's budget, and is one level deeper.
         budget: what it, and all tasks that name it as their parent, may use.
     """
@@ -285,6 +295,9 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     parent_id: str | None = None
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     on_unroutable: Literal["accept", "reject"] = "accept"
+    limits: list[Limit] = []
+    unique: Unique | None = None
+    debounce: Debounce | None = None
     budget: Budget | None = None
 
 
@@ -319,6 +332,7 @@ TASK_KIND: Final = Kind(
         Field("due", "int"),
         Field("finished", "int"),
         Field("waiting"),
+        Field("gate"),
     ),
     indexes=(
         Index("task_waiting", ("waiting", "id"), shared=True),
@@ -331,6 +345,7 @@ TASK_KIND: Final = Kind(
         Index("task_key", ("unique_key",), unique=True),
         Index("task_due", ("due", "id")),
         Index("task_finished", ("finished", "id")),
+        Index("task_gate", ("gate", "id")),
     ),
     cold=("payload", "result"),
 )

@@ -48,6 +48,8 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
     }
     if after.waits:
         index["waiting"] = waiting_value(after.lane, after.rank)
+    elif after.state is TaskState.BLOCKED and after.hold is None:
+        index["gate"] = waiting_value(after.waits_at, after.rank)
     cold: dict[str, bytes] = {}
     if payload is not None:
         cold["payload"] = payload
@@ -168,6 +170,7 @@ def view(
         type_version=task.type_version,
         labels=task.labels,
         needs=task.needs,
+        limits=task.gates,
         retry=task.retry,
         attempt=task.attempt,
         attempts=task.attempts,

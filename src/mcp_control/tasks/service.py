@@ -12,7 +12,7 @@ from mcp_control.agents.reserving import load_of
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
-from mcp_control.kernel.clock import Clock, to_millis
+from mcp_control.kernel.clock import Clock, to_datetime, to_millis
 from mcp_control.kernel.errors import (
     Duplicate,
     IdempotencyMismatch,
@@ -30,6 +30,7 @@ from mcp_control.tasks.explain import Room, Seen, explain
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.lanes import demand_of, lane_key
+from mcp_control.tasks.keyed import KeyedSubmission, is_keyed
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
@@ -79,6 +80,7 @@ class TaskOrchestrator:
         self._spending = spending
         self._history = history
         self._waiters = Waiters()
+        self.keyed: KeyedSubmission | None = None
         ledger.finished.append(self._waiters.ended)
 
     async def submit(
@@ -114,6 +116,9 @@ class TaskOrchestrator:
                 results[place] = problem
                 continue
             new = NewTask(id=self._ids.new("task"), spec=spec, links=above.links, origin=origin, draws=above.draws)
+            if is_keyed(spec):
+                results[place] = await self._submit_keyed(actor, new, warned)
+                continue
             task, payload, session, move = self._settler.handing.create(new, now, actor.tenant, actor.id)
             started.append((task, payload, session))
             groups.append(Group([move]))
@@ -143,6 +148,16 @@ class TaskOrchestrator:
             )
         await self._settler.handing.begin(accepted)
         return results
+
+    async def _submit_keyed(self, actor: Actor, new: NewTask, warned: builtins.list[str]) -> Submitted | Problem:
+        assert self.keyed is not None
+        try:
+            kept = await self.keyed.submit(actor, new)
+        except Duplicate as duplicate:
+            return await self._repeated(actor, new.spec, duplicate)
+        except Problem as problem:
+            return problem
+        return Submitted(kept.task, kept.created, warned)
 
     async def _repeated(self, actor: Actor, spec: TaskSpec, duplicate: Duplicate) -> Submitted | Problem:
         found = (await self._ledger.load([str(duplicate.data["existing"])], fresh=True))[0]
@@ -241,7 +256,16 @@ class TaskOrchestrator:
             for shown in (self._manager.view(agent),)
         ]
         ahead = await self._queue.ahead(task.lane, task.id) if task.state is TaskState.QUEUED else None
-        return explain(task, demand, agents, ahead)
+        found = explain(task, demand, agents, ahead)
+        if task.state is not TaskState.BLOCKED or self.keyed is None:
+            return found
+        holders, since, at = await self.keyed.limits.holding(task)
+        return msgspec.structs.replace(
+            found,
+            held_by=holders[:10],
+            since=found.since if since is None else to_datetime(since),
+            expected_start=None if at is None else to_datetime(at),
+        )
 
     async def logs(self, actor: Actor, task_id: str, after: int = 0, limit: int = 1000) -> builtins.list[LogChunk]:
         """Return what a task logged from line number `after` on, about `limit` lines."""

@@ -146,6 +146,8 @@ class Settler:
                 results[place] = self._after(move.after)
                 if move.after.waits:
                     requeued.append(move.after)
+                else:
+                    self.handing.blocked(move.after)
         if requeued:
             await self._dispatcher.enqueue(requeued)
         return conflicted

@@ -13,6 +13,7 @@ from mcp_control.kernel.errors import FieldError, IdempotencyKeyInvalid, Invalid
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
 from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.lanes import lane_key
+from mcp_control.tasks.limiting import spec_errors
 from mcp_control.tasks.model import PRIORITIES, Links, Needs, Origin, RetryPolicy, Task, TaskSpec, TaskState
 from mcp_control.tasks.ranking import ORDER_SHIFT, POINT_MS, rank_of
 
@@ -144,6 +145,8 @@ def check(spec: TaskSpec, now: int) -> None:
                 pointer="#/payload", code="payload-too-large", detail="at most 1 MiB; send large data as an artifact"
             )
         )
+    if spec.limits or spec.unique is not None or spec.debounce is not None:
+        found += spec_errors(spec)
     if found:
         raise Invalid(found[0].detail, errors=found[:50])
 

@@ -11,6 +11,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import InvalidTransition
+from mcp_control.tasks.limiting import wait_at_first
 from mcp_control.tasks.model import FINAL_STATES, Attempt, Failure, Lease, Request, Task, TaskState
 from mcp_control.tasks.retry import backoff_ms, may_retry
 
@@ -27,7 +28,8 @@ def _rows(sources: tuple[TaskState, ...], *targets: TaskState) -> dict[TaskState
 
 TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = MappingProxyType(
     {
-        "promote": _rows((S.SCHEDULED,), S.QUEUED),
+        "promote": _rows((S.SCHEDULED,), S.QUEUED, S.BLOCKED),
+        "admit": _rows((S.BLOCKED,), S.QUEUED),
         "assign": _rows((S.QUEUED,), S.ASSIGNED),
         "start": _rows((S.ASSIGNED,), S.RUNNING),
         "complete": _rows(_HELD, S.COMPLETED),
@@ -37,12 +39,12 @@ TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = Ma
         "restore": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
         "exhaust": _rows((*_HELD, S.QUEUED), S.FAILED, S.INPUT_REQUIRED, S.CANCELLED)
         | _rows((S.INPUT_REQUIRED,), S.FAILED),
-        "answer": _rows((S.INPUT_REQUIRED,), S.QUEUED),
+        "answer": _rows((S.INPUT_REQUIRED,), S.QUEUED, S.BLOCKED),
         "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
         "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
     }
 )
-"""verb -> state it starts from -> states it may end in. A task begins `queued`, `scheduled` or `rejected`."""
+"""verb -> state it starts from -> states it may end in. A task begins `queued`, `blocked`, `scheduled` or `rejected`."""
 
 
 def allowed_verbs(state: TaskState) -> list[str]:
@@ -60,9 +62,10 @@ def _check(task: Task, verb: str) -> None:
 
 
 def promote(task: Task, now: int) -> Task:
-    """Queue a scheduled task whose time has come."""
+    """Queue a scheduled task whose time has come; one with limits is blocked until it has passed them."""
     _check(task, "promote")
-    return replace(task, state=S.QUEUED, state_at=now, not_before=None, reason="", message="")
+    due = replace(task, state=S.QUEUED, state_at=now, not_before=None, reason="", message="")
+    return wait_at_first(due, now) if task.gates else due
 
 
 def assign(task: Task, agent_id: str, instance_id: str, token: str, now: int) -> Task:
@@ -323,7 +326,8 @@ def exhaust(task: Task, failure: Failure, now: int, *, stop: bool) -> Task:
 def answer(task: Task, now: int) -> Task:
     """Queue a task again that waited for a person, at its old place."""
     _check(task, "answer")
-    return replace(task, state=S.QUEUED, state_at=now, failure=None, reason="", message="")
+    back = replace(task, state=S.QUEUED, state_at=now, failure=None, reason="", message="")
+    return wait_at_first(back, now) if task.gates else back
 
 
 def raise_generation(task: Task, generation: int) -> Task:

@@ -5,6 +5,7 @@ from datetime import datetime
 import msgspec
 
 from mcp_control.tasks.budget_model import Amounts
+from mcp_control.tasks.limit_model import Gate
 from mcp_control.tasks.model import Attempt, Failure, Needs, RetryPolicy, TaskState
 
 
@@ -27,6 +28,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     type_version: str = "*"
     labels: dict[str, str] = {}
     needs: Needs = Needs()
+    limits: list[Gate] = []
     retry: RetryPolicy = RetryPolicy()
     attempt: int
     attempts: list[Attempt] = []
