@@ -36,6 +36,7 @@ from mcp_control.pipelines.capacity import Capacity
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.healing import RunHealer
+from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
@@ -269,6 +270,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             sessions=agent_sessions,
             dispatcher=dispatcher,
             pipelines=engine,
+            inputs=Inputs(store, clock, ids, engine),
             scheduler=Scheduler(store, clock, ids, firing),
             limits=limiting,
             artifacts=artifacts,

@@ -5,6 +5,7 @@ from typing import Final
 from mcp_control.agents.model import AGENT_KIND, INSTANCE_KIND
 from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
+from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.security.records import KINDS as SECURITY_KINDS
@@ -22,6 +23,7 @@ KINDS: Final = (
     GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,
+    APPROVAL_KIND,
     STATISTIC_KIND,
     *LIMIT_KINDS,
     *SCHEDULE_KINDS,

@@ -95,7 +95,7 @@ def test_all_errors_of_a_text_are_told_at_once() -> None:
     text = """
     metadata: {name: 3}
     spec:
-      stages: [{id: 1, uses: x}, {id: a}, {id: b, uses: c, retry: {max_attempts: x}}, {id: c, uses: d, shape: round}]
+      stages: [{id: 1, uses: x}, {uses: y}, {id: b, uses: c, retry: {max_attempts: x}}, {id: c, uses: d, shape: round}]
       params: {p: {type: text}}
       speed: 1
     more: 1
@@ -104,7 +104,7 @@ def test_all_errors_of_a_text_are_told_at_once() -> None:
         from_yaml(text)
     assert {(error.pointer, error.code) for error in refused.value.errors} == {
         ("#/spec/stages/0/id", "wrong-type"),
-        ("#/spec/stages/1/uses", "missing-field"),
+        ("#/spec/stages/1/id", "missing-field"),
         ("#/spec/stages/2/retry/max_attempts", "wrong-type"),
         ("#/spec/stages/3/shape", "unknown-field"),
         ("#/spec/params/p/type", "invalid-value"),

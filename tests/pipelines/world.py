@@ -14,6 +14,8 @@ from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.healing import RunHealer
+from mcp_control.pipelines.input_model import APPROVAL_KIND
+from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.service import PipelineEngine
@@ -55,6 +57,7 @@ class World:
         self.catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
         self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue)
         self.settler.follower = self.engine
+        self.inputs = Inputs(self.store, self.clock, self.ids, self.engine)
         self.healer = RunHealer(self.store, self.engine)
 
     async def start(self, spec: PipelineSpec, **params: object) -> Run:
@@ -127,7 +130,9 @@ async def world(folder: Path) -> AsyncIterator[World]:
     problems: list[Problem] = []
     facts: list[StoredFact] = []
     store = SqliteStore(folder, fatal=problems.append)
-    await store.open([TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS], facts.extend)
+    await store.open(
+        [TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, APPROVAL_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS], facts.extend
+    )
     made = World(store, facts)
     try:
         yield made

@@ -17,6 +17,7 @@ from mcp_control.kernel.ids import IdSource
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
@@ -85,6 +86,7 @@ class Services:
     pipelines: PipelineEngine
     catalogue: Catalogue
     planner: Planner
+    inputs: Inputs
     scheduler: Scheduler
     limits: LimitManager
     artifacts: Artifacts

@@ -85,9 +85,7 @@ def may_answer(question: Question, actor: Actor) -> bool:
     asks = question.asks
     if not asks.assignees and not asks.roles:
         return True
-    return (
-        actor.id in asks.assignees or actor.display in asks.assignees or not set(actor.roles).isdisjoint(asks.roles)
-    )
+    return actor.id in asks.assignees or actor.display in asks.assignees or not set(actor.roles).isdisjoint(asks.roles)
 
 
 def given(question: Question, actor: Actor, request: AnswerRequest, now: int) -> Given:

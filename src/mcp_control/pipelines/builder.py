@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from mcp_control.pipelines.input_model import Approval, Compensate, WaitFor
 from mcp_control.pipelines.model import (
     NO_NEEDS,
     Body,
@@ -111,6 +112,7 @@ class PipelineBuilder:
         when: str | None = None,
         run_when: RunWhen = "all_completed",
         gate: Gate | str | None = None,
+        compensate: Compensate | str | None = None,
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
         deadline_seconds: float | None = None,
@@ -118,7 +120,7 @@ class PipelineBuilder:
         priority: int | None = None,
         description: str = "",
     ) -> StageHandle:
-        """Add a stage. `fan_out` may be the expression for the list, `combine` the task type, `gate` the condition alone."""
+        """Add a stage. `fan_out` may be the expression for the list, `combine` and `compensate` the task type, `gate` the condition."""
         if isinstance(fan_out, str):
             fan_out = FanOut(
                 over=_bare(fan_out), combine=Combine(uses=combine) if isinstance(combine, str) else combine
@@ -134,11 +136,90 @@ class PipelineBuilder:
                 run_when=run_when,
                 fan_out=fan_out,
                 gate=Gate(check=_bare(gate)) if isinstance(gate, str) else gate,
+                compensate=Compensate(uses=compensate) if isinstance(compensate, str) else compensate,
                 retry=retry,
                 timeout=timeout,
                 deadline_seconds=deadline_seconds,
                 requires=requires,
                 priority=priority,
+                description=description,
+            )
+        )
+        return StageHandle(id)
+
+    def approval(
+        self,
+        id: str,
+        title: str,
+        *,
+        message: str = "",
+        options: Sequence[str] = ("approve", "reject"),
+        stop_on: Sequence[str] | None = None,
+        assignees: Sequence[str] = (),
+        roles: Sequence[str] = (),
+        fields: Mapping[str, Param] | None = None,
+        timeout_seconds: float | None = None,
+        default: str | None = None,
+        needs: Sequence[StageHandle | str] = (),
+        when: str | None = None,
+        run_when: RunWhen = "all_completed",
+        gate: Gate | str | None = None,
+        description: str = "",
+    ) -> StageHandle:
+        """Add a stage that asks people; its output has `option`, `fields`, `comment`, `by` and `at`. See `Approval`."""
+        asks = Approval(
+            title=title,
+            message=message,
+            options=list(options),
+            stop_on=None if stop_on is None else list(stop_on),
+            assignees=list(assignees),
+            roles=list(roles),
+            fields=dict(fields or {}),
+            timeout_seconds=timeout_seconds,
+            default=default,
+        )
+        return self._waiting(id, needs, when, run_when, gate, description, approval=asks)
+
+    def wait_for(
+        self,
+        id: str,
+        signal: str,
+        *,
+        match: str | None = None,
+        timeout_seconds: float | None = None,
+        default: object = msgspec.UNSET,
+        needs: Sequence[StageHandle | str] = (),
+        when: str | None = None,
+        run_when: RunWhen = "all_completed",
+        gate: Gate | str | None = None,
+        description: str = "",
+    ) -> StageHandle:
+        """Add a stage that waits for a signal; its output has `body`, `name`, `by` and `at`. See `WaitFor`."""
+        match = None if match is None else _bare(match)
+        wait = WaitFor(signal=signal, match=match, timeout_seconds=timeout_seconds, default=default)
+        return self._waiting(id, needs, when, run_when, gate, description, wait_for=wait)
+
+    def _waiting(
+        self,
+        id: str,
+        needs: Sequence[StageHandle | str],
+        when: str | None,
+        run_when: RunWhen,
+        gate: Gate | str | None,
+        description: str,
+        *,
+        approval: Approval | None = None,
+        wait_for: WaitFor | None = None,
+    ) -> StageHandle:
+        self._stages.append(
+            Stage(
+                id=id,
+                needs=[need.id if isinstance(need, StageHandle) else need for need in needs],
+                when=None if when is None else _bare(when),
+                run_when=run_when,
+                gate=Gate(check=_bare(gate)) if isinstance(gate, str) else gate,
+                approval=approval,
+                wait_for=wait_for,
                 description=description,
             )
         )

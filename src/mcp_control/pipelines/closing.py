@@ -141,7 +141,7 @@ def stop(draft: Draft, first: bool) -> None:
     fate = StageState.CANCELLED if draft.run.ending is RunState.CANCELLED else StageState.SKIPPED
     for place, stage in enumerate(draft.stages):
         cleaning = place in draft.plan.cleaning
-        if stage.state in OPEN:
+        if stage.state in OPEN or stage.state is StageState.INPUT_REQUIRED:
             if not cleaning:
                 draft.close(place, fate)
         elif stage.state is StageState.RUNNING:

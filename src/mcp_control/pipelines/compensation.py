@@ -71,9 +71,7 @@ def _started(draft: Draft, each: Compensation) -> Compensation:
 
 
 def _failed(draft: Draft, each: Compensation, reason: str, message: str) -> Compensation:
-    return replace(
-        each, state=CompensationState.FAILED, finished_at=draft.now, reason=reason, message=message[:500]
-    )
+    return replace(each, state=CompensationState.FAILED, finished_at=draft.now, reason=reason, message=message[:500])
 
 
 def _tell(draft: Draft) -> None:

@@ -75,13 +75,15 @@ def retry(
             runs again reads it.
     """
     allow("retry", run)
-    anew: set[int] = set()
+    # What was undone, or may have been, must be done again.
+    anew = {plan.place_of[each.stage] for each in run.compensations}
+    anew = anew.union(*map(plan.descendants, anew))
     if from_stage is not None:
         place = plan.place_of.get(from_stage)
         if place is None:
             detail = f"this pipeline has no stage `{from_stage[:64]}`"
             raise Invalid(detail, errors=[FieldError(pointer="#/from_stage", code="unknown-reference", detail=detail)])
-        anew = {place} | plan.descendants(place)
+        anew |= {place} | plan.descendants(place)
     number = run.round + 1
     stages = list(run.stages)
     again = {place for place, stage in enumerate(stages) if _runs_again(plan.stages[place], stage, changed)}
@@ -112,6 +114,7 @@ def retry(
         retries=[*run.retries[1 - RETRIES_MAX :], told],
         ending=None,
         stages=stages,
+        compensations=[],
         pause=None,
         cancel=None,
         deadline_at=None if seconds is None else now + as_millis(seconds),

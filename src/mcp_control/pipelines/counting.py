@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.ids import derived_id
 from mcp_control.pipelines.expressions import Raw
+from mcp_control.pipelines.input_model import COMPENSATION, CompensationState
 from mcp_control.pipelines.model import Run, StageRun, StageState
 from mcp_control.pipelines.plan import Plan, PlannedStage
 from mcp_control.tasks.followers import Finished
@@ -109,6 +110,9 @@ def waited_for(run: Run, plan: Plan, limit: int) -> list[str]:
     for place, stage in enumerate(run.stages):
         if stage.state is StageState.RUNNING and len(found) < limit:
             found += [task_id(run.id, stage.id, item, stage.round) for item in outstanding(plan.stages[place], stage)]
+    for each in run.compensations:
+        if each.state is CompensationState.RUNNING:
+            found.append(task_id(run.id, each.stage, COMPENSATION, run.round))
     return found[:limit]
 
 

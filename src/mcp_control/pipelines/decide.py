@@ -11,12 +11,16 @@ from msgspec.structs import replace
 
 from mcp_control.pipelines.adaptive import after
 from mcp_control.pipelines.closing import expire, finish, settle, stop
+from mcp_control.pipelines.compensation import count as count_undone
+from mcp_control.pipelines.compensation import undone
 from mcp_control.pipelines.counting import count, failure_of, open_in
 from mcp_control.pipelines.decision import Decision, Material
 from mcp_control.pipelines.draft import Draft
+from mcp_control.pipelines.input_model import COMPENSATION
 from mcp_control.pipelines.launching import go_on, start_all
 from mcp_control.pipelines.model import RUN_FINAL, Run, RunState, StageRun, Window
 from mcp_control.pipelines.plan import Plan, PlannedStage
+from mcp_control.pipelines.waiting import attend
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import TaskState
 
@@ -44,6 +48,8 @@ def decide(
         _count(draft, each)
     for place in sorted(draft.progressed):
         settle(draft, place)
+    if plan.waiting:
+        attend(draft)
     if draft.late() and draft.run.ending is None and not draft.over():
         draft.end(RunState.FAILED, "deadline-exceeded", "the deadline of the run passed")
     if draft.run.ending is None:
@@ -60,12 +66,15 @@ def decide(
         if plan.cleaning:
             go_on(draft, plan.cleaning)
             start_all(draft, list(plan.cleaning))
-    if draft.over():
+    if draft.over() and undone(draft):
         finish(draft)
     return draft.decision()
 
 
 def _count(draft: Draft, finished: Finished) -> None:
+    if finished.task.links.item == COMPENSATION:
+        count_undone(draft, finished)
+        return
     place = draft.plan.place_of.get(finished.task.links.stage or "")
     if place is None:
         return

@@ -11,6 +11,8 @@ from mcp_control.pipelines.model import STAGE_FINAL, Run, RunState, StageRun, St
 from mcp_control.pipelines.plan import Plan, PlannedStage
 
 PAYLOAD_MAX: Final = 1 << 20
+_GOING: Final = frozenset({RunState.PENDING, RunState.RUNNING, RunState.INPUT_REQUIRED})
+_TIMED: Final = frozenset({StageState.RUNNING, StageState.INPUT_REQUIRED})
 OPEN: Final = frozenset({StageState.PENDING, StageState.READY})
 
 
@@ -19,12 +21,13 @@ class Draft:
 
     Attributes:
         before: the run as it was; run, stages: as they are now.
-        start, cancel, outputs, results: as in `Decision`.
+        start, cancel, asked, outputs, results: as in `Decision`.
         progressed: places of stages that counted a task; ended: how many tasks those were.
         summary: the run's summary where it changed.
     """
 
     __slots__ = (
+        "asked",
         "before",
         "cancel",
         "ended",
@@ -49,6 +52,7 @@ class Draft:
         self.now = now
         self.start: list[Start] = []
         self.cancel: list[str] = []
+        self.asked: dict[int, bytes] = {}
         self.outputs: dict[str, Raw] = {}
         self.results: dict[str, dict[int, Raw]] = {}
         self.progressed: set[int] = set()
@@ -154,6 +158,18 @@ class Draft:
         """Return how many stages run."""
         return sum(stage.state is StageState.RUNNING for stage in self.stages)
 
+    def _asking(self, run: Run) -> Run:
+        """Return the run in the state that says whether anything goes on by itself."""
+        if run.ending is not None or run.state not in _GOING:
+            return run
+        states = {stage.state for stage in self.stages}
+        waits = StageState.INPUT_REQUIRED in states and StageState.RUNNING not in states
+        state = RunState.INPUT_REQUIRED if waits else RunState.RUNNING
+        if state is run.state:
+            return run
+        started = self.now if run.started_at is None else run.started_at
+        return replace(run, state=state, state_at=self.now, started_at=started)
+
     def decision(self) -> Decision:
         """Return what was decided."""
         before, run, stages = self.before, self.run, self.stages
@@ -170,14 +186,16 @@ class Draft:
         if run is before and not changed:
             return Decision(run=before, cancel=self.cancel)
         if self.plan.timed:
-            due = [stage.deadline_at for stage in stages if stage.state is StageState.RUNNING and not stage.reason]
+            due = [stage.deadline_at for stage in stages if stage.state in _TIMED and not stage.reason]
             run = replace(run, stage_due=min((at for at in due if at is not None), default=None))
+        if self.plan.waiting:
+            run = self._asking(run)
         pending = run.state is RunState.PENDING
         run = replace(
             run,
             stages=stages,
             summary=run.summary if self.summary is None else self.summary,
-            started_at=self.now if self.start and run.started_at is None else run.started_at,
+            started_at=self.now if (self.start or self.asked) and run.started_at is None else run.started_at,
             state=RunState.RUNNING if pending else run.state,
             state_at=self.now if pending else run.state_at,
         )
@@ -185,6 +203,7 @@ class Draft:
             run=run,
             start=self.start,
             cancel=self.cancel,
+            asked={at: text for at, text in self.asked.items() if stages[at].state is StageState.INPUT_REQUIRED},
             outputs=self.outputs,
             results=self.results,
             moved=moved,

@@ -16,6 +16,7 @@ from mcp_control.pipelines.expressions import Expression, ExpressionError, Scope
 from mcp_control.pipelines.model import NOT_REACHED, NOT_WANTED, STAGE_FINAL, RunState, StageRun, StageState, Window
 from mcp_control.pipelines.plan import PlannedStage
 from mcp_control.pipelines.validate import ITEMS_MAX
+from mcp_control.pipelines.waiting import begin
 
 _NEW: Final = Window()
 
@@ -69,11 +70,15 @@ def start_all(draft: Draft, places: list[int]) -> None:
                 draft.close(place, StageState.SKIPPED, NOT_WANTED, f"{planned.when.source} is false"[:500])
                 places += planned.after
                 continue
-            if plan.choosy and not _may_start(draft, planned, running):
+            if place in plan.waiting:  # holds no slot, so that it takes no width either
+                begin(draft, place)
+                running += draft.stages[place].state is StageState.COMPLETED
+            elif plan.choosy and not _may_start(draft, planned, running):
                 _hold(draft, place)
                 continue
-            start_stage(draft, place)
-            running += 1
+            else:
+                start_stage(draft, place)
+                running += 1
         except ExpressionError as error:
             draft.fail(place, str(error))
         if draft.run.ending is not ending:

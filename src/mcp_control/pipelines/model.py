@@ -7,25 +7,14 @@ from typing import Final, Literal
 import msgspec
 
 from mcp_control.kernel.changes import Field, Index, Kind
+from mcp_control.pipelines.input_model import Approval, Compensate, Compensation, Given, Signal, WaitFor
+from mcp_control.pipelines.input_model import Param as Param
 from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, Origin, Request, RetryPolicy
 
 API_VERSION: Final = "mcp-control/v1"
 NO_NEEDS: Final = Needs()
-
-
-class Param(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A parameter of a pipeline. One without `default` must be given unless `required` is false (then it is null).
-
-    `artifact` is the id of an artifact as text, or an object that describes one.
-    """
-
-    type: Literal["string", "integer", "number", "boolean", "object", "array", "artifact"] = "string"
-    required: bool = True
-    default: object = msgspec.UNSET
-    choices: list[object] = []
-    description: str = ""
 
 
 Mode = Literal["sequential", "concurrent", "adaptive", "priority"]
@@ -87,7 +76,8 @@ class Stage(
     """One step of a pipeline.
 
     Attributes:
-        uses: the task type that does it; `version` a range of it.
+        uses: the task type that does it; `version` a range of it. In its place, `approval` asks people, `wait_for` waits for a signal.
+        compensate: undoes the stage when it has completed and the run fails or is cancelled.
         needs: ids of the stages that must be completed first.
         with_: the payload; strings of the form `${{ expression }}` are replaced, over `params`, `stages.<id>.output`, `run`.
         when: an expression that must be true for the stage to run; else it is skipped.
@@ -96,7 +86,7 @@ class Stage(
     """
 
     id: str
-    uses: str
+    uses: str = ""
     version: str = "*"
     needs: list[str] = []
     with_: Mapping[str, object] = {}
@@ -104,6 +94,9 @@ class Stage(
     run_when: RunWhen = "all_completed"
     fan_out: FanOut | None = None
     gate: Gate | None = None
+    approval: Approval | None = None
+    wait_for: WaitFor | None = None
+    compensate: Compensate | None = None
     deadline_seconds: float | None = None
     retry: RetryPolicy | None = None
     timeout: float | None = None
@@ -175,7 +168,7 @@ class Pipeline(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RunState(StrEnum):
-    """Where a run stands. Gates and failures end it `failed` with a reason."""
+    """Where a run stands. Gates and failures end it `failed` with a reason; `input_required`: nothing goes on until somebody answers."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -187,7 +180,11 @@ class RunState(StrEnum):
 
 
 class StageState(StrEnum):
-    """Where a stage of a run stands. `pending` waits for its needs, `ready` for the run (paused, or `max_running`); `running` has tasks."""
+    """Where a stage of a run stands.
+
+    `pending` waits for its needs, `ready` for the run (paused, or `max_running`); `running` has tasks, `input_required` waits for an
+    answer or a signal.
+    """
 
     PENDING = "pending"
     READY = "ready"
@@ -223,6 +220,7 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
         begun: in a fan-out of bounded width, the place of the first item that has not been started.
         since: the first round whose results still count (a retry within a fan-out keeps those that are there).
         deadline_at: when it fails unless it has ended.
+        given: what it waited for, until it has ended.
         has_output: its output is kept as the run's cold part `output/<id>`.
         counts: numbers its output told under `counts` (for data: rows_in, rows_out, rejected), summed over items until it ends.
     """
@@ -240,6 +238,7 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
     begun: int = 0
     window: Window | None = None
     since: int = 0
+    given: Given | None = None
     has_output: bool = False
     counts: dict[str, int] = {}
     started_at: int | None = None
@@ -266,6 +265,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Attributes:
         round: raised by every retry of the run; retries: the latest of them.
         ending: the final state it is on its way to: nothing starts any more, it waits for the tasks it had cancelled.
+        signals: what other programs sent it; compensations: what is being undone, or was, in the order of doing it.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
         stage_due: the next deadline of a running stage.
     """
@@ -287,6 +287,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retries: list[Retry] = []
     ending: RunState | None = None
     stages: list[StageRun]
+    signals: list[Signal] = []
+    compensations: list[Compensation] = []
     summary: dict[str, object] = {}
     labels: dict[str, str] = {}
     priority: int = 50
@@ -356,5 +358,5 @@ RUN_KIND: Final = Kind(
         Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_finished", ("finished", "id")),
     ),
-    cold=("params", "output"),
+    cold=("params", "output", "signal"),
 )

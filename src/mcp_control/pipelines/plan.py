@@ -42,6 +42,8 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
     gate: Expression | None = None
     when: Expression | None = None
     item_rank: Expression | None = None
+    match: Expression | None = None
+    undo: Template | None = None
     windowed: bool = False
     lenient: bool = False
 
@@ -56,6 +58,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         choosy: what may start depends on what else runs.
         cleaning: places of the stages that run even when the run has failed.
         timed: some stage has a deadline.
+        waiting: places of the stages that wait for an answer or a signal; undoing: of those that can be undone.
         adaptive: places of the stages of which more is under way the more room agents have.
     """
 
@@ -68,6 +71,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     choosy: bool = False
     cleaning: frozenset[int] = frozenset()
     timed: bool = False
+    waiting: tuple[int, ...] = ()
+    undoing: tuple[int, ...] = ()
     adaptive: frozenset[int] = frozenset()
 
     def descendants(self, place: int) -> set[int]:
@@ -97,7 +102,7 @@ def compile_plan(spec: PipelineSpec) -> Plan:
     read: set[str] = set()
     for each in planned:
         read |= each.payload.stages
-        for part in (each.over, each.combine, each.gate, each.when, each.item_rank):
+        for part in (each.over, each.combine, each.gate, each.when, each.item_rank, each.match, each.undo):
             if part is not None:
                 read |= part.stages
     body = spec.spec
@@ -116,8 +121,20 @@ def compile_plan(spec: PipelineSpec) -> Plan:
             for place, stage in enumerate(stages)
             if body.mode == "adaptive" or (stage.fan_out is not None and stage.fan_out.mode == "adaptive")
         ),
-        timed=any(stage.deadline_seconds is not None for stage in stages),
+        timed=any(stage.deadline_seconds is not None or _timeout(stage) is not None for stage in stages),
+        waiting=tuple(place for place, stage in enumerate(stages) if stage.approval or stage.wait_for),
+        undoing=tuple(place for place, stage in enumerate(stages) if stage.compensate is not None),
     )
+
+
+def _timeout(stage: Stage) -> float | None:
+    waits = stage.approval or stage.wait_for
+    return None if waits is None else waits.timeout_seconds
+
+
+def _payload(stage: Stage) -> Template:
+    asks = stage.approval
+    return Template(stage.with_ if asks is None else {"title": asks.title, "message": asks.message})
 
 
 def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[int, ...], priority: int) -> PlannedStage:
@@ -128,10 +145,12 @@ def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[in
         rank=(-(priority if stage.priority is None else stage.priority), place),
         needs=tuple(place_of[need] for need in stage.needs),
         after=after,
-        payload=Template(stage.with_),
+        payload=_payload(stage),
         over=None if fan_out is None else Expression(fan_out.over),
         combine=None if fan_out is None or fan_out.combine is None else Template(fan_out.combine.with_),
         gate=None if stage.gate is None else Expression(stage.gate.check),
+        match=None if stage.wait_for is None or stage.wait_for.match is None else Expression(stage.wait_for.match),
+        undo=None if stage.compensate is None else Template(stage.compensate.with_),
         when=None if stage.when is None else Expression(stage.when),
         item_rank=None if fan_out is None or fan_out.rank is None else Expression(fan_out.rank),
         windowed=fan_out is not None and (fan_out.width is not None or fan_out.mode in ("sequential", "adaptive")),

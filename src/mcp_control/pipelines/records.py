@@ -10,6 +10,8 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
+from mcp_control.pipelines.approvals import approval_id
+from mcp_control.pipelines.input_model import Compensation, CompensationState
 from mcp_control.pipelines.model import (
     NOT_REACHED,
     NOT_WANTED,
@@ -18,11 +20,12 @@ from mcp_control.pipelines.model import (
     Pipeline,
     Run,
     RunState,
+    Stage,
     StageRun,
     StageState,
 )
 from mcp_control.pipelines.plan import Plan
-from mcp_control.pipelines.view_model import PipelineView, RetryView, RunView, StageView
+from mcp_control.pipelines.view_model import CompensationView, PipelineView, RetryView, RunView, StageView, WaitView
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_run: Final = msgspec.msgpack.Decoder(Run).decode
@@ -114,6 +117,21 @@ def stage_fact(kind: str, run: Run, stage: StageRun, actor: str, now: int) -> Fa
     return fact(kind, run.id, actor, now, data, tenant=run.tenant, run=run.id)
 
 
+def compensation_fact(run: Run, each: Compensation, actor: str, now: int) -> Fact:
+    """Return the fact that the undoing of a stage began or ended; its subject is the run."""
+    verb = "started" if each.state is CompensationState.RUNNING else each.state.value
+    data: dict[str, object] = {"stage": each.stage, "state": each.state.value}
+    if each.reason:
+        data.update(reason=each.reason, message=each.message)
+    return fact(f"compensation.{verb}", run.id, actor, now, data, tenant=run.tenant, run=run.id)
+
+
+def changed(before: Mapping[str, Compensation], each: Compensation) -> bool:
+    """Say whether something happened to a compensation that is to be told."""
+    old = before.get(each.stage)
+    return each.state is not CompensationState.PENDING and (old is None or old.state is not each.state)
+
+
 # --- views --------------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +154,7 @@ def _eta(started_at: int | None, progress: float, now: int) -> datetime | None:
     return to_datetime(now + round((now - started_at) * (1 - progress) / progress))
 
 
-def _stage_view(stage: StageRun, plan: Plan, place: int, now: int, inside: float) -> StageView:
+def _stage_view(run_id: str, stage: StageRun, plan: Plan, place: int, now: int, inside: float) -> StageView:
     definition = plan.stages[place].stage
     progress = stage_progress(stage, inside)
     counts = stage.counts
@@ -164,6 +182,16 @@ def _stage_view(stage: StageRun, plan: Plan, place: int, now: int, inside: float
         started_at=_moment(stage.started_at),
         finished_at=_moment(stage.finished_at),
         eta=_eta(stage.started_at, progress, now) if stage.state is StageState.RUNNING else None,
+        waits_for=_waits(run_id, stage, definition) if stage.state is StageState.INPUT_REQUIRED else None,
+    )
+
+
+def _waits(run_id: str, stage: StageRun, definition: Stage) -> WaitView:
+    wait = definition.wait_for
+    return WaitView(
+        approval=None if definition.approval is None else approval_id(run_id, stage.id, stage.round),
+        signal=None if wait is None else wait.signal,
+        due_at=_moment(stage.deadline_at),
     )
 
 
@@ -182,7 +210,7 @@ def run_view(
         inside: per stage, the sum of the progress of its running tasks.
     """
     stages = [
-        _stage_view(stage, plan, place, now, (inside or {}).get(stage.id, 0.0))
+        _stage_view(run.id, stage, plan, place, now, (inside or {}).get(stage.id, 0.0))
         for place, stage in enumerate(run.stages)
     ]
     wanted = [stage.progress for stage in stages if stage.reason not in (NOT_WANTED, NOT_REACHED)]
@@ -213,6 +241,17 @@ def run_view(
             for each in run.retries
         ],
         stages=stages,
+        compensations=[
+            CompensationView(
+                stage=each.stage,
+                state=each.state,
+                started_at=_moment(each.started_at),
+                finished_at=_moment(each.finished_at),
+                reason=each.reason,
+                message=each.message,
+            )
+            for each in run.compensations
+        ],
         summary=run.summary,
         labels=run.labels,
         params=None if params is None else {name: msgspec.Raw(text) for name, text in params.items()},
@@ -245,8 +284,13 @@ def decided(before: Run, after: Run, moved: list[StageRun], actor: str, now: int
     for stage in moved:
         if stage.state is StageState.RUNNING:
             facts.append(stage_fact("stage.started", after, stage, actor, now))
+        elif stage.state is StageState.INPUT_REQUIRED:
+            facts.append(stage_fact("stage.waiting", after, stage, actor, now))
         elif stage.state in STAGE_FINAL:
             facts.append(stage_fact(f"stage.{stage.state.value}", after, stage, actor, now))
+    if after.compensations is not before.compensations:
+        known = {each.stage: each for each in before.compensations}
+        facts += [compensation_fact(after, each, actor, now) for each in after.compensations if changed(known, each)]
     if after.state in RUN_FINAL and before.state not in RUN_FINAL:
         facts.append(run_fact(f"run.{after.state.value}", after, actor, now))
     return facts

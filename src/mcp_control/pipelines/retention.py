@@ -7,11 +7,13 @@ from msgspec.structs import replace
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.kernel.changes import Change, Key, Query, Where
 from mcp_control.kernel.ids import make_id
+from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.records import read_pipeline, read_run
 from mcp_control.security.model import SYSTEM
 from mcp_control.storage.ports import Store
 
 _BATCH: Final = 100
+_APPROVALS: Final = 10_000  # more than a run asks
 _LATE_MS: Final = 3_600_000  # how long a run may begin after its definition was deleted, at most
 
 
@@ -37,7 +39,9 @@ class RunRetention:
         removed = 0
         for row in rows:
             await self._artifacts.delete_of_run(replace(SYSTEM, tenant=read_run(row).tenant), row.id)
-            (problem,) = await self._store.commit([Change((), [Key("run", row.id, row.version)])])
+            query = Query(where=[Where("run", "eq", row.id)], limit=_APPROVALS)
+            keys = [Key(APPROVAL_KIND.name, each.id) for each in await self._store.find(APPROVAL_KIND.name, query)]
+            (problem,) = await self._store.commit([Change((), [*keys, Key("run", row.id, row.version)])])
             removed += problem is None
         return removed
 

@@ -10,11 +10,13 @@ import structlog
 from mcp_control.kernel.changes import Fact
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import NotFound, StoreUnavailable
+from mcp_control.pipelines.approvals import approval_id, asked, closed, question_fact, read_question, write_question
 from mcp_control.pipelines.control import broken
 from mcp_control.pipelines.counting import failure_of, items_in, task_id
 from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
-from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run
+from mcp_control.pipelines.input_model import COMPENSATION, ApprovalState, Question
+from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run, StageState
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
 from mcp_control.storage.ports import Store
@@ -161,6 +163,9 @@ class Runs:
         if missing.results is not None:
             await self._fetch_results(active, run, missing.results)
             return
+        if missing.signal is not None:
+            await self._fetch_signals(active, run, missing.signal)
+            return
         wanted = ["params"] if missing.params else [f"output/{missing.output}"]
         if material.params is None and not missing.params:
             wanted.append("params")
@@ -172,6 +177,28 @@ class Runs:
             if f"output/{missing.output}" not in cold:
                 raise LookupError(f"the output of stage {missing.output} is not stored")
             material.outputs[missing.output] = cold[f"output/{missing.output}"]
+
+    async def _fetch_signals(self, active: Active, run: Run, name: str) -> None:
+        wanted = [each.id for each in run.signals if each.name == name and each.stage is None]
+        entity = (await self._store.get("run", [run.id], [f"signal/{each}" for each in wanted]))[0]
+        for each in wanted:
+            if entity is None or f"signal/{each}" not in entity.cold:
+                raise LookupError(f"the signal {each} is not stored")
+            active.material.signals[each] = entity.cold[f"signal/{each}"]
+
+    async def closing(self, active: Active, before: Run, decision: Decision) -> list[Question]:
+        """Return the questions that a decision closes, as they are stored."""
+        after = decision.run
+        ids = [
+            approval_id(before.id, stage.id, stage.round)
+            for place in (active.plan.waiting if after is not before else ())
+            if active.plan.stages[place].stage.approval is not None
+            and (stage := before.stages[place]).state is StageState.INPUT_REQUIRED
+            and after.stages[place].state is not StageState.INPUT_REQUIRED
+        ]
+        rows = await self._store.get("approval", ids) if ids else []
+        found = [read_question(row) for row in rows if row is not None]
+        return [each for each in found if each.state is ApprovalState.PENDING]
 
     async def _fetch_results(self, active: Active, run: Run, place: int) -> None:
         """Load the results of items that are not in memory, newest round first: a retry keeps those of earlier rounds."""
@@ -209,6 +236,7 @@ class Runs:
         actor: str = "system",
         facts: Sequence[Fact] = (),
         cold: dict[str, bytes] | None = None,
+        closing: Sequence[Question] = (),
     ) -> Advance:
         """Return the advance of a decision.
 
@@ -216,6 +244,7 @@ class Runs:
             before: the run the decision was made on.
             facts: what caused it, before its own facts.
             cold: further cold parts of the run to write.
+            closing: questions to people that are closed by it; see `closing`.
         """
         parts = dict(cold) if cold else {}
         for name, output in decision.outputs.items():
@@ -229,9 +258,27 @@ class Runs:
         submit: list[NewTask] = []
         if decision.start:
             submit = [_new_task(run, start) for start in decision.start]
-        advance = Advance(writes=[entity], facts=told, submit=submit, cancel=decision.cancel)
+        writes = [entity]
+        if closing or decision.asked:
+            for question in self._questions(active, run, decision, closing, now):
+                writes.append(write_question(question))
+                told.append(question_fact(question, actor, now))
+        advance = Advance(writes=writes, facts=told, submit=submit, cancel=decision.cancel)
         self._proposals[id(advance)] = _Proposal(advance, active, run, decision)
         return advance
+
+    def _questions(
+        self, active: Active, run: Run, decision: Decision, closing: Sequence[Question], now: int
+    ) -> list[Question]:
+        plan = active.plan
+        found = [
+            closed(each, run.stages[plan.place_of[each.stage]], decision.outputs.get(each.stage)) for each in closing
+        ]
+        for place, text in decision.asked.items():
+            asks = plan.stages[place].stage.approval
+            assert asks is not None
+            found.append(asked(run, run.stages[place], asks, text, now))
+        return found
 
     def settled(self, run_id: str, advance: Advance, ok: bool) -> Run | None:
         """Hear how the commit of an advance ended; returns the run as it is stored now, None where that is not known."""
@@ -283,21 +330,26 @@ class Runs:
             decision = Decision(run=broken(run, f"{type(error).__name__}: {error}", now))
         if decision.run is run:
             return Advance(cancel=decision.cancel)
-        return self.propose(active, run, decision, now)
+        return self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
 
 
 def _new_task(run: Run, start: Start) -> NewTask:
     stage = start.stage.stage
     # What runs after a run has failed is not held to the deadline that it may have missed.
-    due = (None if stage.run_when == "always" else run.deadline_at, run.stages[start.stage.place].deadline_at)
+    undo = stage.compensate if start.item == COMPENSATION else None
+    due = (
+        None if undo is not None or stage.run_when == "always" else run.deadline_at,
+        run.stages[start.stage.place].deadline_at,
+    )
     deadline = min((at for at in due if at is not None), default=None)
     priority = stage.priority if start.priority is None else start.priority
     combine = stage.fan_out.combine if start.item == -1 and stage.fan_out is not None else None
-    timeout, retry = (stage.timeout, stage.retry) if combine is None else (combine.timeout, combine.retry)
+    other = undo or combine
+    timeout, retry = (stage.timeout, stage.retry) if other is None else (other.timeout, other.retry)
     spec = TaskSpec(
-        type=stage.uses if combine is None else combine.uses,
+        type=stage.uses if other is None else other.uses,
         payload=msgspec.Raw(start.payload),
-        type_version=stage.version if combine is None else "*",
+        type_version=stage.version if other is None else "*",
         priority=run.priority if priority is None else priority,
         needs=stage.requires,
         labels=run.labels,

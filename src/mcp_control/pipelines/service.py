@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.kernel.changes import Query, StoredFact, Where
+from mcp_control.kernel.changes import Fact, Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Duplicate, IdempotencyMismatch, Invalid, NotFound
 from mcp_control.kernel.ids import IdSource
@@ -45,6 +45,7 @@ _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _value: Final = msgspec.json.Decoder().decode
 NOTHING_ALONG: Final = Along()
+NO_SIGNALS: Final[Mapping[str, bytes]] = {}
 NO_PARAMS: Final[Mapping[str, msgspec.Raw]] = {}
 Ask = Callable[[Plan, Run, int], Run]
 
@@ -289,33 +290,45 @@ class PipelineEngine:
         actor: Actor,
         run_id: str,
         ask: Ask,
-        kind: str,
+        kind: str | Callable[[Run], Fact],
         *,
         finished: Sequence[Finished] = (),
         insist: bool = False,
+        action: str = "runs.change",
+        signals: Mapping[str, bytes] = NO_SIGNALS,
         anew: Mapping[str, msgspec.Raw] | None = None,
     ) -> Run:
         """Change a run as asked and do what follows from it; decide again when somebody else was faster.
 
         Args:
-            kind: the fact to tell when the run changed by the asking itself.
+            kind: the fact to tell when the run changed by the asking itself, or what makes it.
+            action: what the actor must be allowed to do.
+            signals: bodies of signals that the asking adds, by id.
             anew: what is known of outputs no longer holds, and these are its parameters.
         """
         for _ in range(_TRIES):
-            active = await self._load(actor, run_id, "runs.change")
+            active = await self._load(actor, run_id, action)
             before, now = active.run, self._clock.now()
             run = ask(active.plan, before, now)
             if anew is not None:
                 active = Active(before, active.plan, Material(anew))
+            active.material.signals.update(signals)
             decision = await self._runs.decide(active, run, finished, now, insist=insist)
             if decision.run is before and not decision.cancel:
                 break
             if decision.run is before:
                 advance = Advance(cancel=decision.cancel)
             else:
-                facts = [run_fact(kind, run, actor.id, now)] if kind and run is not before else []
-                cold = None if anew is None else {"params": _encode(anew)}
-                advance = self._runs.propose(active, run, decision, now, actor=actor.id, facts=facts, cold=cold)
+                facts: builtins.list[Fact] = []
+                if kind and run is not before:
+                    facts = [run_fact(kind, run, actor.id, now) if isinstance(kind, str) else kind(run)]
+                cold = {f"signal/{name}": body for name, body in signals.items()}
+                if anew is not None:
+                    cold["params"] = _encode(anew)
+                closing = await self._runs.closing(active, before, decision)
+                advance = self._runs.propose(
+                    active, run, decision, now, actor=actor.id, facts=facts, cold=cold, closing=closing
+                )
             try:
                 await self._apply(actor, run_id, advance)
             except Duplicate:

@@ -1,7 +1,4 @@
-"""Which states of runs and stages lead to which, and from which states of a run each verb is allowed.
-
-`input_required` is entered by nothing yet, so it has no row.
-"""
+"""Which states of runs and stages lead to which, and from which states of a run each verb is allowed."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -13,17 +10,19 @@ R = RunState
 S = StageState
 
 RUN_TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
-    R.PENDING: frozenset({R.RUNNING, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
-    R.RUNNING: frozenset({R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
-    R.PAUSED: frozenset({R.RUNNING, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.PENDING: frozenset({R.RUNNING, R.INPUT_REQUIRED, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.RUNNING: frozenset({R.INPUT_REQUIRED, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.INPUT_REQUIRED: frozenset({R.RUNNING, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
+    R.PAUSED: frozenset({R.RUNNING, R.INPUT_REQUIRED, R.COMPLETED, R.FAILED, R.CANCELLED}),
     R.COMPLETED: frozenset(),
     R.FAILED: frozenset({R.RUNNING}),  # retry
     R.CANCELLED: frozenset({R.RUNNING}),  # retry
 }
 
 STAGE_TRANSITIONS: Final[Mapping[StageState, frozenset[StageState]]] = {
-    S.PENDING: frozenset({S.READY, S.RUNNING, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
-    S.READY: frozenset({S.RUNNING, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
+    S.PENDING: frozenset({S.READY, S.RUNNING, S.INPUT_REQUIRED, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
+    S.READY: frozenset({S.RUNNING, S.INPUT_REQUIRED, S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
+    S.INPUT_REQUIRED: frozenset({S.COMPLETED, S.FAILED, S.SKIPPED, S.CANCELLED}),
     S.RUNNING: frozenset({S.COMPLETED, S.FAILED, S.CANCELLED}),
     S.COMPLETED: frozenset({S.PENDING}),  # retry of a run from this stage or one before it
     S.FAILED: frozenset({S.PENDING}),
@@ -31,10 +30,13 @@ STAGE_TRANSITIONS: Final[Mapping[StageState, frozenset[StageState]]] = {
     S.CANCELLED: frozenset({S.PENDING}),
 }
 
+_OPEN: Final = frozenset({R.PENDING, R.RUNNING, R.INPUT_REQUIRED, R.PAUSED})
+
 VERBS: Final[Mapping[str, frozenset[RunState]]] = {
-    "pause": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
-    "resume": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
-    "cancel": frozenset({R.PENDING, R.RUNNING, R.PAUSED}),
+    "pause": _OPEN,
+    "resume": _OPEN,
+    "cancel": _OPEN,
+    "signal": _OPEN,
     "retry": frozenset({R.FAILED, R.CANCELLED}),
 }
 

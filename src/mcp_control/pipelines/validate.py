@@ -19,6 +19,7 @@ from mcp_control.pipelines.model import FanOut, Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
 from mcp_control.pipelines.templates import expressions_in, problems
 from mcp_control.tasks.budgets import budget_errors
+from mcp_control.pipelines.validate_inputs import FIELDS_MAX, waiting_errors
 from mcp_control.tasks.model import RetryPolicy
 from mcp_control.tasks.submission import TIMEOUT_MAX, needs_errors, retry_errors, version_errors
 
@@ -216,8 +217,8 @@ def _head(spec: PipelineSpec) -> list[FieldError]:
     return found
 
 
-def _param(name: str, param: Param) -> Iterator[FieldError]:
-    pointer = f"#/spec/params/{name[:64].replace('~', '~0').replace('/', '~1')}"
+def _param(name: str, param: Param, base: str = "#/spec/params") -> Iterator[FieldError]:
+    pointer = f"{base}/{name[:64].replace('~', '~0').replace('/', '~1')}"
     if not _PARAM_NAME.fullmatch(name):
         yield _error(
             pointer,
@@ -239,7 +240,14 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
     if not _STAGE_ID.fullmatch(stage.id):
         detail = "a stage id has letters, digits, `_` and `-`, first a letter; at most 64"
         found.append(_error(f"{pointer}/id", "invalid-character", detail))
-    found += name_errors(f"{pointer}/uses", stage.uses)
+    if stage.approval is not None or stage.wait_for is not None:
+        found += waiting_errors(stage, pointer)
+    elif not stage.uses:
+        detail = "say what the stage does: `uses`, `approval` or `wait_for`"
+        found.append(_error(f"{pointer}/uses", "missing-field", detail))
+    else:
+        found += name_errors(f"{pointer}/uses", stage.uses)
+    found += _inputs(stage, pointer, known)
     found += version_errors(f"{pointer}/version", stage.version)
     found += needs_errors(f"{pointer}/requires", stage.requires)
     if stage.priority is not None:
@@ -273,6 +281,23 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
             )
         found += text_errors(f"{pointer}/gate/message", stage.gate.message, 500)
     return found
+
+
+def _inputs(stage: Stage, pointer: str, known: _Known) -> Iterator[FieldError]:
+    """Yield what is wrong with the expressions of a stage that waits, and with what undoes a stage."""
+    if stage.approval is not None:
+        text = {"title": stage.approval.title, "message": stage.approval.message}
+        yield from _with(f"{pointer}/approval", text, _WHERE_WITH, stage, known)
+        for name, param in list(stage.approval.fields.items())[:FIELDS_MAX]:
+            yield from _param(name, param, f"{pointer}/approval/fields")
+    if stage.wait_for is not None and stage.wait_for.match is not None:
+        at = f"{pointer}/wait_for/match"
+        yield from _expression(at, stage.wait_for.match, _WHERE_WITH | {"output"}, stage, known)
+    if stage.compensate is not None:
+        at = f"{pointer}/compensate"
+        yield from name_errors(f"{at}/uses", stage.compensate.uses)
+        yield from _limits(at, stage.compensate.retry, stage.compensate.timeout)
+        yield from _with(f"{at}/with", stage.compensate.with_, _WHERE_WITH | {"output"}, stage, known)
 
 
 def _width(pointer: str, fan_out: FanOut) -> Iterator[FieldError]:
@@ -336,7 +361,10 @@ def _references(
 def _warnings(stages: list[Stage], capabilities: Collection[str]) -> Iterator[str]:
     offered = frozenset(capabilities)
     for stage in stages:
-        wanted = [stage.uses, *stage.requires.capabilities]
+        wanted = [stage.uses] if stage.uses else []
+        wanted += stage.requires.capabilities
+        if stage.compensate is not None:
+            wanted.append(stage.compensate.uses)
         if stage.fan_out is not None and stage.fan_out.combine is not None:
             wanted.append(stage.fan_out.combine.uses)
         for name in wanted:

@@ -4,8 +4,17 @@ from datetime import datetime
 
 import msgspec
 
+from mcp_control.pipelines.input_model import CompensationState
 from mcp_control.pipelines.model import PipelineSpec, RunState, StageState
 from mcp_control.tasks.budget_model import Amounts, Budget
+
+
+class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a stage waits for: the approval of this id, or a signal of this name; and until when."""
+
+    approval: str | None = None
+    signal: str | None = None
+    due_at: datetime | None = None
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -29,6 +38,18 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     started_at: datetime | None = None
     finished_at: datetime | None = None
     eta: datetime | None = None
+    waits_for: WaitView | None = None
+
+
+class CompensationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The undoing of one stage of a run that failed or was cancelled."""
+
+    stage: str
+    state: CompensationState
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    reason: str = ""
+    message: str = ""
 
 
 class RetryView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -60,6 +81,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     round: int = 0
     retries: list[RetryView] = []
     stages: list[StageView]
+    compensations: list[CompensationView] = []
     summary: dict[str, object] = {}
     labels: dict[str, str] = {}
     params: dict[str, msgspec.Raw] | None = None

@@ -104,9 +104,7 @@ def _received(draft: Draft, signal: Signal) -> bytes:
     body = draft.material.signals.get(signal.id)
     if body is None:
         raise Missing(signal=signal.name)
-    received = Received(
-        name=signal.name, body=msgspec.Raw(body), id=signal.id, by=signal.by, at=to_datetime(signal.at)
-    )
+    received = Received(name=signal.name, body=msgspec.Raw(body), id=signal.id, by=signal.by, at=to_datetime(signal.at))
     return msgspec.json.encode(received)
 
 
