@@ -37,6 +37,7 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.inputs import Inputs
+from mcp_control.pipelines.nesting import Nesting
 from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
@@ -212,6 +213,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         )
         engine = PipelineEngine(store, clock, ids, settler, catalogue, shared, Capacity(manager).free)
         settler.follower = engine
+        stack.push_async_callback(Nesting(store, clock, engine).close)
         firing = Firing(store, clock, engine, settler)
         limit = settings.limits.max_artifact_bytes
         artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)

@@ -17,6 +17,7 @@ from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
+from mcp_control.pipelines.nesting import Nesting
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.security.model import Actor
@@ -57,6 +58,7 @@ class World:
         self.catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
         self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue)
         self.settler.follower = self.engine
+        self.nesting = Nesting(self.store, self.clock, self.engine)
         self.inputs = Inputs(self.store, self.clock, self.ids, self.engine)
         self.healer = RunHealer(self.store, self.engine)
 
@@ -108,8 +110,9 @@ class World:
 
     async def settled(self) -> None:
         """Wait until the task component has done what it does in the background."""
-        while self.settler.handing._background:  # what it runs there is its own affair; that it ends is ours
-            await asyncio.gather(*self.settler.handing._background)
+        # What they run there is their own affair; that it ends is ours.
+        while under_way := [*self.settler.handing._background, *self.nesting._background]:
+            await asyncio.gather(*under_way)
 
     async def run(self, run: Run) -> Run:
         """Return the run as the engine knows it."""
@@ -137,6 +140,7 @@ async def world(folder: Path) -> AsyncIterator[World]:
     try:
         yield made
     finally:
+        await made.nesting.close()
         await made.settler.handing.close()
         await store.close()
     assert not problems

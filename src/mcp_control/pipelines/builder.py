@@ -67,6 +67,7 @@ class PipelineBuilder:
         max_running: int | None = None,
         budget: Budget | None = None,
         mode: Mode = "concurrent",
+        outputs: Mapping[str, object] | None = None,
     ) -> None:
         self._metadata = Metadata(name=name, description=description, labels=dict(labels or {}))
         self._stages: list[Stage] = []
@@ -76,6 +77,7 @@ class PipelineBuilder:
         self._max_running = max_running
         self._budget = budget
         self._mode = mode
+        self._outputs = dict(outputs or {})
 
     def param(
         self,
@@ -225,6 +227,10 @@ class PipelineBuilder:
         )
         return StageHandle(id)
 
+    def output(self, name: str, value: object) -> None:
+        """Give a value to whoever has the pipeline run, e.g. the output of a stage."""
+        self._outputs[name] = value
+
     def build(self) -> PipelineSpec:
         """Return the definition. The server validates it when it is created."""
         return PipelineSpec(
@@ -237,6 +243,7 @@ class PipelineBuilder:
                 max_running=self._max_running,
                 budget=self._budget,
                 mode=self._mode,
+                outputs=dict(self._outputs),
             ),
         )
 

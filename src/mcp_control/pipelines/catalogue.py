@@ -2,6 +2,7 @@
 
 import builtins
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from hashlib import sha256
 from typing import Final
 
@@ -10,17 +11,18 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Change, Entity, IndexValue, Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, NotFound
+from mcp_control.kernel.errors import Conflict, InvalidPipeline, NotFound
 from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
 from mcp_control.pipelines.difference import difference
+from mcp_control.pipelines.inclusion import faults
 from mcp_control.pipelines.model import Pipeline, PipelineSpec
 from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.plan_model import Difference
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline
 from mcp_control.pipelines.usage import refuse_in_use
-from mcp_control.pipelines.validate import validate
+from mcp_control.pipelines.validate import ERRORS_MAX, validate
 from mcp_control.pipelines.view_model import PipelineView
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
@@ -51,7 +53,24 @@ class Catalogue:
         """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
         allow(actor, "pipelines.create")
         offered = None if self._offered is None else self._offered(actor.tenant)
-        return await off_loop(spec, validate, spec, offered)
+        wrong = await faults(spec, partial(self._included, actor.tenant))
+        try:
+            warnings = await off_loop(spec, validate, spec, offered)
+        except InvalidPipeline as problem:
+            problem.errors = tuple([*problem.errors, *wrong][:ERRORS_MAX])
+            raise
+        if wrong:
+            raise InvalidPipeline(wrong[0].detail, errors=wrong[:ERRORS_MAX])
+        return warnings
+
+    async def _included(self, tenant: str, name: str, version: int | None) -> PipelineSpec | None:
+        if version is None:
+            found = await self._latest(tenant, name)
+        else:
+            where = [Where("name_number", "eq", scoped(tenant, name, version))]
+            rows = await self._store.find("pipeline", Query(where=where, limit=1))
+            found = self._read(rows[0]) if rows else None
+        return None if found is None or found.deleted_at is not None else found.spec
 
     async def create(self, actor: Actor, spec: PipelineSpec) -> tuple[Pipeline, bool]:
         """Accept a definition as the newest version of its name, and say whether it is new: one equal to the newest is that one.

@@ -5,7 +5,17 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.pipelines.counting import items_in, needed, numbers, open_in, outstanding, spoiled, task_id, told_by
+from mcp_control.pipelines.counting import (
+    tasks_of,
+    items_in,
+    needed,
+    numbers,
+    open_in,
+    outstanding,
+    spoiled,
+    task_id,
+    told_by,
+)
 from mcp_control.pipelines.decision import Missing
 from mcp_control.pipelines.draft import OPEN, Draft
 from mcp_control.pipelines.expressions import ExpressionError, Raw, join
@@ -152,16 +162,23 @@ def stop(draft: Draft, first: bool) -> None:
             if not left:
                 draft.close(place, StageState.FAILED if stage.reason else StageState.CANCELLED)
             elif first or cleaning:
-                draft.cancel += [task_id(draft.run.id, stage.id, item, stage.round) for item in left]
+                draft.cancel += tasks_of(draft.run.id, draft.plan.stages[place], stage, left)
 
 
 def finish(draft: Draft) -> None:
-    """End the run, all of whose stages have ended."""
+    """End the run, all of whose stages have ended. Raises Missing."""
+    outputs = draft.plan.outputs
+    if draft.run.ending is None and outputs is not None:
+        try:
+            draft.result = draft.sized(outputs.render(draft.scope()))
+        except ExpressionError as error:
+            draft.end(RunState.FAILED, "expression-error", f"outputs: {error}"[:500])
     run = draft.run
     draft.run = replace(
         run,
         state=run.ending or RunState.COMPLETED,
         ending=None,
+        has_output=draft.result is not None,
         state_at=draft.now,
         finished_at=draft.now,
         pause=None,

@@ -93,11 +93,13 @@ def retry(
     _check_changes(plan, run, anew, changed)
     for place, stage in enumerate(stages):
         if place in anew:
-            stages[place] = StageRun(id=stage.id, round=number)
+            stages[place] = StageRun(id=stage.id, round=number, since=number)
         elif place in again:
             # Its needs are completed if it has results at all, and they stay so unless they are run anew, which makes it anew too.
             fresh = bool(changed) and not changed_in(plan.stages[place], changed).isdisjoint(changed)
-            stages[place] = StageRun(id=stage.id, round=number) if fresh else _again(plan, place, stage, number)
+            stages[place] = (
+                StageRun(id=stage.id, round=number, since=number) if fresh else _again(plan, place, stage, number)
+            )
     seconds = plan.spec.spec.deadline_seconds
     now = request.at
     told = Retry(
@@ -196,8 +198,10 @@ def _again(plan: Plan, place: int, stage: StageRun, number: int) -> StageRun:
     ended = int.from_bytes(stage.ended, "little") & ~bad
     planned = plan.stages[place]
     complete = stage.total > 0 and stage.done == stage.total
-    if planned.over is None or not ended or complete or stage.has_output:
-        return StageRun(id=stage.id, round=number)
+    if stage.has_output or (planned.nested is None and (planned.over is None or not ended or complete)):
+        return StageRun(id=stage.id, round=number, since=number)
+    if planned.over is None:  # its run is retried, too
+        return StageRun(id=stage.id, round=number, since=stage.since)
     return StageRun(
         id=stage.id,
         round=number,

@@ -1,6 +1,6 @@
 """The tasks of one stage: which there are, which have ended, and what their results tell. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Final
 
@@ -48,6 +48,11 @@ def numbers(counts: Mapping[str, object] | None) -> dict[str, int]:
 def task_id(run_id: str, stage: str, item: int | None, round: int) -> str:
     """Return the id of a task of a run; the same work has the same id."""
     return derived_id("task", run_id, stage, "" if item is None else item, round)
+
+
+def child_id(run_id: str, stage: StageRun, item: int | None) -> str:
+    """Return the id of the run that is a stage of a run, or an item of it; a retry of the stage is a retry of that run."""
+    return derived_id("run", run_id, stage.id, "" if item is None else item, stage.since)
 
 
 def outstanding(planned: PlannedStage, stage: StageRun) -> list[int | None]:
@@ -104,12 +109,17 @@ def failure_of(task: Task, index: int) -> bytes:
     return msgspec.json.encode(told)
 
 
+def tasks_of(run_id: str, planned: PlannedStage, stage: StageRun, items: Iterable[int | None]) -> list[str]:
+    """Return the ids of the tasks among these items of a stage; items that are runs of their own have none."""
+    return [task_id(run_id, stage.id, item, stage.round) for item in items if planned.nested is None or item == -1]
+
+
 def waited_for(run: Run, plan: Plan, limit: int) -> list[str]:
     """Return the ids of the tasks a run waits for, at most `limit`."""
     found: list[str] = []
     for place, stage in enumerate(run.stages):
         if stage.state is StageState.RUNNING and len(found) < limit:
-            found += [task_id(run.id, stage.id, item, stage.round) for item in outstanding(plan.stages[place], stage)]
+            found += tasks_of(run.id, plan.stages[place], stage, outstanding(plan.stages[place], stage))
     for each in run.compensations:
         if each.state is CompensationState.RUNNING:
             found.append(task_id(run.id, each.stage, COMPENSATION, run.round))

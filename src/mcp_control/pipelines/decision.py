@@ -60,6 +60,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         moved: stages whose state changed, as they are now; progressed: stages that counted a task and go on.
         asked: title and message, as JSON, of what stages ask people from now on, by place.
+        result: what the run gives, when it has just completed.
         outputs: outputs of stages that ended, to be kept; results: results of fan-out items counted.
     """
 
@@ -68,6 +69,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     cancel: list[str] = []
     asked: dict[int, bytes] = {}
     outputs: dict[str, Raw] = {}
+    result: Raw | None = None
     results: dict[str, dict[int, Raw]] = {}
     moved: list[StageRun] = []
     progressed: list[StageRun] = []

@@ -36,6 +36,7 @@ class Draft:
         "outputs",
         "plan",
         "progressed",
+        "result",
         "results",
         "run",
         "stages",
@@ -57,6 +58,7 @@ class Draft:
         self.results: dict[str, dict[int, Raw]] = {}
         self.progressed: set[int] = set()
         self.ended = 0
+        self.result: Raw | None = None
         self.summary: dict[str, object] | None = None
 
     def close(self, place: int, state: StageState, reason: str | None = None, message: str | None = None) -> None:
@@ -84,11 +86,15 @@ class Draft:
         self, planned: PlannedStage, item: int | None, round: int, payload: bytes, priority: int | None = None
     ) -> Start:
         """Return a task to start. Raises ExpressionError when its payload is too large."""
+        return Start(planned, item, round, self.sized(payload), priority)
+
+    def sized(self, payload: bytes) -> bytes:
+        """Return a payload that is not too large. Raises ExpressionError."""
         if len(payload) > PAYLOAD_MAX:
             raise ExpressionError(
                 f"the payload would have {len(payload)} bytes, at most {PAYLOAD_MAX}; pass data as artifacts"
             )
-        return Start(planned, item, round, payload, priority)
+        return payload
 
     def scope(
         self,
@@ -205,6 +211,7 @@ class Draft:
             cancel=self.cancel,
             asked={at: text for at, text in self.asked.items() if stages[at].state is StageState.INPUT_REQUIRED},
             outputs=self.outputs,
+            result=self.result,
             results=self.results,
             moved=moved,
             progressed=progressed,

@@ -7,10 +7,11 @@ import msgspec
 
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
-from mcp_control.pipelines.model import Stage
+from mcp_control.pipelines.model import NESTED, Stage
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.plan_model import OneMore, RunPlan, StagePlan
 from mcp_control.pipelines.simulation import Part, Pools, Span, simulate
+from mcp_control.pipelines.validate import ITEMS_MAX
 from mcp_control.tasks.statistics import Times
 
 AGENTS_SHOWN: Final = 5
@@ -67,8 +68,8 @@ def plan_run(
         made = [
             Part(
                 group=main[place],
-                tasks=_tasks(stage, sizes),
-                seconds=seconds.get(stage.uses, 0.0),
+                tasks=_at_once(stage, sizes),
+                seconds=seconds.get(stage.uses, 0.0) * _waves(stage, sizes),
                 needs=tuple(last.get(need, need) for need in plan.stages[place].needs),
                 rank=plan.stages[place].rank,
             )
@@ -98,7 +99,8 @@ def plan_run(
     p50 = _end(spans[:count])
     p90 = _end(simulate(parts({kind: each.p90 for kind, each in history.items()}), pools, width)[:count])
     path = _critical(plan, [_alone(part, fleet.groups[part.group].slots) for part in half], combining)
-    routable = all(fleet.groups[group].slots for group in (*main, *combining.values()))
+    asked = [group for group, stage in zip(main, stages, strict=True) if _asks(stage)]
+    routable = all(fleet.groups[group].slots for group in (*asked, *combining.values()))
     wanted = {stage.uses for stage in stages} | {
         stage.fan_out.combine.uses
         for stage in stages
@@ -198,6 +200,25 @@ class _Fleet:
             for agent in group.able:
                 found.setdefault(agent.id, []).append(number)
         return found
+
+
+def _asks(stage: Stage) -> bool:
+    """Say whether a stage asks anything of agents itself: not a run of another pipeline, nor one that waits for people."""
+    return bool(stage.uses) and not stage.uses.startswith(NESTED)
+
+
+def _at_once(stage: Stage, sizes: Mapping[str, int | None]) -> int:
+    return min(_tasks(stage, sizes), _width(stage)) if _asks(stage) else 0
+
+
+def _waves(stage: Stage, sizes: Mapping[str, int | None]) -> int:
+    return -(-_tasks(stage, sizes) // _width(stage))
+
+
+def _width(stage: Stage) -> int:
+    if stage.fan_out is None:
+        return 1
+    return 1 if stage.fan_out.mode == "sequential" else stage.fan_out.width or ITEMS_MAX
 
 
 def _tasks(stage: Stage, sizes: Mapping[str, int | None]) -> int:

@@ -48,6 +48,8 @@ class RunHealer:
 
     async def _heal(self, stored: Run, now: int) -> bool:
         plan = await self._plans.load(stored.pipeline_id)
+        if plan.nested:
+            self._engine.moved(stored, plan)
         ids = waited_for(stored, plan, _HEAL_TASKS)
         ended = [
             Finished(task=task, result=entity.cold.get("result"))

@@ -118,14 +118,15 @@ def start_stage(draft: Draft, place: int) -> None:
         stage = replace(stage, deadline_at=draft.now + as_millis(seconds))
     if planned.over is None:
         made = draft.made(planned, None, stage.round, planned.payload.render(draft.scope()))
-        draft.stages[place] = replace(stage, total=1, since=stage.round)
+        draft.stages[place] = replace(stage, total=1, since=stage.since if planned.nested else stage.round)
         draft.start.append(made)
         return
     items = _elements(draft, planned)
     total = len(items) + (planned.combine is not None)
     kept = int.from_bytes(stage.ended, "little") if stage.total == total else 0
     if not kept:
-        stage = replace(stage, total=total, done=0, ended=b"", counts={}, since=stage.round)
+        since = stage.since if planned.nested and stage.total in (0, total) else stage.round
+        stage = replace(stage, total=total, done=0, ended=b"", counts={}, since=since)
     if planned.windowed:
         draft.stages[place], start = _next(draft, planned, replace(stage, begun=0), items)
     else:
@@ -204,10 +205,18 @@ def _elements(draft: Draft, planned: PlannedStage) -> list[msgspec.Raw]:
     return items
 
 
+def payload_of(draft: Draft, place: int, index: int | None) -> bytes:
+    """Return the payload of a stage that has started, or of an item of it. Raises ExpressionError, Missing."""
+    planned = draft.plan.stages[place]
+    if index is None:
+        return planned.payload.render(draft.scope())
+    return _item(draft, planned, draft.stages[place], _elements(draft, planned), index).payload
+
+
 def _item(draft: Draft, planned: PlannedStage, stage: StageRun, items: list[msgspec.Raw], index: int) -> Start:
     item = items[index]
     scope = draft.scope(item=item, index=index)
-    explicit = bool(planned.payload.roots & {"item", "index"})
+    explicit = planned.nested is not None or bool(planned.payload.roots & {"item", "index"})
     beside = None if explicit else {"item": item, "index": str(index).encode()}
     priority = None
     if planned.item_rank is not None:

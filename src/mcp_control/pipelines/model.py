@@ -14,6 +14,8 @@ from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, Origin, Request, RetryPolicy
 
 API_VERSION: Final = "mcp-control/v1"
+NESTED: Final = "pipeline:"  # `uses` begins so where a stage is a run of another pipeline
+NESTED_MAX: Final = 5
 NO_NEEDS: Final = Needs()
 
 
@@ -122,6 +124,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             stage first, then the order of the definition.
         budget: what all tasks of a run may use together.
         mode: see `Mode`; with `priority` a stage starts only when none of higher priority runs or could start.
+        outputs: what a run that completed gives, as `with` of a stage after all others would be.
     """
 
     stages: list[Stage]
@@ -131,6 +134,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     max_running: int | None = None
     budget: Budget | None = None
     mode: Mode = "concurrent"
+    outputs: Mapping[str, object] = {}
 
 
 class PipelineSpec(
@@ -259,6 +263,19 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     params: list[str] = []
 
 
+class Parent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The stage a run is part of: it is a run of another pipeline inside a run, or inside an item of its fan-out.
+
+    `round` is that of the stage, `depth` how many runs there are around this one.
+    """
+
+    run_id: str
+    stage: str
+    item: int | None = None
+    round: int = 0
+    depth: int = 1
+
+
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One execution of one version of a pipeline. Stage outputs and parameters are cold parts beside it.
 
@@ -268,6 +285,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         signals: what other programs sent it; compensations: what is being undone, or was, in the order of doing it.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
         stage_due: the next deadline of a running stage.
+        has_output: it completed, and what it gives is kept as the cold part `result`.
     """
 
     id: str
@@ -297,6 +315,8 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deadline_at: int | None = None
     stage_due: int | None = None
     window: Window | None = None
+    parent: Parent | None = None
+    has_output: bool = False
     idempotency_key: str | None = None
     digest: str = ""
     draws: list[str] = []
@@ -358,5 +378,5 @@ RUN_KIND: Final = Kind(
         Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_finished", ("finished", "id")),
     ),
-    cold=("params", "output", "signal"),
+    cold=("params", "output", "signal", "result"),
 )

@@ -8,7 +8,7 @@ from typing import Final, ParamSpec, TypeVar
 import msgspec
 
 from mcp_control.pipelines.expressions import Expression
-from mcp_control.pipelines.model import PipelineSpec, Stage
+from mcp_control.pipelines.model import NESTED, PipelineSpec, Stage
 from mcp_control.pipelines.templates import Template
 
 P = ParamSpec("P")
@@ -28,6 +28,7 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         rank: order in which stages start where there is a choice: higher priority first, then the place.
+        nested: the pipeline of which it, or each of its items, is a run.
         windowed: its items are started bit by bit; lenient: some of them may fail.
     """
 
@@ -44,6 +45,7 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
     item_rank: Expression | None = None
     match: Expression | None = None
     undo: Template | None = None
+    nested: str | None = None
     windowed: bool = False
     lenient: bool = False
 
@@ -59,6 +61,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         cleaning: places of the stages that run even when the run has failed.
         timed: some stage has a deadline.
         waiting: places of the stages that wait for an answer or a signal; undoing: of those that can be undone.
+        nested: places of the stages that are runs of other pipelines.
+        outputs: what a run gives when it has completed.
         adaptive: places of the stages of which more is under way the more room agents have.
     """
 
@@ -74,6 +78,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     waiting: tuple[int, ...] = ()
     undoing: tuple[int, ...] = ()
     adaptive: frozenset[int] = frozenset()
+    nested: tuple[int, ...] = ()
+    outputs: Template | None = None
 
     def descendants(self, place: int) -> set[int]:
         """Return the places of all stages that come after one."""
@@ -106,6 +112,9 @@ def compile_plan(spec: PipelineSpec) -> Plan:
             if part is not None:
                 read |= part.stages
     body = spec.spec
+    outputs = Template(body.outputs) if body.outputs else None
+    if outputs is not None:
+        read |= outputs.stages
     width = 1 if body.mode == "sequential" else body.max_running
     return Plan(
         spec=spec,
@@ -116,6 +125,8 @@ def compile_plan(spec: PipelineSpec) -> Plan:
         width=width,
         choosy=width is not None or body.mode != "concurrent",
         cleaning=frozenset(place for place, stage in enumerate(stages) if stage.run_when == "always"),
+        nested=tuple(each.place for each in planned if each.nested is not None),
+        outputs=outputs,
         adaptive=frozenset(
             place
             for place, stage in enumerate(stages)
@@ -153,6 +164,7 @@ def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[in
         undo=None if stage.compensate is None else Template(stage.compensate.with_),
         when=None if stage.when is None else Expression(stage.when),
         item_rank=None if fan_out is None or fan_out.rank is None else Expression(fan_out.rank),
+        nested=stage.uses.removeprefix(NESTED) if stage.uses.startswith(NESTED) else None,
         windowed=fan_out is not None and (fan_out.width is not None or fan_out.mode in ("sequential", "adaptive")),
         lenient=fan_out is not None and fan_out.at_least is not None,
     )

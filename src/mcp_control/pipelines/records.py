@@ -12,6 +12,7 @@ from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.pipelines.approvals import approval_id
 from mcp_control.pipelines.input_model import Compensation, CompensationState
+from mcp_control.pipelines.counting import child_id, items_in
 from mcp_control.pipelines.model import (
     NOT_REACHED,
     NOT_WANTED,
@@ -24,13 +25,22 @@ from mcp_control.pipelines.model import (
     StageRun,
     StageState,
 )
-from mcp_control.pipelines.plan import Plan
-from mcp_control.pipelines.view_model import CompensationView, PipelineView, RetryView, RunView, StageView, WaitView
+from mcp_control.pipelines.plan import Plan, PlannedStage
+from mcp_control.pipelines.view_model import (
+    CompensationView,
+    ParentView,
+    PipelineView,
+    RetryView,
+    RunView,
+    StageView,
+    WaitView,
+)
 
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode_run: Final = msgspec.msgpack.Decoder(Run).decode
 _decode_pipeline: Final = msgspec.msgpack.Decoder(Pipeline).decode
 _SEPARATOR: Final = "\x1f"
+_CHILDREN_SHOWN: Final = 100
 
 
 def scoped(tenant: str, *parts: str | int) -> str:
@@ -154,6 +164,15 @@ def _eta(started_at: int | None, progress: float, now: int) -> datetime | None:
     return to_datetime(now + round((now - started_at) * (1 - progress) / progress))
 
 
+def _children(run_id: str, stage: StageRun, planned: PlannedStage) -> list[str]:
+    if planned.nested is None or stage.started_at is None:
+        return []
+    if planned.over is None:
+        return [child_id(run_id, stage, None)]
+    begun = stage.begun if planned.windowed and stage.state is StageState.RUNNING else items_in(planned, stage)
+    return [child_id(run_id, stage, item) for item in range(min(begun, _CHILDREN_SHOWN))]
+
+
 def _stage_view(run_id: str, stage: StageRun, plan: Plan, place: int, now: int, inside: float) -> StageView:
     definition = plan.stages[place].stage
     progress = stage_progress(stage, inside)
@@ -183,6 +202,7 @@ def _stage_view(run_id: str, stage: StageRun, plan: Plan, place: int, now: int, 
         finished_at=_moment(stage.finished_at),
         eta=_eta(stage.started_at, progress, now) if stage.state is StageState.RUNNING else None,
         waits_for=_waits(run_id, stage, definition) if stage.state is StageState.INPUT_REQUIRED else None,
+        children=_children(run_id, stage, plan.stages[place]),
     )
 
 
@@ -202,11 +222,12 @@ def run_view(
     *,
     params: Mapping[str, bytes] | None = None,
     inside: Mapping[str, float] | None = None,
+    output: bytes | None = None,
 ) -> RunView:
     """Return a run as callers see it.
 
     Args:
-        params: its parameters, when one run is asked for.
+        params, output: its parameters and what it gave, when one run is asked for.
         inside: per stage, the sum of the progress of its running tasks.
     """
     stages = [
@@ -255,6 +276,10 @@ def run_view(
         summary=run.summary,
         labels=run.labels,
         params=None if params is None else {name: msgspec.Raw(text) for name, text in params.items()},
+        output=None if output is None else msgspec.Raw(output),
+        parent=None
+        if run.parent is None
+        else ParentView(run_id=run.parent.run_id, stage=run.parent.stage, item=run.parent.item),
         cancel_requested=run.cancel is not None,
         etag=str(run.version),
     )

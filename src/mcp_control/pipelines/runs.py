@@ -12,11 +12,13 @@ from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import NotFound, StoreUnavailable
 from mcp_control.pipelines.approvals import approval_id, asked, closed, question_fact, read_question, write_question
 from mcp_control.pipelines.control import broken
-from mcp_control.pipelines.counting import failure_of, items_in, task_id
+from mcp_control.pipelines.counting import child_id, failure_of, items_in, task_id
 from mcp_control.pipelines.decide import decide
+from mcp_control.pipelines.draft import Draft
+from mcp_control.pipelines.launching import payload_of
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.input_model import COMPENSATION, ApprovalState, Question
-from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run, StageState
+from mcp_control.pipelines.model import RunState, RUN_FINAL, Pipeline, Run, StageState
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
 from mcp_control.storage.ports import Store
@@ -158,6 +160,20 @@ class Runs:
                 await self._fetch(active, run, missing)
         raise StoreUnavailable(f"run {run.id} keeps missing what it needs")
 
+    async def payload(self, active: Active, place: int, item: int | None, now: int) -> bytes:
+        """Return the payload of a stage that has started, or of an item of it. Raises ExpressionError."""
+        for _ in range(_LOADS_MAX):
+            try:
+                return payload_of(Draft(active.plan, active.run, active.material, now), place, item)
+            except Missing as missing:
+                await self._fetch(active, active.run, missing)
+        raise StoreUnavailable(f"run {active.run.id} keeps missing what it needs")
+
+    def plan_of(self, run_id: str) -> Plan | None:
+        """Return the plan of an active run that is in memory."""
+        active = self._active.get(run_id)
+        return None if active is None else active.plan
+
     async def _fetch(self, active: Active, run: Run, missing: Missing) -> None:
         material = active.material
         if missing.results is not None:
@@ -210,6 +226,12 @@ class Runs:
         bad = int.from_bytes(stage.bad, "little")
         for number in range(stage.round, stage.since - 1, -1):
             for some in (left[at : at + _FETCHED_AT_ONCE] for at in range(0, len(left), _FETCHED_AT_ONCE)):
+                if active.plan.stages[place].nested is not None:
+                    ids = [child_id(run.id, stage, item) for item in some]
+                    for item, entity in zip(some, await self._store.get("run", ids, ("result",)), strict=True):
+                        if entity is not None:
+                            results[item] = _inner_result(read_run(entity), item, entity.cold.get("result"))
+                    continue
                 ids = [task_id(run.id, stage.id, item, number) for item in some]
                 for item, entity in zip(some, await self._store.get("task", ids, ("result",)), strict=True):
                     if entity is None:
@@ -249,6 +271,8 @@ class Runs:
         parts = dict(cold) if cold else {}
         for name, output in decision.outputs.items():
             parts[f"output/{name}"] = bytes(output)
+        if decision.result is not None:
+            parts["result"] = bytes(decision.result)
         run, entity = write_run(decision.run, parts)
         told = [*facts, *decided(before, run, decision.moved, actor, now)]
         for stage in decision.progressed:
@@ -257,7 +281,9 @@ class Runs:
                 told.append(stage_fact("stage.progressed", run, stage, actor, now))
         submit: list[NewTask] = []
         if decision.start:
-            submit = [_new_task(run, start) for start in decision.start]
+            submit = [
+                _new_task(run, start) for start in decision.start if start.stage.nested is None or start.item == -1
+            ]
         writes = [entity]
         if closing or decision.asked:
             for question in self._questions(active, run, decision, closing, now):
@@ -333,6 +359,13 @@ class Runs:
         return self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
 
 
+def _inner_result(inner: Run, item: int, output: bytes | None) -> bytes:
+    if inner.state is RunState.COMPLETED:
+        return b"null" if output is None else output
+    told = {"index": item, "state": inner.state.value, "reason": inner.reason, "message": inner.message[:500]}
+    return msgspec.json.encode(told)
+
+
 def _new_task(run: Run, start: Start) -> NewTask:
     stage = start.stage.stage
     # What runs after a run has failed is not held to the deadline that it may have missed.
@@ -358,4 +391,10 @@ def _new_task(run: Run, start: Start) -> NewTask:
         deadline=None if deadline is None else to_datetime(deadline),
     )
     links = Links(run_id=run.id, stage=stage.id, item=start.item, round=start.round, root_id=run.id)
-    return NewTask(id=task_id(run.id, stage.id, start.item, start.round), spec=spec, links=links, origin=run.origin, draws=run.draws)
+    return NewTask(
+        id=task_id(run.id, stage.id, start.item, start.round),
+        spec=spec,
+        links=links,
+        origin=run.origin,
+        draws=run.draws,
+    )

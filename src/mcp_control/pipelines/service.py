@@ -21,7 +21,7 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.listing import page
-from mcp_control.pipelines.model import RUN_FINAL, Pipeline, PipelineSpec, Run, RunRequest, RunState
+from mcp_control.pipelines.model import RUN_FINAL, Parent, Pipeline, PipelineSpec, Run, RunRequest, RunState
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
@@ -70,6 +70,7 @@ class PipelineEngine:
         self._catalogue = catalogue
         self._plans = Plans(store)
         self._runs = Runs(store, self._plans, shared=shared, free=free)
+        self.moved: Callable[[Run, Plan | None], None] = lambda _run, _plan: None
         self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
 
     # --- definitions ----------------------------------------------------------------------------------------------
@@ -127,8 +128,13 @@ class PipelineEngine:
         run_id: str,
         digest: str = "",
         along: Along = NOTHING_ALONG,
+        parent: Parent | None = None,
+        due: int | None = None,
     ) -> Run:
         """Start a run under this id, in one change with what is to be committed along with it.
+
+        Args:
+            parent: what it is part of; due: the deadline of that.
 
         Raises:
             Invalid: parameters, labels or priority; everything that is wrong.
@@ -137,7 +143,7 @@ class PipelineEngine:
         check_request(request)
         params = {name: msgspec.Raw(text) for name, text in resolve(pipeline.spec.spec.params, request.params).items()}
         now = self._clock.now()
-        run = new_run(actor, pipeline, request, origin, run_id=run_id, digest=digest, now=now)
+        run = new_run(actor, pipeline, request, origin, run_id=run_id, digest=digest, now=now, parent=parent, due=due)
         active = Active(run, await self._plans.of(pipeline), Material(params))
         decision = await self._runs.decide(active, run, (), now)
         created = [run_fact("run.created", run, actor.id, now)]
@@ -165,12 +171,15 @@ class PipelineEngine:
         return (await self._load(actor, run_id)).run
 
     async def view(self, actor: Actor, run: Run) -> RunView:
-        """Return a run as callers see it, with its parameters, and the progress of running tasks in that of their stages."""
+        """Return a run as callers see it, with its parameters, what it gave, and the progress of running tasks in that of their stages."""
         plan = await self._plans.load(run.pipeline_id)
-        params = self._runs.params_of(run.id)
+        params, output = self._runs.params_of(run.id), None
         if params is None:
-            entity = (await self._store.get("run", [run.id], ("params",)))[0]
+            entity = (await self._store.get("run", [run.id], ("params", "result") if run.has_output else ("params",)))[
+                0
+            ]
             params = {} if entity is None else _params(entity.cold.get("params", b"{}"))
+            output = None if entity is None else entity.cold.get("result")
         inside: dict[str, float] = {}
         waited = [] if run.final or run.version == 1 else waited_for(run, plan, _INSIDE_MAX)
         for row in await self._store.get("task", waited) if waited else ():
@@ -178,7 +187,7 @@ class PipelineEngine:
                 stage = task.links.stage or ""
                 inside[stage] = inside.get(stage, 0.0) + task.progress
         now = self._clock.now()
-        return await off_loop(plan.spec, run_view, run, plan, now, params=params, inside=inside)
+        return await off_loop(plan.spec, run_view, run, plan, now, params=params, inside=inside, output=output)
 
     async def wait(self, actor: Actor, run_id: str, seconds: float) -> Run:
         """Return a run when it has ended, or as it is after so many seconds, at most 60. Raises NotFound."""
@@ -340,6 +349,11 @@ class PipelineEngine:
             raise Conflict("the run changes too fast; try again")
         return await self.run(actor, run_id)
 
+    @property
+    def in_hand(self) -> Runs:
+        """The runs that are being worked on."""
+        return self._runs
+
     async def _apply(self, actor: Actor, run_id: str, advance: Advance) -> None:
         try:
             await self._tasks.apply(run_id, advance, actor.tenant, actor.id)
@@ -357,8 +371,10 @@ class PipelineEngine:
     def settled(self, run_id: str, advance: Advance, ok: bool) -> None:
         """See `Follower.settled`."""
         run = self._runs.settled(run_id, advance, ok)
-        if run is not None and run.final:
-            self._ended(run_id)
+        if run is not None:
+            if run.final:
+                self._ended(run_id)
+            self.moved(run, self._runs.plan_of(run_id))
 
     def heard(self, facts: Sequence[StoredFact]) -> None:
         """Hear that runs ended, by whatever server. Called with all facts, on the loop."""

@@ -7,7 +7,7 @@ from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.errors import FieldError, Invalid
 from mcp_control.kernel.text import label_errors, range_errors
 from mcp_control.pipelines.control import as_millis
-from mcp_control.pipelines.model import Pipeline, Run, RunRequest, RunState, StageRun
+from mcp_control.pipelines.model import Parent, Pipeline, Run, RunRequest, RunState, StageRun
 from mcp_control.security.model import Actor
 from mcp_control.tasks.budget_model import Account, Budget
 from mcp_control.tasks.budgets import budget_errors, merged, written
@@ -42,11 +42,26 @@ def budget_writes(run: Run, budget: Budget | None) -> list[Entity]:
     return [] if budget is None else [written(Account(id=run.id, tenant=run.tenant, budget=budget))]
 
 
+def earlier(one: int | None, other: int | None) -> int | None:
+    """Return the earlier of two moments, None where neither is given."""
+    return one if other is None else other if one is None else min(one, other)
+
+
 def new_run(
-    actor: Actor, pipeline: Pipeline, request: RunRequest, origin: Origin, *, run_id: str, digest: str, now: int
+    actor: Actor,
+    pipeline: Pipeline,
+    request: RunRequest,
+    origin: Origin,
+    *,
+    run_id: str,
+    digest: str,
+    now: int,
+    parent: Parent | None = None,
+    due: int | None = None,
 ) -> Run:
-    """Return the run that a checked request begins as."""
+    """Return the run that a checked request begins as; `due` is the deadline of what it is part of."""
     body = pipeline.spec.spec
+    own = None if body.deadline_seconds is None else now + as_millis(body.deadline_seconds)
     return Run(
         id=run_id,
         version=0,
@@ -61,7 +76,8 @@ def new_run(
         labels=request.labels,
         draws=[] if budget_of(pipeline, request) is None else [run_id],
         priority=body.priority if request.priority is None else request.priority,
-        deadline_at=None if body.deadline_seconds is None else now + as_millis(body.deadline_seconds),
+        deadline_at=earlier(own, due),
+        parent=parent,
         idempotency_key=request.idempotency_key,
         digest=digest,
         origin=replace(origin, principal=origin.principal or actor.id),

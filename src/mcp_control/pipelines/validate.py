@@ -15,7 +15,7 @@ from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
 from mcp_control.pipelines.definition import from_data, parse_json, parse_yaml, readable
 from mcp_control.pipelines.expressions import Expression, ExpressionError
-from mcp_control.pipelines.model import FanOut, Param, PipelineSpec, Stage
+from mcp_control.pipelines.model import NESTED, NO_NEEDS, FanOut, Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
 from mcp_control.pipelines.templates import expressions_in, problems
 from mcp_control.tasks.budgets import budget_errors
@@ -31,6 +31,7 @@ _PARAMS_MAX: Final = 200
 _STAGE_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}", re.ASCII)
 _PARAM_NAME: Final = re.compile(r"[A-Za-z]\w{0,63}", re.ASCII)
 _REASON: Final = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*", re.ASCII)
+_NUMBER: Final = re.compile(r"[1-9]\d{0,8}", re.ASCII)
 _SHARE: Final = re.compile(r"(100|\d{1,2}(\.\d{1,3})?)%", re.ASCII)
 _RESERVED: Final = frozenset({"plan", "validate"})
 _DEADLINE_MAX: Final = 366 * 86_400.0
@@ -113,6 +114,7 @@ def _faults(spec: PipelineSpec, broken: frozenset[int], sure: bool) -> tuple[lis
             break
         if index not in broken:
             found += _stage(stage, f"#/spec/stages/{index}", known)
+    found += _with("#/spec/outputs", spec.spec.outputs, _WHERE_WITH, None, known)
     return found, cycle
 
 
@@ -245,6 +247,8 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
     elif not stage.uses:
         detail = "say what the stage does: `uses`, `approval` or `wait_for`"
         found.append(_error(f"{pointer}/uses", "missing-field", detail))
+    elif stage.uses.startswith(NESTED):
+        found += _nested(pointer, stage)
     else:
         found += name_errors(f"{pointer}/uses", stage.uses)
     found += _inputs(stage, pointer, known)
@@ -317,6 +321,17 @@ def _width(pointer: str, fan_out: FanOut) -> Iterator[FieldError]:
         yield _error(f"{pointer}/at_least", "invalid-value", detail)
 
 
+def _nested(pointer: str, stage: Stage) -> Iterator[FieldError]:
+    yield from name_errors(f"{pointer}/uses", stage.uses.removeprefix(NESTED), 100)
+    if stage.version != "*" and not _NUMBER.fullmatch(stage.version):
+        yield _error(f"{pointer}/version", "invalid-value", "the version of a pipeline is a whole number, or `*`")
+    for name in ("retry", "timeout"):
+        if getattr(stage, name) is not None:
+            yield _error(f"{pointer}/{name}", "invalid-value", f"a run of another pipeline has no `{name}` of its own")
+    if stage.requires != NO_NEEDS:
+        yield _error(f"{pointer}/requires", "invalid-value", "its own stages say what they require")
+
+
 def _limits(pointer: str, retry: RetryPolicy | None, timeout: float | None) -> Iterator[FieldError]:
     if retry is not None:
         yield from retry_errors(f"{pointer}/retry", retry)
@@ -324,7 +339,9 @@ def _limits(pointer: str, retry: RetryPolicy | None, timeout: float | None) -> I
         yield from range_errors(f"{pointer}/timeout", timeout, 0.001, TIMEOUT_MAX)
 
 
-def _with(pointer: str, value: object, roots: frozenset[str], stage: Stage, known: _Known) -> Iterator[FieldError]:
+def _with(
+    pointer: str, value: object, roots: frozenset[str], stage: Stage | None, known: _Known
+) -> Iterator[FieldError]:
     for where, message in problems(value, pointer):
         yield _error(where, "expression-invalid", message)
     for where, expression in expressions_in(value, pointer):
@@ -341,7 +358,7 @@ def _expression(pointer: str, source: str, roots: frozenset[str], stage: Stage, 
 
 
 def _references(
-    pointer: str, expression: Expression, roots: frozenset[str], stage: Stage, known: _Known
+    pointer: str, expression: Expression, roots: frozenset[str], stage: Stage | None, known: _Known
 ) -> Iterator[FieldError]:
     for root in sorted(expression.roots - roots):
         yield _error(pointer, "unknown-reference", f"`{root}` has no value here")
@@ -353,7 +370,7 @@ def _references(
             continue
         if place is None:
             yield _error(pointer, "unknown-reference", f"there is no stage `{name[:64]}`")
-        elif known.ancestors and not known.ancestors[stage.id] >> place & 1:
+        elif stage is not None and known.ancestors and not known.ancestors[stage.id] >> place & 1:
             detail = f"stage `{name[:64]}` need not be completed before `{stage.id[:64]}`: add it to `needs`"
             yield _error(pointer, "unknown-reference", detail)
 
@@ -361,7 +378,7 @@ def _references(
 def _warnings(stages: list[Stage], capabilities: Collection[str]) -> Iterator[str]:
     offered = frozenset(capabilities)
     for stage in stages:
-        wanted = [stage.uses] if stage.uses else []
+        wanted = [stage.uses] if stage.uses and not stage.uses.startswith(NESTED) else []
         wanted += stage.requires.capabilities
         if stage.compensate is not None:
             wanted.append(stage.compensate.uses)

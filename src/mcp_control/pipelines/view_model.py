@@ -18,7 +18,10 @@ class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs."""
+    """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs.
+
+    `children` are the runs it consists of where it is a run of another pipeline, the first hundred.
+    """
 
     name: str
     state: StageState
@@ -39,6 +42,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finished_at: datetime | None = None
     eta: datetime | None = None
     waits_for: WaitView | None = None
+    children: list[str] = []
 
 
 class CompensationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -63,6 +67,14 @@ class RetryView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     params: list[str] = []
 
 
+class ParentView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The run and the stage that this run is part of, and the item where that is a fan-out."""
+
+    run_id: str
+    stage: str
+    item: int | None = None
+
+
 class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A run as callers see it."""
 
@@ -85,6 +97,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     summary: dict[str, object] = {}
     labels: dict[str, str] = {}
     params: dict[str, msgspec.Raw] | None = None
+    output: msgspec.Raw | None = None
+    parent: ParentView | None = None
     cancel_requested: bool = False
     budget: Budget | None = None
     usage: Amounts | None = None
