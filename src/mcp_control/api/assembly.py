@@ -4,6 +4,7 @@ import functools
 
 from mcp_control.api import (
     agents,
+    approvals,
     artifacts,
     asyncapi,
     auth,
@@ -38,6 +39,7 @@ def routes(version: str) -> tuple[Endpoint, ...]:
         *budgets.ENDPOINTS,
         *pipelines.ENDPOINTS,
         *runs.ENDPOINTS,
+        *approvals.ENDPOINTS,
         *bundles.ENDPOINTS,
         *schedules.ENDPOINTS,
         *limits.ENDPOINTS,

@@ -12,6 +12,7 @@ import typer
 from mcp_control import __version__
 from mcp_control.cli import (
     agents,
+    approvals,
     artifacts,
     backup,
     bundles,
@@ -98,6 +99,7 @@ for noun in (
     agents.app,
     pipelines.app,
     runs.app,
+    approvals.app,
     schedules.app,
     limits.app,
     artifacts.app,

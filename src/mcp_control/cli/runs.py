@@ -20,6 +20,7 @@ app = typer.Typer(
 COLUMNS = ("id", "pipeline", "pipeline_version", "state", "progress", "created_at", "finished_at", "reason")
 WIDE = ("message", "labels", "summary", "round")
 TASKS = ("id", "type", "stage", "item", "state", "attempt", "progress", "agent_id", "message")
+SIGNAL = ("id", "name", "at", "by", "stage")
 FILES = ("id", "name", "role", "size", "rows", "sha256")
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a run, or the end of one.")]
 Output = Annotated[
@@ -131,6 +132,33 @@ def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, 
     view = View.of(out, as_json, fields)
     with connect() as client:
         view.one(client.runs.handle(run_id(client, id)).cancel(reason or None), COLUMNS)
+
+
+@app.command("signal")
+def signal(
+    id: Id,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the signal.")],
+    body: Annotated[str, typer.Option("--body", metavar="JSON", help="JSON, @file, or -.", show_default=False)] = "",
+    key: Annotated[
+        str, typer.Option("--key", help="Idempotency key: the same one is the same signal.", show_default=False)
+    ] = "",
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Send a run the signal that a stage waits for, now or later."""
+    view = View.of(out, as_json, fields)
+    given = json_argument(body, "--body") if body else None
+    with connect() as client:
+        view.one(client.runs.handle(run_id(client, id)).signal(name, given, key=key or None), SIGNAL)
+
+
+@app.command("signals")
+def signals(id: Id, limit: Limit = None, as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """List the signals a run got, the first one first."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.many(client.runs.handle(run_id(client, id)).signals(), SIGNAL, limit=limit)
 
 
 @app.command("retry")

@@ -44,7 +44,7 @@ class _Text(msgspec.Struct):
 
 def approval_id(run_id: str, stage: str, round: int) -> str:
     """Return the id of the question that a stage asks in a round."""
-    return derived_id("appr", run_id, stage, "approval", round)
+    return derived_id("approval", run_id, stage, "approval", round)
 
 
 def asked(run: Run, stage: StageRun, asks: Approval, text: Raw, now: int) -> Question:

@@ -202,6 +202,13 @@ class ApprovalView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     etag: str
 
 
+class SignalRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A signal for a run: any JSON as body. Repeated with the same key it is the same signal."""
+
+    body: msgspec.Raw = msgspec.Raw(b"null")
+    idempotency_key: str | None = None
+
+
 class Received(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a waiting stage puts out when its signal has come; `expired`: it has not, and this is the default."""
 

@@ -15,6 +15,7 @@ from mcp_control.events.model import Event
 from mcp_control.kernel.paging import Page
 from mcp_control.sdk import calls
 from mcp_control.sdk.agents import Agents, AsyncAgents
+from mcp_control.sdk.approvals import Approvals, AsyncApprovals
 from mcp_control.sdk.artifacts import Artifacts, AsyncArtifacts
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
@@ -56,6 +57,7 @@ class Client:
         self.transport = Transport(profile.url, profile.token, retry=retry)
         self.tasks = Tasks(self)
         self.runs = Runs(self)
+        self.approvals = Approvals(self)
         self.pipelines = Pipelines(self)
         self.schedules = Schedules(self)
         self.limits = Limits(self)
@@ -154,6 +156,7 @@ class AsyncClient:
         self.transport = AsyncTransport(profile.url, profile.token, retry=retry)
         self.tasks = AsyncTasks(self)
         self.runs = AsyncRuns(self)
+        self.approvals = AsyncApprovals(self)
         self.pipelines = AsyncPipelines(self)
         self.schedules = AsyncSchedules(self)
         self.limits = AsyncLimits(self)

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from mcp_control.artifacts.model import ArtifactView
+from mcp_control.pipelines.input_model import SignalView
 from mcp_control.pipelines.model import RunState
 from mcp_control.pipelines.view_model import RunView
-from mcp_control.sdk import calls
+from mcp_control.sdk import approvals, calls
 from mcp_control.sdk.errors import RunFailed
 from mcp_control.sdk.usage import Added
 from mcp_control.tasks.budget_model import Amounts, Budget, BudgetEdit, BudgetView
@@ -75,6 +76,14 @@ class RunHandle:
         """Run the failed stages, or all from one stage on, once more; `params` are those that have other values from now on."""
         body = {"from_stage": from_stage, "params": params, "reason": reason}
         return self._client.do(calls.run_verb(self.id, "retry", **body))
+
+    def signal(self, name: str, body: Any = None, *, key: str | None = None) -> SignalView:
+        """Send the run a signal; repeated with the same key it is the same signal."""
+        return self._client.do(approvals.signal(self.id, name, body, key))
+
+    def signals(self) -> list[SignalView]:
+        """Read the signals the run got, the first one first."""
+        return list((self._client.do(approvals.signals(self.id))).items)
 
     def output(self, stage: str) -> Any:
         """Read the output of a stage."""
@@ -157,6 +166,14 @@ class AsyncRunHandle:
         """Run the failed stages, or all from one stage on, once more; `params` are those that have other values from now on."""
         body = {"from_stage": from_stage, "params": params, "reason": reason}
         return await self._client.do(calls.run_verb(self.id, "retry", **body))
+
+    async def signal(self, name: str, body: Any = None, *, key: str | None = None) -> SignalView:
+        """Send the run a signal; repeated with the same key it is the same signal."""
+        return await self._client.do(approvals.signal(self.id, name, body, key))
+
+    async def signals(self) -> list[SignalView]:
+        """Read the signals the run got, the first one first."""
+        return list((await self._client.do(approvals.signals(self.id))).items)
 
     async def output(self, stage: str) -> Any:
         """Read the output of a stage."""
