@@ -64,6 +64,7 @@ from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.shares import ShareManager
 from mcp_control.tasks.spending import Spending
 from mcp_control.watching import AgentWatch
 
@@ -188,7 +189,10 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         async def look_up(task_id: str) -> Task | None:
             return (await ledger.load([task_id], fresh=True))[0]
 
-        dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up)
+        point_ms = round(settings.queues.priority_seconds * 1000)
+        dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up, point_ms)
+        shares = ShareManager(store, clock, queue, dispatcher, figures)
+        await shares.start()
         point_ms = round(settings.queues.priority_seconds * 1000)
         settler = Settler(
             ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers, point_ms, history.expected
@@ -218,7 +222,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         limit = settings.limits.max_artifact_bytes
         artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)
         if shared:
-            hearing += [manager.registry.heard, tasks.heard, limiting.heard, engine.heard]
+            hearing += [manager.registry.heard, tasks.heard, limiting.heard, shares.heard, engine.heard]
 
         overload = settings.overload
         limits = Limits(
@@ -275,6 +279,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             inputs=Inputs(store, clock, ids, engine),
             scheduler=Scheduler(store, clock, ids, firing),
             limits=limiting,
+            shares=shares,
             artifacts=artifacts,
             cluster=Cluster(
                 store=base.kind,
@@ -303,7 +308,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("reconciler", 60.0, lambda _: reconciler.once()),
             ("runs", 1.0, RunHealer(store, engine).once),
             ("schedules", 0.25, ScheduleKeeper(store, clock, firing).once),
-            *retention_loops(settings.retention, store, clock, artifacts, history),
+            *retention_loops(settings.retention, store, clock, artifacts, history, shares),
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
@@ -312,6 +317,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("lanes", 0.25, look_at_lanes),
             *watch.every_server,
             ("statistics", 2.0, lambda now: history.once(now, leading=base.leading)),
+            ("shares", 1.0, lambda now: shares.once(now, leading=base.leading)),
         ]
         if shared:
             member = Member(

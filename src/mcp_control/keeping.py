@@ -12,13 +12,14 @@ from mcp_control.pipelines.timekeeping import ScheduleRetention
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import Retention
+from mcp_control.tasks.shares import ShareManager
 
 _DAY_MS: Final = 86_400_000
 Once = Callable[[int], Awaitable[object]]
 
 
 def retention_loops(
-    keep: Keep, store: Store, clock: Clock, artifacts: Artifacts, history: TaskHistory
+    keep: Keep, store: Store, clock: Clock, artifacts: Artifacts, history: TaskHistory, shares: ShareManager
 ) -> list[tuple[str, float, Once]]:
     """Return name, pace in seconds and what to do, for each kind of thing that is removed after its time."""
     runs_ms = round(keep.runs_days * _DAY_MS)
@@ -27,6 +28,7 @@ def retention_loops(
     removing: tuple[tuple[str, Once], ...] = (
         ("events-retention", events.once),
         ("statistics-retention", history.forget),
+        ("shares-retention", shares.forget),
         ("tasks-retention", lambda _: tasks.once()),
         ("runs-retention", RunRetention(store, artifacts, runs_ms).once),
         ("schedules-retention", ScheduleRetention(store, runs_ms).once),

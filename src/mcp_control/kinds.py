@@ -12,6 +12,7 @@ from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
 from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
+from mcp_control.tasks.share_model import SHARE_KIND
 from mcp_control.tasks.statistics import STATISTIC_KIND
 
 KINDS: Final = (
@@ -25,6 +26,7 @@ KINDS: Final = (
     RUN_KIND,
     APPROVAL_KIND,
     STATISTIC_KIND,
+    SHARE_KIND,
     *LIMIT_KINDS,
     *SCHEDULE_KINDS,
     *ARTIFACT_KINDS,

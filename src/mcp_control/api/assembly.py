@@ -16,6 +16,7 @@ from mcp_control.api import (
     pipelines,
     runs,
     schedules,
+    shares,
     system,
     tasks,
 )
@@ -43,6 +44,7 @@ def routes(version: str) -> tuple[Endpoint, ...]:
         *bundles.ENDPOINTS,
         *schedules.ENDPOINTS,
         *limits.ENDPOINTS,
+        *shares.ENDPOINTS,
         *artifacts.ENDPOINTS,
         *events.ENDPOINTS,
         *system.ENDPOINTS,

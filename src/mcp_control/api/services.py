@@ -32,6 +32,7 @@ from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.limit_service import LimitManager
 from mcp_control.tasks.service import TaskOrchestrator
+from mcp_control.tasks.shares import ShareManager
 from mcp_control.tasks.spending import Spending
 
 
@@ -89,6 +90,7 @@ class Services:
     inputs: Inputs
     scheduler: Scheduler
     limits: LimitManager
+    shares: ShareManager
     artifacts: Artifacts
     cluster: Cluster
     sockets: OpenSockets = field(default_factory=OpenSockets)

@@ -23,6 +23,7 @@ from mcp_control.cli import (
     profiles,
     runs,
     schedules,
+    shares,
     system,
     tasks,
 )
@@ -102,6 +103,7 @@ for noun in (
     approvals.app,
     schedules.app,
     limits.app,
+    shares.app,
     artifacts.app,
     events.app,
     system.settings_app,

@@ -28,6 +28,7 @@ INVARIANTS: Final = (
     "unhandled_exception",  # an error that is no Problem reached a door
 )
 OUTCOMES: Final = ("completed", "failed", "cancelled", "expired", "rejected", "retried", "lost")
+_SHARES_SHOWN: Final = 100
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "WEBSOCKET"})
 _FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LONG: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
@@ -53,6 +54,10 @@ class Metrics:
         self._latency = self._histogram("http_request_seconds", "time to answer a request", _FAST, ("route", "method"))
         self._shed = self._counter("shed", "calls refused to protect accepted work", ("what",))
         self._tasks = self._counter("tasks", "attempts and tasks that ended, by outcome", ("type", "outcome"))
+        self._share_tasks = self._counter(
+            "share_tasks", "tasks given to agents, by share; empty is tasks without a key", ("share",)
+        )
+        self._shares: dict[str, Counter] = {}
         self._queued = _Times("mcp_control_task_queue_seconds", "time from due to assigned", _LONG)
         self._ran = _Times("mcp_control_task_run_seconds", "time from assigned to ended", _LONG)
         self._registry.register(self._queued)
@@ -83,6 +88,16 @@ class Metrics:
     def shed(self, what: str) -> None:
         """Count a refusal by overload: `submit`, `login`, `connection`, `subscription`."""
         self._shed.labels(what if what in ("submit", "login", "connection", "subscription") else OTHER).inc()
+
+    def share_served(self, share: str) -> None:
+        """Count a task that was given to an agent, by its share: the first hundred that are served by name, the others together."""
+        child = self._shares.get(share)
+        if child is None:
+            known = len(self._shares) < _SHARES_SHOWN
+            child = self._share_tasks.labels(share if known else OTHER)
+            if known:
+                self._shares[share] = child
+        child.inc()
 
     def task_ended(self, type: str, outcome: str, count: int = 1) -> None:
         """Count ends of tasks or attempts, by outcome (one of `OUTCOMES`)."""

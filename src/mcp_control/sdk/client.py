@@ -25,6 +25,7 @@ from mcp_control.sdk.pipelines import AsyncPipelines, Pipelines
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.runs import AsyncRuns, Runs
 from mcp_control.sdk.schedules import AsyncSchedules, Schedules
+from mcp_control.sdk.shares import AsyncShares, Shares
 from mcp_control.sdk.tasks import AsyncTasks, Tasks
 from mcp_control.sdk.transport import AsyncTransport, Transport
 
@@ -61,6 +62,7 @@ class Client:
         self.pipelines = Pipelines(self)
         self.schedules = Schedules(self)
         self.limits = Limits(self)
+        self.shares = Shares(self)
         self.artifacts = Artifacts(self)
         self.agents = Agents(self)
 
@@ -160,6 +162,7 @@ class AsyncClient:
         self.pipelines = AsyncPipelines(self)
         self.schedules = AsyncSchedules(self)
         self.limits = AsyncLimits(self)
+        self.shares = AsyncShares(self)
         self.artifacts = AsyncArtifacts(self)
         self.agents = AsyncAgents(self)
 

@@ -35,15 +35,17 @@ class Share:
     Attributes:
         asked: the weight that its newest task came with.
         ordered: the weight an operator gave it; None where there is none.
+        recorded: whether the store knows of it, as far as this server knows.
     """
 
-    __slots__ = ("asked", "key", "ordered", "tenant")
+    __slots__ = ("asked", "key", "ordered", "recorded", "tenant")
 
     def __init__(self, tenant: str, key: str, ordered: float | None) -> None:
         self.tenant = tenant
         self.key = key
         self.asked = 1.0
         self.ordered = ordered
+        self.recorded = False
 
     @property
     def weight(self) -> float:
@@ -103,6 +105,15 @@ class Shares:
         share = self._shares.get((tenant, key))
         if share is not None:
             share.ordered = weight
+
+    def weight(self, tenant: str, key: str) -> float:
+        """Return the weight of a share, 1 where nothing is known of it."""
+        share = self._shares.get((tenant, key))
+        return self._ordered.get((tenant, key), 1.0) if share is None else share.weight
+
+    def unrecorded(self) -> list[Share]:
+        """Return the shares with a key of which the store does not know, as far as this server knows."""
+        return [share for share in self._shares.values() if share.key and not share.recorded]
 
     def begin(self, line: Line, now: float) -> None:
         """Hear that a line has something to be served that had nothing: it begins where the others are, so nothing can be saved up."""

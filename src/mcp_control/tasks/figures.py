@@ -21,6 +21,7 @@ _OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "t
 _HEARD: Final = frozenset({"task.queued", "task.assigned", *_OUTCOMES})
 _JUDGED: Final = frozenset({"task.completed", "task.failed", "task.retrying"})
 _REMEMBERED: Final = 50_000
+_SHARES_MAX: Final = 10_000
 
 Ran = Callable[[str, str, float, bool], None]
 """Told of an attempt that ended: tenant, type, seconds since an agent was given it, whether it completed."""
@@ -29,6 +30,7 @@ Ran = Callable[[str, str, float, bool], None]
 class _Data(msgspec.Struct, gc=False):
     type: str = ""
     attempt: int = 0
+    share: str = ""
 
 
 _decode: Final = msgspec.json.Decoder(_Data).decode
@@ -65,6 +67,8 @@ class TaskFigures:
         self._ended: set[str] = set()
         self._ended_before: set[str] = set()
         self._lanes: list[tuple[str, int, float]] = []
+        self._served: dict[tuple[str, str], int] = {}
+        self._sharing: set[str] = set()
         self.waiting = 0
 
     def heard(self, facts: Sequence[StoredFact]) -> None:
@@ -82,6 +86,8 @@ class TaskFigures:
             data = _decode(fact.data)
             if kind == "task.assigned":
                 self._assigned(fact.subject, seen, data, fact.at)
+                if data.share or fact.tenant in self._sharing:
+                    self._shared(fact.tenant, data.share)
             else:
                 self._ended_attempt(fact, seen, data)
                 if outcome := _OUTCOMES[kind]:
@@ -105,6 +111,17 @@ class TaskFigures:
             if data.attempt <= seen.attempt:
                 self._metrics.violation("fence_not_growing")
         seen.attempt, seen.at, seen.held = data.attempt, at, True
+
+    def _shared(self, tenant: str, share: str) -> None:
+        self._sharing.add(tenant)
+        if (tenant, share) in self._served or len(self._served) < _SHARES_MAX:
+            self._served[(tenant, share)] = self._served.get((tenant, share), 0) + 1
+        self._metrics.share_served(share)
+
+    def take_served(self) -> dict[tuple[str, str], int]:
+        """Return how many tasks were given out since the last call, by tenant and share; of tenants that have shares alone."""
+        served, self._served = self._served, {}
+        return served
 
     def _ended_attempt(self, fact: Fact, seen: _Seen | None, data: _Data) -> None:
         task_id, kind, at = fact.subject, fact.type, fact.at
