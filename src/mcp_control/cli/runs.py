@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcp_control.cli.connection import connect, run_id
-from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, seconds
+from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, json_argument, seconds
 from mcp_control.cli.output import View, plain, write_json
 from mcp_control.cli.report import download, ended, follow, report, results, show_report
 
