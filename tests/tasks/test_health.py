@@ -206,13 +206,35 @@ async def test_an_agent_comes_back_by_a_probe(tmp_path: Path) -> None:
         back = await watched.agent(peer)
         assert (back.health.verdict, back.health.probing, back.quarantine) == ("ok", False, None)
         await peer.until_given(4)
-        assert len(waiting) == 3
+        assert set(peer.given) >= {task.id for task in waiting}
         kinds = [stored.fact.type for stored in world.facts if stored.fact.subject == peer.actor.id]
         assert [kind for kind in kinds if kind in ("agent.probing", "agent.restored")] == [
             "agent.probing",
             "agent.probing",
             "agent.restored",
         ]
+
+
+async def test_a_probe_that_says_nothing_is_repeated(tmp_path: Path) -> None:
+    """A task that fails for its own reasons neither restores the agent nor condemns it: it gets another one."""
+    clock = FakeClock()
+    async with world_at(tmp_path, clock) as world:
+        watched = Watched(world)
+        peer = await world.agent(slots=4)
+        await _stuck(watched, clock, peer)
+        clock.advance(61)
+        await _beat(world, peer, 50)
+        await watched.look()
+        await world.submit(retry={"max_attempts": 1})
+        await world.submit()
+        given = await peer.until_given(2)
+        await peer.done(given[-1], "failed", failure=Failure(code="own-fault"))
+        assert (await watched.agent(peer)).health.probing
+        assert peer.live.free == 0
+        await watched.look()
+        given = await peer.until_given(3)
+        await peer.done(given[-1])
+        assert (await watched.agent(peer)).health.verdict == "ok"
 
 
 async def test_an_operators_quarantine_is_lifted_by_nobody_else(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ class Session:
             A long poll sets it while it waits.
         accepting: whether it may be given work at all.
         asked: how often it has asked for work, for one that polls.
-        probing: it gets one task at a time, to show that its agent is well.
+        probing: it gets one task, to show that its agent is well; and the next when that says nothing (`try_again`).
         last: it is chosen when nobody else can, as its agent is slow.
         parted: called when the session is dropped; a long poll sets it while it waits.
     """
 
     __slots__ = (
+        "_tried",
         "accepting",
         "account",
         "agent",
@@ -74,6 +75,7 @@ class Session:
         self.accepting = True
         self.asked = 0
         self.probing = False
+        self._tried = False
         self.last = False
         self.refresh(agent)
 
@@ -88,7 +90,7 @@ class Session:
         if self.allowance is not None and self.allowance < free:
             free = self.allowance
         if self.probing:
-            free = min(free, 1 - len(self.held))
+            free = min(free, 0 if self._tried else 1 - len(self.held))
         return max(0, free)
 
     @property
@@ -111,6 +113,7 @@ class Session:
     def hold(self, task_id: str, load: Load | None) -> None:
         """Count a task as held, with what it takes."""
         self.held.add(task_id)
+        self._tried = self.probing
         if load is not None:
             if self.account is None:
                 self.account = Account()
@@ -120,6 +123,11 @@ class Session:
         """Count a task as held no more; returns what it took."""
         self.held.discard(task_id)
         return None if self.account is None else self.account.give(task_id)
+
+    def try_again(self) -> bool:
+        """Let an instance on trial that has nothing any more get another task; says whether that changes anything."""
+        tried, self._tried = self._tried, self._tried and bool(self.held)
+        return tried and not self._tried
 
     def counted(self) -> set[str]:
         """Return the tasks for which something is taken."""
@@ -138,6 +146,7 @@ class Session:
         self.agent = agent
         ordered_off = agent.drain is not None or agent.quarantine is not None or agent.retired_at is not None
         self.accepting = not (ordered_off or self.leaving or self.stalled)
+        self._tried = self._tried and self.probing
         self.probing = agent.health.probing
         self.last = agent.health.verdict == "slow"
 

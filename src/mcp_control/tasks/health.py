@@ -124,6 +124,8 @@ class HealthKeeper:
             if watch is None or watch.session is not session:
                 watch = _Watch(session)
             self._watches[session.instance.id] = watch
+            if session.probing and session.try_again():
+                self._dispatcher.freed(session)
             seen, leases = await self._observe(session, watch, now)
             await self._learn(session.agent.tenant, seen.held)
             found = judge(seen, self._times.get(session.agent.tenant, {}), self._rules)
