@@ -1,5 +1,6 @@
 """The agent processes of the benchmarks: `python -m bench.agents noop|techdeck NAME SLOTS`."""
 
+import asyncio
 import sys
 import time
 from typing import Any
@@ -25,6 +26,14 @@ async def step(payload: dict[str, Any]) -> dict[str, Any]:
 async def clock(payload: Any) -> dict[str, float]:
     """Tell when the handler began, in seconds of this machine's clock."""
     return {"at": time.time()}
+
+
+@noop.task("bench.short")
+async def short(seconds: float) -> dict[str, float]:
+    """Take a little time, and tell when it began and ended, in seconds of this machine's clock."""
+    begun = time.time()
+    await asyncio.sleep(seconds)
+    return {"begun": begun, "ended": time.time()}
 
 
 def agent(kind: str, name: str, slots: int) -> Agent:

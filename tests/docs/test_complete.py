@@ -97,7 +97,7 @@ def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
 
 def test_every_event_type_is_listed() -> None:
     """Those written out in the code, and those made of a state."""
-    nouns = "agent|task|run|stage|pipeline|schedule|artifact|user|token|credential|enrolment|store"
+    nouns = "agent|task|run|stage|pipeline|schedule|limit|artifact|user|token|credential|enrolment|store"
     written = {
         name
         for folder in ("agents", "tasks", "pipelines", "artifacts", "security", "archive")
@@ -105,6 +105,7 @@ def test_every_event_type_is_listed() -> None:
     }
     finals = ("completed", "failed", "cancelled")
     made = {f"{noun}.{state}" for noun in ("task", "run", "stage") for state in finals}
+    made |= {"task.scheduled", "task.blocked", "task.queued"}
     made |= {"task.expired", "stage.skipped", *(f"agent.{state.value}" for state in AgentState)}
     listed = set(re.findall(rf"`((?:{nouns})\.[a-z_]+)`", text_of("events.md")))
     assert listed == (written | made) - {"pipeline.yaml"}

@@ -49,7 +49,7 @@ async def test_limits_hold_and_nothing_is_stuck_after_kill_9(tmp_path: Path) -> 
             await agents_online(client, ["worker"])
             limits = [{"key": "a", "concurrency": 3}, {"key": "b", "concurrency": 5}]
             specs = [
-                {"type": "it.busy", "payload": 0.02, "limits": limits, "idempotency_key": f"k{n}"} for n in range(60)
+                {"type": "it.busy", "payload": 0.02, "limits": limits, "idempotency_key": f"k{n}"} for n in range(40)
             ]
             answer = await client.post(f"{API}/tasks/batch", json={"tasks": specs})
             assert answer.status_code == 200, answer.text
