@@ -5,17 +5,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.pipelines.counting import (
-    tasks_of,
-    items_in,
-    needed,
-    numbers,
-    open_in,
-    outstanding,
-    spoiled,
-    task_id,
-    told_by,
-)
+from mcp_control.pipelines.counting import items_in, needed, numbers, open_in, outstanding, spoiled, tasks_of, told_by
 from mcp_control.pipelines.decision import Missing
 from mcp_control.pipelines.draft import OPEN, Draft
 from mcp_control.pipelines.expressions import ExpressionError, Raw, join

@@ -60,10 +60,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         choosy: what may start depends on what else runs.
         cleaning: places of the stages that run even when the run has failed.
         timed: some stage has a deadline.
-        waiting: places of the stages that wait for an answer or a signal; undoing: of those that can be undone.
         nested: places of the stages that are runs of other pipelines.
         outputs: what a run gives when it has completed.
         adaptive: places of the stages of which more is under way the more room agents have.
+        waiting: places of the stages that wait for an answer or a signal; undoing: of those that can be undone.
     """
 
     spec: PipelineSpec
@@ -75,11 +75,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     choosy: bool = False
     cleaning: frozenset[int] = frozenset()
     timed: bool = False
-    waiting: tuple[int, ...] = ()
-    undoing: tuple[int, ...] = ()
     adaptive: frozenset[int] = frozenset()
     nested: tuple[int, ...] = ()
     outputs: Template | None = None
+    waiting: tuple[int, ...] = ()
+    undoing: tuple[int, ...] = ()
 
     def descendants(self, place: int) -> set[int]:
         """Return the places of all stages that come after one."""

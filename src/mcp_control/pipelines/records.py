@@ -11,8 +11,8 @@ from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.pipelines.approvals import approval_id
-from mcp_control.pipelines.input_model import Compensation, CompensationState
 from mcp_control.pipelines.counting import child_id, items_in
+from mcp_control.pipelines.input_model import Compensation, CompensationState
 from mcp_control.pipelines.model import (
     NOT_REACHED,
     NOT_WANTED,

@@ -12,25 +12,24 @@ from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import NotFound, StoreUnavailable
 from mcp_control.pipelines.approvals import approval_id, asked, closed, question_fact, read_question, write_question
 from mcp_control.pipelines.control import broken
-from mcp_control.pipelines.counting import child_id, failure_of, items_in, task_id
+from mcp_control.pipelines.counting import task_id
 from mcp_control.pipelines.decide import decide
-from mcp_control.pipelines.draft import Draft
-from mcp_control.pipelines.launching import payload_of
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
+from mcp_control.pipelines.draft import Draft
 from mcp_control.pipelines.input_model import COMPENSATION, ApprovalState, Question
-from mcp_control.pipelines.model import RunState, RUN_FINAL, Pipeline, Run, StageState
+from mcp_control.pipelines.launching import payload_of
+from mcp_control.pipelines.loading import Loader
+from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run, StageState
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished, NewTask
-from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec, TaskState
-from mcp_control.tasks.records import read as read_task
+from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec
 
 _log = structlog.get_logger(__name__)
 _PROGRESS_EVERY_MS: Final = 250
 _KEEP_OUTPUT: Final = 256 << 10
 _KEEP_RESULTS: Final = 4 << 20
-_FETCHED_AT_ONCE: Final = 500
 _LOADS_MAX: Final = 10_000
 _DEFAULT_RETRY: Final = RetryPolicy()
 Free = Callable[[str, Plan], Mapping[str, int]]
@@ -107,6 +106,7 @@ class Runs:
         self._free = free
         self._shared = shared
         self._store = store
+        self._loader = Loader(store)
         self._plans = plans
         self._capacity = capacity
         self._active: OrderedDict[str, Active] = OrderedDict()
@@ -157,7 +157,7 @@ class Runs:
             try:
                 return decide(active.plan, run, finished, active.material, now, insist=insist)
             except Missing as missing:
-                await self._fetch(active, run, missing)
+                await self._loader.fetch(active.plan, active.material, run, missing)
         raise StoreUnavailable(f"run {run.id} keeps missing what it needs")
 
     async def payload(self, active: Active, place: int, item: int | None, now: int) -> bytes:
@@ -166,41 +166,13 @@ class Runs:
             try:
                 return payload_of(Draft(active.plan, active.run, active.material, now), place, item)
             except Missing as missing:
-                await self._fetch(active, active.run, missing)
+                await self._loader.fetch(active.plan, active.material, active.run, missing)
         raise StoreUnavailable(f"run {active.run.id} keeps missing what it needs")
 
     def plan_of(self, run_id: str) -> Plan | None:
         """Return the plan of an active run that is in memory."""
         active = self._active.get(run_id)
         return None if active is None else active.plan
-
-    async def _fetch(self, active: Active, run: Run, missing: Missing) -> None:
-        material = active.material
-        if missing.results is not None:
-            await self._fetch_results(active, run, missing.results)
-            return
-        if missing.signal is not None:
-            await self._fetch_signals(active, run, missing.signal)
-            return
-        wanted = ["params"] if missing.params else [f"output/{missing.output}"]
-        if material.params is None and not missing.params:
-            wanted.append("params")
-        entity = (await self._store.get("run", [run.id], wanted))[0]
-        cold = {} if entity is None else entity.cold
-        if "params" in wanted:
-            material.params = _params(cold.get("params", b"{}"))
-        if missing.output is not None:
-            if f"output/{missing.output}" not in cold:
-                raise LookupError(f"the output of stage {missing.output} is not stored")
-            material.outputs[missing.output] = cold[f"output/{missing.output}"]
-
-    async def _fetch_signals(self, active: Active, run: Run, name: str) -> None:
-        wanted = [each.id for each in run.signals if each.name == name and each.stage is None]
-        entity = (await self._store.get("run", [run.id], [f"signal/{each}" for each in wanted]))[0]
-        for each in wanted:
-            if entity is None or f"signal/{each}" not in entity.cold:
-                raise LookupError(f"the signal {each} is not stored")
-            active.material.signals[each] = entity.cold[f"signal/{each}"]
 
     async def closing(self, active: Active, before: Run, decision: Decision) -> list[Question]:
         """Return the questions that a decision closes, as they are stored."""
@@ -215,36 +187,6 @@ class Runs:
         rows = await self._store.get("approval", ids) if ids else []
         found = [read_question(row) for row in rows if row is not None]
         return [each for each in found if each.state is ApprovalState.PENDING]
-
-    async def _fetch_results(self, active: Active, run: Run, place: int) -> None:
-        """Load the results of items that are not in memory, newest round first: a retry keeps those of earlier rounds."""
-        stage = run.stages[place]
-        results = active.material.results.setdefault(stage.id, {})
-        ended = int.from_bytes(stage.ended, "little")  # what ends in this very decision is with its finished tasks
-        items = range(items_in(active.plan.stages[place], stage))
-        left = [item for item in items if ended >> item & 1 and item not in results]
-        bad = int.from_bytes(stage.bad, "little")
-        for number in range(stage.round, stage.since - 1, -1):
-            for some in (left[at : at + _FETCHED_AT_ONCE] for at in range(0, len(left), _FETCHED_AT_ONCE)):
-                if active.plan.stages[place].nested is not None:
-                    ids = [child_id(run.id, stage, item) for item in some]
-                    for item, entity in zip(some, await self._store.get("run", ids, ("result",)), strict=True):
-                        if entity is not None:
-                            results[item] = _inner_result(read_run(entity), item, entity.cold.get("result"))
-                    continue
-                ids = [task_id(run.id, stage.id, item, number) for item in some]
-                for item, entity in zip(some, await self._store.get("task", ids, ("result",)), strict=True):
-                    if entity is None:
-                        continue
-                    task = read_task(entity)
-                    if task.state is TaskState.COMPLETED:
-                        results[item] = entity.cold.get("result", b"null")
-                    elif bad >> item & 1 and number == stage.round:
-                        results[item] = failure_of(task, item)
-            left = [item for item in left if item not in results]
-            if not left:
-                return
-        raise LookupError(f"results of stage {stage.id} are no longer stored")
 
     # --- proposing ------------------------------------------------------------------------------------------------
 
@@ -357,13 +299,6 @@ class Runs:
         if decision.run is run:
             return Advance(cancel=decision.cancel)
         return self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
-
-
-def _inner_result(inner: Run, item: int, output: bytes | None) -> bytes:
-    if inner.state is RunState.COMPLETED:
-        return b"null" if output is None else output
-    told = {"index": item, "state": inner.state.value, "reason": inner.reason, "message": inner.message[:500]}
-    return msgspec.json.encode(told)
 
 
 def _new_task(run: Run, start: Start) -> NewTask:

@@ -18,8 +18,8 @@ from mcp_control.pipelines.expressions import Expression, ExpressionError
 from mcp_control.pipelines.model import NESTED, NO_NEEDS, FanOut, Param, PipelineSpec, Stage
 from mcp_control.pipelines.params import fits
 from mcp_control.pipelines.templates import expressions_in, problems
-from mcp_control.tasks.budgets import budget_errors
 from mcp_control.pipelines.validate_inputs import FIELDS_MAX, waiting_errors
+from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.model import RetryPolicy
 from mcp_control.tasks.submission import TIMEOUT_MAX, needs_errors, retry_errors, version_errors
 
