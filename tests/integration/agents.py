@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mcp_control import Agent, Context, SyncContext
+from mcp_control.tasks.budget_model import Spent
 
 
 class Hold(TypedDict):
@@ -52,6 +53,41 @@ async def hold(payload: Hold, ctx: Context) -> str:
 
 def _there(path: str) -> bool:
     return os.path.exists(path)
+
+
+class Burn(TypedDict):
+    """Steps that cost something: how much each, and how many; who took a step writes it down."""
+
+    tokens: int
+    steps: int
+    journal: str
+
+
+async def burn(payload: Burn, ctx: Context) -> int:
+    """Use tokens, step by step, and go on until told to stop: an agent in a loop. Each step waits until it may take the next one."""
+    for _ in range(payload["steps"]):
+        ctx.use(tokens=payload["tokens"], calls=1, money="0.002")
+        _note(payload["journal"], ctx)
+        await ctx.reserve()  # answered when what was used is counted
+    return payload["steps"]
+
+
+def burn_in_process(payload: Burn, ctx: SyncContext) -> int:
+    """Use tokens without ever asking, as a process that does not listen."""
+    for step in range(payload["steps"]):
+        ctx._sink.used(Spent(number=step + 1, tokens=payload["tokens"] * (step + 1)))
+        time.sleep(0.05)
+    return payload["steps"]
+
+
+async def careful(payload: Burn, ctx: Context) -> int:
+    """Reserve before each step and end in good order when there is no more."""
+    for step in range(payload["steps"]):
+        held = await ctx.reserve(tokens=payload["tokens"])
+        if not held:
+            return step
+        held.use(tokens=payload["tokens"])
+    return payload["steps"]
 
 
 def busy(seconds: float) -> float:
@@ -114,12 +150,15 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.echo", echo),
         ("it.hold", hold),
         ("it.busy", busy),
+        ("it.burn", burn),
+        ("it.careful", careful),
         ("it.split", split),
         ("it.make", make),
         ("it.join", join),
         ("it.final", final),
     ):
         agent.task(handler_name)(function)
+    agent.task("it.burn_in_process", executor="process")(burn_in_process)
     return agent
 
 

@@ -25,6 +25,7 @@ from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Intent, Ledger, Move
+from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Failure, Origin, Task, TaskState
 from mcp_control.tasks.records import read, task_fact
 from mcp_control.tasks.settling import Settler
@@ -134,7 +135,8 @@ async def world(folder: Path) -> AsyncIterator[World]:
     facts: list[StoredFact] = []
     store = SqliteStore(folder, fatal=problems.append)
     await store.open(
-        [TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, APPROVAL_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS], facts.extend
+        [BUDGET_KIND, TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, APPROVAL_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS],
+        facts.extend,
     )
     made = World(store, facts)
     try:

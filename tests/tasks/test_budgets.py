@@ -91,10 +91,9 @@ def test_what_is_held_and_used_never_passes_the_limit_where_everybody_asks_first
     used = number = 0
     for wanted, actual in asks:
         number += 1
-        usage, added, held = budgets.booked(
-            task, Spent(number=number, tokens=used, held={"tokens": wanted}), task.state_at
-        )
-        if not budgets.fits([budgets.charged(account, added, {})], held):
+        asked = Spent(number=number, tokens=used, ask={"tokens": wanted})
+        usage, added, held = budgets.booked(task, budgets.holding(asked), task.state_at)
+        if not budgets.fits([budgets.charged(account, added, held)], asked.ask):
             continue
         account, task = budgets.charged(account, added, held), replace(task, usage=usage)
         used += min(actual, wanted)
@@ -285,18 +284,20 @@ async def test_a_reservation_is_granted_once_and_ends_with_its_attempt(tmp_path:
         task = await world.submit(budget={"tokens": 100})
         given = await _working(world, peer, task)
 
-        async def ask(number: int, used: int, hold: int) -> bool:
-            spent = Spent(number=number, tokens=used, held={"tokens": hold})
+        async def ask(number: int, used: int, held: int, more: int) -> bool:
+            spent = Spent(number=number, tokens=used, held={"tokens": held} if held else {}, ask={"tokens": more})
             return (await world.spending.spend(peer.actor, task.id, given.lease_token, spent)).granted
 
-        assert await ask(1, 0, 60)
-        assert await ask(1, 0, 60)
-        assert not await ask(2, 0, 101)
+        assert await ask(1, 0, 0, 60)
+        assert await ask(1, 0, 0, 60), "its answer got lost"
+        assert not await ask(2, 0, 60, 41)
         assert (await world.spending.view(ADMIN, task.id)).reserved.tokens == 60
-        assert await ask(3, 50, 50)
-        assert not await ask(4, 50, 51)
+        assert await ask(3, 50, 10, 40)
+        assert not await ask(4, 60, 0, 41)
+        assert not await ask(3, 50, 10, 40), "older than what was said since"
+        assert (await world.spending.view(ADMIN, task.id)).reserved.tokens == 0
         with pytest.raises(BudgetExhausted):
-            await ask(5, 101, 0)
+            await ask(5, 101, 0, 1)
 
 
 async def test_tasks_without_a_budget_are_counted_and_never_stopped(tmp_path: Path) -> None:
@@ -332,3 +333,15 @@ def test_a_lease_is_needed_to_hold() -> None:
     assert usage.told.held == {"tokens": 5}
     _, _, held = budgets.booked(replace(task, usage=usage, lease=None, state=S.QUEUED), None, task.state_at)
     assert held == {"tokens": -5}
+
+
+async def test_a_budget_goes_with_its_task(tmp_path: Path) -> None:
+    """When a task is removed after its time, so is its budget."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent()
+        task = await world.submit(budget={"tokens": 100})
+        await peer.done(await _working(world, peer, task))
+        assert await world.store.get("budget", [task.id]) != [None]
+        world.clock.advance(31 * 86_400)  # type: ignore[attr-defined]
+        assert await world.retention.once() == 1
+        assert await world.store.get("budget", [task.id]) == [None]

@@ -55,7 +55,7 @@ async def report_usage(call: Call) -> Reply:
 
 
 _RAISED: Final = BudgetEdit(add=Amounts(tokens=1000))
-_REPORTED: Final = {"lease_token": "…", "spent": {"number": 3, "calls": 2, "tokens": 1200, "held": {"tokens": 500}}}
+_REPORTED: Final = {"lease_token": "…", "spent": {"number": 3, "calls": 2, "tokens": 1200, "ask": {"tokens": 500}}}
 
 ENDPOINTS: Final = (
     Endpoint(

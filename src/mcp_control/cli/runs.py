@@ -5,6 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcp_control.cli.budgets import (
+    Attempts,
+    Calls,
+    Depth,
+    Money,
+    OnExhausted,
+    Tokens,
+    WallSeconds,
+    edit_from,
+    show_or_edit,
+)
 from mcp_control.cli.connection import connect, run_id
 from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, json_argument, seconds
 from mcp_control.cli.output import View, plain, write_json
@@ -71,6 +82,28 @@ def tasks(id: Id, limit: Limit = None, as_json: Json = False, out: Out = None, f
     view = View.of(out, as_json, fields)
     with connect() as client:
         view.many(client.runs.handle(run_id(client, id)).tasks(), TASKS, ("reason", "created_at"), limit=limit)
+
+
+@app.command("budget")
+def budget(
+    id: Id,
+    wall_seconds: WallSeconds = "",
+    attempts: Attempts = "",
+    calls: Calls = "",
+    tokens: Tokens = "",
+    money: Money = "",
+    depth: Depth = None,
+    on_exhausted: OnExhausted = "",
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Show what all tasks of a run may use and have used; with limits, set (N) or raise (+N) them."""
+    view = View.of(out, as_json, fields)
+    limits = {"wall_seconds": wall_seconds, "attempts": attempts, "calls": calls, "tokens": tokens, "money": money}
+    edit = edit_from(limits, depth, on_exhausted)
+    with connect() as client:
+        show_or_edit(client, run_id(client, id), edit, view)
 
 
 @app.command("artifacts")

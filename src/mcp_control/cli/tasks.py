@@ -5,6 +5,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcp_control.cli.budgets import (
+    Attempts,
+    BudgetText,
+    Calls,
+    Depth,
+    Money,
+    OnExhausted,
+    Tokens,
+    WallSeconds,
+    budget_from,
+    edit_from,
+    show_or_edit,
+)
 from mcp_control.cli.connection import agent_name, connect, task_id
 from mcp_control.cli.errors import ENDED_BADLY, INTERRUPTED, OK, TIMED_OUT, CliError
 from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, Reason, Timeout, Wait, json_bytes, pairs, seconds
@@ -52,6 +65,7 @@ def submit(
     retries: Annotated[
         int | None, typer.Option("--retries", min=0, help="Attempts after the first one.", show_default=False)
     ] = None,
+    budget: BudgetText = "",
     wait: Wait = False,
     timeout: Timeout = "",
     as_json: Json = False,
@@ -71,6 +85,7 @@ def submit(
         "deadline": seconds(deadline),
         "timeout": seconds(attempt_timeout),
         "retries": retries,
+        "budget": budget_from(budget),
     }
     body = msgspec.Raw(json_bytes(payload, "--payload"))
     if agent:
@@ -181,6 +196,37 @@ def retry(
             view.one(handle.get(), SHOWN)
             return
         raise typer.Exit(_ended(handle, limit, view))
+
+
+@app.command("budget")
+def budget(
+    id: Id,
+    wall_seconds: WallSeconds = "",
+    attempts: Attempts = "",
+    calls: Calls = "",
+    tokens: Tokens = "",
+    money: Money = "",
+    depth: Depth = None,
+    on_exhausted: OnExhausted = "",
+    refuse: Annotated[
+        bool, typer.Option("--refuse", help="Say no to a task that waits for its budget: it fails.")
+    ] = False,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Show what a task may use and has used; with limits, set (N) or raise (+N) them, and what waits for them goes on."""
+    from mcp_control.sdk import calls as requests
+
+    view = View.of(out, as_json, fields)
+    limits = {"wall_seconds": wall_seconds, "attempts": attempts, "calls": calls, "tokens": tokens, "money": money}
+    edit = edit_from(limits, depth, on_exhausted)
+    with connect() as client:
+        found = task_id(client, id)
+        if refuse:
+            view.one(client.do(requests.refuse_budget(found)), SHOWN)
+        else:
+            show_or_edit(client, found, edit, view)
 
 
 @app.command("assign")

@@ -29,6 +29,7 @@ INVARIANTS: Final = (
 )
 OUTCOMES: Final = ("completed", "failed", "cancelled", "expired", "rejected", "retried", "lost")
 _SHARES_SHOWN: Final = 100
+LIMITS: Final = ("wall_seconds", "attempts", "calls", "tokens", "money_micros")
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "WEBSOCKET"})
 _FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LONG: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)
@@ -62,6 +63,10 @@ class Metrics:
         self._ran = _Times("mcp_control_task_run_seconds", "time from assigned to ended", _LONG)
         self._registry.register(self._queued)
         self._registry.register(self._ran)
+        self._budgets = {
+            what: self._counter(f"budgets_{what}", f"budgets of which {share} was used, by limit", ("limit",))
+            for what, share in (("warned", "four fifths of a limit"), ("exhausted", "a limit"))
+        }
         self._lag = self._histogram("event_loop_lag_seconds", "how late the event loop is", _LAG, ())
         self._logins = self._counter("logins", "logins, by outcome", ("outcome",))
         self._violations = self._counter("invariant_violations", "broken promises; each must stay 0", ("name",))
@@ -114,6 +119,10 @@ class Metrics:
     def task_ran(self, type: str, seconds: float) -> None:
         """Note how long an attempt took."""
         self._ran.observe(type if type in self._types else OTHER, seconds)
+
+    def budget(self, what: str, limit: str) -> None:
+        """Count a budget that was `warned` or `exhausted`, by limit (one of `LIMITS`)."""
+        self._budgets[what].labels(limit if limit in LIMITS else OTHER).inc()
 
     def login(self, outcome: str) -> None:
         """Count a login: `accepted`, `refused` or `throttled`."""

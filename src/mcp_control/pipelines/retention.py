@@ -11,6 +11,7 @@ from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.records import read_pipeline, read_run
 from mcp_control.security.model import SYSTEM
 from mcp_control.storage.ports import Store
+from mcp_control.tasks.budget_model import BUDGET_KIND
 
 _BATCH: Final = 100
 _APPROVALS: Final = 10_000  # more than a run asks
@@ -41,7 +42,9 @@ class RunRetention:
             await self._artifacts.delete_of_run(replace(SYSTEM, tenant=read_run(row).tenant), row.id)
             query = Query(where=[Where("run", "eq", row.id)], limit=_APPROVALS)
             keys = [Key(APPROVAL_KIND.name, each.id) for each in await self._store.find(APPROVAL_KIND.name, query)]
-            (problem,) = await self._store.commit([Change((), [*keys, Key("run", row.id, row.version)])])
+            (problem,) = await self._store.commit(
+                [Change((), [*keys, Key(BUDGET_KIND.name, row.id), Key("run", row.id, row.version)])]
+            )
             removed += problem is None
         return removed
 

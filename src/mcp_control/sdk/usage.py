@@ -83,18 +83,19 @@ class Meter:
             if self._pending:
                 self._untold = True  # the server takes the newest number for the truth, and one is on its way
                 return
-            told = self._spent({})
+            told = self._spent()
         self._tell(told)
 
-    def _spent(self, more: dict[Measure, int]) -> Spent:
+    def _spent(self, ask: dict[Measure, int] | None = None) -> Spent:
         self._number += 1
-        held = {name: total for name in self._used if (total := self._held.get(name, 0) + more.get(name, 0)) > 0}
+        held = {name: total for name, total in self._held.items() if total > 0}
         return Spent(
             number=self._number,
             calls=self._used["calls"],
             tokens=self._used["tokens"],
             money_micros=self._used["money_micros"],
             held=held,
+            ask=ask or {},
         )
 
     def ask(self, amounts: dict[Measure, int]) -> "calls.Request[SpendAnswer]":
@@ -114,7 +115,7 @@ class Meter:
                 for name, more in amounts.items():
                     self._held[name] = self._held.get(name, 0) + more
             untold, self._untold = self._untold or answer is None, False
-            told = self._spent({}) if untold else None
+            told = self._spent() if untold else None
         if told is not None:
             self._tell(told)
         return granted

@@ -7,6 +7,7 @@ import msgspec
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
 
+Reported = Literal["calls", "tokens", "money_micros"]
 OnExhausted = Literal["stop", "pause", "ask"]
 MEASURES: Final = ("wall_ms", "attempts", "calls", "tokens", "money_micros")
 """What is counted: milliseconds of attempts added up, attempts given out, and what agents tell of calls, tokens and money."""
@@ -51,14 +52,16 @@ class Spent(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_
 
     Attributes:
         number: raised with every telling of an attempt; of what is held, the highest number counts.
-        held: what it has reserved beyond what it has used (calls, tokens, money_micros).
+        held: what it has reserved beyond what it has used.
+        ask: what it wants to reserve beyond that.
     """
 
     number: int = 0
     calls: int = 0
     tokens: int = 0
     money_micros: int = 0
-    held: dict[Literal["calls", "tokens", "money_micros"], int] = {}
+    held: dict[Reported, int] = {}
+    ask: dict[Reported, int] = {}
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

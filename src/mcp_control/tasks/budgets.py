@@ -24,6 +24,7 @@ from mcp_control.tasks.budget_model import (
     BudgetView,
     Ceiling,
     Over,
+    Reported,
     Spent,
     Usage,
 )
@@ -130,11 +131,7 @@ def booked(
         latest = Spent(number=max(known.number, told.number), held=told.held if newer else known.held, **highest)
     if over or task.lease is None:
         latest = replace(latest, held={})
-    held = {
-        name: change
-        for name in REPORTED
-        if (change := latest.held.get(name, 0) - usage.told.held.get(name, 0))  # type: ignore[call-overload]  # a measure
-    }
+    held = {name: change for name in REPORTED if (change := latest.held.get(name, 0) - usage.told.held.get(name, 0))}
     added = {name: more for name, more in added.items() if more}
     return Usage(total=_plus(usage.total, added), attempt=task.attempt, told=latest, at=now), added, held
 
@@ -189,14 +186,28 @@ def _first(accounts: Iterable[Account], beyond: int) -> Over | None:
     return None
 
 
-def fits(accounts: Iterable[Account], held: Counts) -> bool:
-    """Say whether all of this may be held of all these budgets, in addition to what is used and held."""
+def holding(told: Spent) -> Spent:
+    """Return what an agent says as if it had what it asks for."""
+    held = {name: total for name in REPORTED if (total := told.held.get(name, 0) + told.ask.get(name, 0))}
+    return replace(told, held=held, ask={})
+
+
+def fits(accounts: Iterable[Account], asked: Mapping[Reported, int]) -> bool:
+    """Say whether what is used and held is within the limits of everything that was asked for."""
+    names = [name for name, more in asked.items() if more > 0]
     return all(
-        account.spent.get(name, 0) + account.held.get(name, 0) + more <= allowed
+        account.spent.get(name, 0) + account.held.get(name, 0) <= allowed
         for account in accounts
         for name, allowed in limits(account.budget).items()
-        if (more := held.get(name, 0)) > 0
+        if name in names
     )
+
+
+def granted(before: Usage | None, after: Usage, attempt: int, told: Spent) -> bool:
+    """Say whether an attempt now holds what it asked for; an answer that got lost is given again."""
+    if before is not None and before.attempt == attempt and before.told.number > told.number:
+        return False  # it has said something newer, which did not count on this
+    return after.told.held == holding(told).held
 
 
 def too_deep(accounts: Iterable[Account], depth: int) -> Over | None:

@@ -143,16 +143,13 @@ class Charging:
             step.outcome = budgets.used_up(budgets.charged(accounts[owner], added, held) for owner in drawn)
             if step.outcome is not None:
                 return None, []
-        usage, added, held = budgets.booked(task, told, now, over=step.over)
-        more = {name: change for name, change in held.items() if change > 0}
-        if told is not None and more:
-            charged = [budgets.charged(accounts[owner], added, {}) for owner in drawn]
-            if not budgets.fits(charged, more):
-                known = usage.told if task.usage is None or task.usage.attempt != task.attempt else task.usage.told
-                kept = {} if task.usage is None or task.usage.attempt != task.attempt else known.held
-                usage, added, held = budgets.booked(task, replace(told, held=kept), now, over=step.over)
-        if told is not None:
-            step.granted = usage.told.number == told.number and usage.told.held == told.held
+        said = told if told is None else budgets.holding(told)
+        usage, added, held = budgets.booked(task, said, now, over=step.over)
+        if told is not None and told.ask:
+            after = [budgets.charged(accounts[owner], added, held) for owner in drawn]
+            if not budgets.fits(after, told.ask):
+                usage, added, held = budgets.booked(task, replace(told, ask={}), now, over=step.over)
+            step.granted = budgets.granted(task.usage, usage, task.attempt, told)
         facts: list[Fact] = []
         for owner in drawn:
             account = budgets.charged(accounts[owner], added, held)

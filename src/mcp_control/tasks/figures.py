@@ -18,7 +18,8 @@ from mcp_control.tasks.ranking import ORDER_SHIFT
 
 _FINAL: Final = {f"task.{word}": word for word in ("completed", "failed", "cancelled", "expired", "rejected")}
 _OUTCOMES: Final = _FINAL | {"task.retrying": "retried", "task.lost": "lost", "task.released": ""}
-_HEARD: Final = frozenset({"task.queued", "task.assigned", *_OUTCOMES})
+_BUDGETS: Final = {"task.budget_warned": "warned", "task.budget_exhausted": "exhausted"}
+_HEARD: Final = frozenset({"task.queued", "task.assigned", *_OUTCOMES, *_BUDGETS})
 _JUDGED: Final = frozenset({"task.completed", "task.failed", "task.retrying"})
 _REMEMBERED: Final = 50_000
 _SHARES_MAX: Final = 10_000
@@ -29,6 +30,7 @@ Ran = Callable[[str, str, float, bool], None]
 
 class _Data(msgspec.Struct, gc=False):
     type: str = ""
+    limit: str = ""
     attempt: int = 0
     share: str = ""
 
@@ -88,6 +90,8 @@ class TaskFigures:
                 self._assigned(fact.subject, seen, data, fact.at)
                 if data.share or fact.tenant in self._sharing:
                     self._shared(fact.tenant, data.share)
+            elif kind in _BUDGETS:
+                self._metrics.budget(_BUDGETS[kind], data.limit)
             else:
                 self._ended_attempt(fact, seen, data)
                 if outcome := _OUTCOMES[kind]:

@@ -12,6 +12,7 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.dispatcher import Dispatcher, queued
 from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
@@ -214,7 +215,7 @@ class Reconciler:
 
 
 class Retention:
-    """Removes finished tasks and their logs after their time, a bounded batch at once."""
+    """Removes finished tasks, their logs and their budgets after their time, a bounded batch at once."""
 
     def __init__(self, store: Store, clock: Clock, keep_ms: int) -> None:
         self._store = store
@@ -232,7 +233,7 @@ class Retention:
             while len(found := await self._store.find("log", logs)) == _LOGS:
                 # More chunks than one change should delete: the task goes with the last of them.
                 await self._store.commit([Change(deletes=[Key("log", log.id) for log in found])])
-            await self._store.commit(
-                [Change(deletes=[Key("task", task.id, task.version), *(Key("log", log.id) for log in found)])]
-            )
+            own = [Key(BUDGET_KIND.name, task.id)] if task.id in read(task).draws else []
+            logged = [Key("log", log.id) for log in found]
+            await self._store.commit([Change(deletes=[Key("task", task.id, task.version), *logged, *own])])
         return len(old)
