@@ -24,9 +24,9 @@ def undone(draft: Draft) -> bool:
         if each.state is CompensationState.PENDING:
             todo[at] = each = _started(draft, each)
         if each.state is CompensationState.RUNNING:
-            draft.run = replace(draft.run, compensations=todo)
+            _note(draft, todo)
             return False
-    draft.run = replace(draft.run, compensations=todo)
+    _note(draft, todo)
     _tell(draft)
     return True
 
@@ -54,6 +54,11 @@ def _all(draft: Draft) -> list[Compensation]:
     done = [place for place in draft.plan.undoing if draft.stages[place].state is StageState.COMPLETED]
     done.sort(key=lambda place: (draft.stages[place].finished_at or 0, rank[place]), reverse=True)
     return [Compensation(stage=draft.stages[place].id) for place in done]
+
+
+def _note(draft: Draft, todo: list[Compensation]) -> None:
+    if todo != draft.run.compensations:  # deciding again on the same changes nothing
+        draft.run = replace(draft.run, compensations=todo)
 
 
 def _started(draft: Draft, each: Compensation) -> Compensation:
