@@ -236,6 +236,6 @@ APPROVAL_KIND: Final = Kind(
     indexes=(
         Index("approval_state", ("state", "asked", "id")),
         Index("approval_tenant", ("tenant", "asked", "id")),
-        Index("approval_run", ("run", "id")),
+        Index("approval_run", ("run", "asked", "id")),
     ),
 )

@@ -63,18 +63,21 @@ class Inputs:
         allow(actor, "approvals.list")
         if mine:
             state = ApprovalState.PENDING
-        where = [
-            Where("tenant", "eq", actor.tenant) if state is None else Where("state", "eq", scoped(actor.tenant, state))
-        ]
         if run is not None:
-            where.append(Where("run", "eq", run))
+            where = Where("run", "eq", run)  # it has few questions; two conditions have no index
+        elif state is not None:
+            where = Where("state", "eq", scoped(actor.tenant, state))
+        else:
+            where = Where("tenant", "eq", actor.tenant)
         after = None if cursor is None else decode_cursor("approvals", cursor, 2)
         items: builtins.list[Question] = []
         for _ in range(_PAGES):
-            query = Query(where=where, order="asked", descending=True, after=after, limit=limit + 1)
+            query = Query(where=[where], order="asked", descending=True, after=after, limit=limit + 1)
             rows = await self._store.find(APPROVAL_KIND.name, query)
             for row in rows:
                 question = read_question(row)
+                if question.tenant != actor.tenant or (state is not None and question.state is not state):
+                    continue
                 if mine and not may_answer(question, actor):
                     continue
                 if len(items) == limit:
