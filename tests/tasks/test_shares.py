@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mcp_control.kernel.clock import to_datetime
 from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.model import Fairness, Origin, TaskSpec
 from mcp_control.tasks.service import Submitted
@@ -95,3 +96,42 @@ async def test_weights_that_an_operator_orders_count_at_once(tmp_path: Path) -> 
         world.dispatcher.shares.order("default", "a", 4.0)
         after = (await _served(peer, 70))[22:]
         assert sum(task_id in first for task_id in after) >= 36
+
+
+# --- explained ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_explanation_names_who_holds_the_slots_and_when_it_may_begin(tmp_path: Path) -> None:
+    """All agents full: the tasks that hold their slots, since when, and the moment at which what is ahead is done."""
+    async with world_at(tmp_path) as world:
+        for _ in range(10):
+            world.history.ran("default", "echo", 10.0, True)
+        await world.history.once(world.clock.now())
+        peer = await world.agent(slots=2)
+        held = [(await world.submit()).id for _ in range(2)]
+        taken_at = world.clock.now()
+        world.clock.advance(4)  # type: ignore[attr-defined]  # the world of tests has a fake clock
+        waiting = [(await world.submit()).id for _ in range(3)]
+        told = await world.tasks.explain(ADMIN, waiting[2])
+        assert (told.code, sorted(told.held_by), told.ahead) == ("agents-full", sorted(held), 2)
+        assert told.since == to_datetime(taken_at + 4000)  # when it began to wait: the slots were full before
+        assert told.expected_start is not None
+        expected = (told.expected_start - to_datetime(taken_at)).total_seconds()
+        assert abs(expected - 20) <= 2  # the statistics are right within 5 %
+        assert len(peer.given) == 2
+
+
+async def test_an_explanation_counts_what_other_lanes_and_shares_have_before(tmp_path: Path) -> None:
+    """A task is told the turns of other lanes of its agents: those of its share by rank, those of another by weight."""
+    async with world_at(tmp_path) as world:
+        await world.agent("worker", "echo", "sum", slots=1)
+        await world.submit()
+        await _submit(world, 3, TaskSpec(type="sum"))
+        last = await world.submit()
+        told = await world.tasks.explain(ADMIN, last.id)
+        assert (told.code, told.ahead) == ("agents-full", 0)
+        await _submit(world, 50, _spec("other", 2.0))
+        found = await world.tasks._explainer._elsewhere(
+            last, 0, [(agent.id, agent.spec) for agent in world.manager.registry.registered("default")]
+        )
+        assert sorted(found) == [("echo", 8), ("sum", 3)]

@@ -79,6 +79,11 @@ class StoreQueue:
         counts = [await self._store.count(self._kind, where, _COUNTED) for where in (before, beside)]
         return min(sum(counts), _COUNTED)
 
+    async def before(self, lane: str, rank: int) -> int:
+        """See `Queue.before`; counts up to 1000."""
+        where = [Where(self._field, "ge", lane + LANE_END), Where(self._field, "lt", waiting_value(lane, rank))]
+        return await self._store.count(self._kind, where, _COUNTED)
+
     async def depths(self) -> list[Depth]:
         """See `Queue.depths`. Counts up to 1000 in each lane."""
         found: list[Depth] = []

@@ -132,6 +132,10 @@ class Queue(Protocol):
         """Return how many entries come before this one, None when it is not there. For people, so it may cost a scan."""
         ...
 
+    async def before(self, lane: str, rank: int) -> int:
+        """Return how many entries of a lane have a lower rank. For people, so it may cost a scan and end at 1000."""
+        ...
+
     async def depths(self) -> list[Depth]:
         """Return the lanes that are not empty."""
         ...

@@ -13,15 +13,16 @@ from mcp_control.tasks.view_model import Explanation
 
 
 class Room(msgspec.Struct, frozen=True):
-    """What an instance of an agent has left, the tasks that hold the rest, and when the last of them began to."""
+    """What an instance of an agent has left, the tasks that hold the rest, when the last of them began to, and their types and times."""
 
     left: Load
     holders: Sequence[str]
     since: int
+    running: Sequence[tuple[str, int]] = ()
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """What the scheduler sees of an agent. `rooms` is there for tasks that take more than a slot."""
+    """What the scheduler sees of an agent, and of its instances where somebody asked."""
 
     id: str
     spec: AgentSpec
@@ -31,8 +32,13 @@ class Seen(msgspec.Struct, frozen=True):
     rooms: Sequence[Room] = ()
 
 
-def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation:
-    """Return the first reason why the task is not running, or what it is doing."""
+def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None, elsewhere: int = 0) -> Explanation:
+    """Return the first reason why the task is not running, or what it is doing.
+
+    Args:
+        ahead: tasks before it in its lane.
+        elsewhere: tasks of other lanes that have their turn before it with the same agents.
+    """
     if task.final:
         return _because(
             task,
@@ -59,10 +65,10 @@ def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         return _because(task, task.reason, task.message, task.state_at)
     if task.state is not TaskState.QUEUED:
         return _because(task, task.state.value.replace("_", "-"), task.message or "it waits", task.state_at)
-    return _queued(task, demand, agents, ahead)
+    return _queued(task, demand, agents, ahead, elsewhere)
 
 
-def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None) -> Explanation:
+def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None, elsewhere: int) -> Explanation:
     reasons = {agent.id: misfit(agent.id, agent.spec, demand) for agent in agents}
     fit = [agent for agent in agents if reasons[agent.id] is None]
     if not fit:
@@ -79,9 +85,15 @@ def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         return found
     if not any(agent.free for agent in there):
         message = f"all {len(there)} agents that can take it are full"
-        return _because(task, "agents-full", message, task.state_at, [agent.id for agent in there[:10]], ahead)
-    if ahead:
-        return _because(task, "waiting-turn", f"{ahead} tasks are before it in its lane", task.state_at, [], ahead)
+        rooms = [room for agent in there for room in agent.rooms]
+        holders = [holder for room in rooms for holder in room.holders] or [agent.id for agent in there]
+        since = max([task.state_at, *(room.since for room in rooms)])
+        return _because(task, "agents-full", message, since, holders[:10], ahead)
+    if ahead or elsewhere:
+        parts = [f"{ahead} tasks are before it in its lane"] if ahead else []
+        if elsewhere:
+            parts.append(f"{elsewhere} tasks of other lanes have their turn with its agents first")
+        return _because(task, "waiting-turn", "; ".join(parts), task.state_at, [], ahead)
     return _because(task, "next", "it is next; an agent is about to get it", task.state_at, [], ahead)
 
 

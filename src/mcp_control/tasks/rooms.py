@@ -29,12 +29,15 @@ async def _room(store: Store, instance_id: str, spec: AgentSpec) -> Room:
     held = Query(where=[Where("holder", "eq", instance_id)], limit=_TASKS)
     account = Account()
     holders: list[str] = []
+    running: list[tuple[str, int]] = []
     since = slots = 0
     for task in map(read, await store.find("task", held)):
         slots += task.needs.slots
         holders.append(task.id)
         if (load := load_of(task.needs.slots, task.needs.resources)) is not None:
             account.take(task.id, load)
-        since = max(since, 0 if task.lease is None else task.lease.since)
+        if task.lease is not None:
+            since = max(since, task.lease.since)
+            running.append((task.type, task.lease.since))
     left = account.left(capacity(spec.slots, spec.resources))
-    return Room(Load(spec.slots - slots, left.cpu, left.memory_mb, left.gpu), holders, since)
+    return Room(Load(spec.slots - slots, left.cpu, left.memory_mb, left.gpu), holders, since, running)

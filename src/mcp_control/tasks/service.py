@@ -8,7 +8,6 @@ from typing import Final
 import msgspec
 
 from mcp_control.agents.matching import misfit
-from mcp_control.agents.reserving import load_of
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
@@ -26,17 +25,17 @@ from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.explain import Room, Seen, explain
+from mcp_control.tasks.explain import explain
+from mcp_control.tasks.explaining import Explainer
 from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.history import TaskHistory
-from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.keyed import KeyedSubmission, is_keyed
+from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.records import read, read_log, view
 from mcp_control.tasks.settling import Settler
-from mcp_control.tasks.rooms import rooms_of
 from mcp_control.tasks.spending import NO_LINEAGE, Spending
 from mcp_control.tasks.submission import check, digest_of, priority_number, share_of
 from mcp_control.tasks.view_model import Explanation, TaskView
@@ -70,7 +69,6 @@ class TaskOrchestrator:
         spending: Spending,
     ) -> None:
         self._store = store
-        self._queue = queue
         self._clock = clock
         self._ids = ids
         self._manager = manager
@@ -79,6 +77,7 @@ class TaskOrchestrator:
         self._dispatcher = dispatcher
         self._spending = spending
         self._history = history
+        self._explainer = Explainer(store, queue, clock, manager, dispatcher, history)
         self._waiters = Waiters()
         self.keyed: KeyedSubmission | None = None
         ledger.finished.append(self._waiters.ended)
@@ -249,14 +248,9 @@ class TaskOrchestrator:
         """Return the first reason why a task is not running."""
         allow(actor, "tasks.explain", task_id)
         task = await self.one(actor, task_id)
-        await self._manager.look()
-        agents = [
-            Seen(shown.id, agent.spec, shown.state, shown.free_slots, agent.state_at, rooms.get(shown.id, ()))
-            for agent in self._manager.registry.registered(actor.tenant)
-            for shown in (self._manager.view(agent),)
-        ]
-        ahead = await self._queue.ahead(task.lane, task.id) if task.state is TaskState.QUEUED else None
-        found = explain(task, demand, agents, ahead)
+        if task.waits:
+            return await self._explainer.explain(task)
+        found = explain(task, demand_of(task), [], None)
         if task.state is not TaskState.BLOCKED or self.keyed is None:
             return found
         holders, since, at = await self.keyed.limits.holding(task)
@@ -274,11 +268,6 @@ class TaskOrchestrator:
         chunks: builtins.list[LogChunk] = []
         lines = 0
         # A chunk that begins before `after` may reach beyond it, so the one before counts too.
-        demand = demand_of(task)
-        rooms: dict[str, builtins.list[Room]] = {}
-        if load_of(demand.slots, demand.resources) is not None:
-            known = self._manager.registry.known(actor.tenant)
-            rooms = await rooms_of(self._store, [each for each in known if misfit(*each, demand) is None])
         before = Query(
             where=[Where("task", "eq", task_id), Where("first", "le", after)], order="first", descending=True, limit=1
         )

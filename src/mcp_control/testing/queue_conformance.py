@@ -76,6 +76,8 @@ async def _against_model(queue_factory: QueueFactory, steps: list[tuple[object, 
         line = sorted((entry for entry in model.values() if entry.lane == lane), key=_rank)
         assert [await queue.ahead(lane, entry.id) for entry in line] == [*range(len(line))]
         assert await queue.ahead(lane, "absent") is None
+        for rank in (0, 5, RANK_MAX):
+            assert await queue.before(lane, rank) == sum(entry.rank < rank for entry in line)
 
 
 def _depths(model: dict[tuple[str, str], Queued]) -> list[Depth]:

@@ -94,6 +94,11 @@ class LocalQueue:
         found = self._lanes.get(lane)
         return None if found is None else found.ahead(id)
 
+    async def before(self, lane: str, rank: int) -> int:
+        """See `Queue.before`."""
+        found = self._lanes.get(lane)
+        return 0 if found is None else sum(1 for each, _ in found.live.values() if each < rank)
+
     async def depths(self) -> list[Depth]:
         """See `Queue.depths`."""
         return [lane.depth(name) for name, lane in self._lanes.items()]

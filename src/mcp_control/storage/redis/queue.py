@@ -75,6 +75,11 @@ class RedisQueue:
         answer: int | None = await self._client.execute_command("ZRANK", self._line(lane), id)
         return answer
 
+    async def before(self, lane: str, rank: int) -> int:
+        """See `Queue.before`. Does not scan."""
+        answer: int = await self._client.execute_command("ZCOUNT", self._line(lane), "-inf", f"({rank}")
+        return answer
+
     async def depths(self) -> list[Depth]:
         """See `Queue.depths`. The cost is that of the lanes, whatever waits in them."""
         return await self.depths_of(await self.lanes())

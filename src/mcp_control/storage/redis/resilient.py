@@ -111,6 +111,15 @@ class ResilientQueue:
                 pass
         return await self._store.ahead(lane, id)
 
+    async def before(self, lane: str, rank: int) -> int:
+        """See `Queue.before`."""
+        if await self._trusted(_TRUSTED_SECONDS):
+            try:
+                return await self._link.call(lambda: self._redis.before(lane, rank))
+            except RedisTrouble:
+                pass
+        return await self._store.before(lane, rank)
+
     async def depths(self) -> list[Depth]:
         """See `Queue.depths`."""
         if await self._trusted(_TRUSTED_SECONDS):
