@@ -1,7 +1,6 @@
 """The composition root: settings to adapters to services to the ASGI application, started and stopped in order."""
 
 import asyncio
-import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,7 +28,7 @@ from mcp_control.kernel.loops import every
 from mcp_control.kinds import KINDS as KINDS
 from mcp_control.member import Member, led
 from mcp_control.monitoring.health import Health
-from mcp_control.monitoring.loop_lag import LoopLag
+from mcp_control.monitoring.loop_lag import LoopLag, spare_collections
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.capacity import Capacity
@@ -66,7 +65,7 @@ from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.shares import ShareManager
 from mcp_control.tasks.spending import Spending
-from mcp_control.watching import AgentWatch
+from mcp_control.watching import AgentWatch, chooser_for
 
 _log = structlog.get_logger(__name__)
 
@@ -190,7 +189,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             return (await ledger.load([task_id], fresh=True))[0]
 
         point_ms = round(settings.queues.priority_seconds * 1000)
-        dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up, point_ms)
+        chooser = chooser_for(settings, store, clock, manager.registry)
+        dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up, point_ms, chooser=chooser)
         shares = ShareManager(store, clock, queue, dispatcher, figures)
         await shares.start()
         point_ms = round(settings.queues.priority_seconds * 1000)
@@ -372,7 +372,7 @@ async def serve(
                 server.should_exit = server.force_exit = True
 
             fate.stop = stop_now
-            _spare_collections()
+            spare_collections()
             with on_signals(stop):
                 running = asyncio.create_task(server.serve([listener]))
                 try:
@@ -391,10 +391,3 @@ async def serve(
         return 0 if fate.problem is None else 1
     finally:
         listener.close()
-
-
-def _spare_collections() -> None:
-    """Keep what the start has made out of garbage collection, and collect less often: full collections were the longest pauses."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from mcp_control.agents.health import Rules
 from mcp_control.agents.model import VERDICTS
+from mcp_control.agents.registry import Registry
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.verdicts import Verdicts
 from mcp_control.configuration.settings import Settings
@@ -13,6 +14,7 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.drift import DriftKeeper
 from mcp_control.tasks.health import HealthKeeper
@@ -20,10 +22,17 @@ from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.speeds import Speeds
 
 Once = Callable[[int], Awaitable[object]]
 _DRIFT_PACE = 5.0
 _PROBE_PACE = 0.5
+_SPEED_PACE = 1.0
+
+
+def chooser_for(settings: Settings, store: Store, clock: Clock, registry: Registry) -> Chooser:
+    """Return who chooses agents for tasks, by the strategy of the settings."""
+    return Chooser(settings.dispatch.strategy, registry, Speeds(store, clock.monotonic))
 
 
 class AgentWatch:
@@ -73,6 +82,9 @@ class AgentWatch:
             ("agent-health", wanted.interval_seconds, keeper.once),
             ("drift", min(_DRIFT_PACE, pace), lambda _: drift.once()),
         ]
+        if (speeds := dispatcher.chooser.speeds) is not None:
+            agents.speeds = speeds
+            self.every_server.append(("speeds", _SPEED_PACE, lambda _: speeds.once()))
         self.one_server: list[tuple[str, float, Once]] = [("agent-probes", _PROBE_PACE, verdicts.once)]
 
         def health() -> dict[str, float]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_control.agents.balancing import Candidate, least_loaded
+from mcp_control.agents.balancing import Candidate, spread
 from mcp_control.agents.matching import Demand, in_range, misfit, parse_range
 from mcp_control.agents.model import Agent, AgentSpec, AgentState, Capability, Drain, Resources
 from mcp_control.agents.registration import check, settle
@@ -18,11 +18,9 @@ CANDIDATES = st.lists(
 
 
 @given(candidates=CANDIDATES, count=st.integers(0, 40))
-def test_balancing_never_gives_more_than_is_free_and_takes_the_least_loaded(
-    candidates: list[Candidate], count: int
-) -> None:
+def test_balancing_never_gives_more_than_is_free_and_takes_the_spread(candidates: list[Candidate], count: int) -> None:
     """As many tasks as fit are placed, nobody over its free slots, each on a candidate that is the least loaded after it."""
-    chosen = least_loaded(candidates, count)
+    chosen = spread(candidates, count)
     assert len(chosen) == min(count, sum(candidate.free for candidate in candidates))
     left = [candidate.free for candidate in candidates]
     for place in chosen:
@@ -34,7 +32,7 @@ def test_balancing_never_gives_more_than_is_free_and_takes_the_least_loaded(
 
 def test_balancing_spreads_over_equal_agents() -> None:
     """Equal agents get equal shares."""
-    assert sorted(least_loaded([Candidate(4, 4)] * 3, 6)) == [0, 0, 1, 1, 2, 2]
+    assert sorted(spread([Candidate(4, 4)] * 3, 6)) == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

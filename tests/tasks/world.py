@@ -21,6 +21,7 @@ from mcp_control.storage.ports import Bus, Queue, Store
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.budget_model import BUDGET_KIND
+from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
@@ -34,6 +35,7 @@ from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
 from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.speeds import Speeds
 from mcp_control.tasks.spending import Spending
 from mcp_control.tasks.statistics import STATISTIC_KIND
 from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
@@ -62,7 +64,11 @@ class World:
         self.sessions = Sessions()
         self.manager = AgentManager(store, clock, self.ids, self.sessions, server=server)
         self.ledger = Ledger(store, shared=bool(server))
-        self.dispatcher = Dispatcher(self.queue, self.sessions, self._hand_out, self.peers, self._look_up)
+        self.speeds = Speeds(store, clock.monotonic)
+        chooser = Chooser(fleet=self.manager.registry, speeds=self.speeds)
+        self.dispatcher = Dispatcher(
+            self.queue, self.sessions, self._hand_out, self.peers, self._look_up, chooser=chooser
+        )
         self.history = TaskHistory(store, clock)
         self.settler = Settler(
             self.ledger,
@@ -95,6 +101,7 @@ class World:
         self.agents = AgentSessions(
             store, clock, self.manager, self.ledger, self.settler, self.dispatcher, self.spending, peers=self.peers
         )
+        self.agents.speeds = self.speeds
         self.timekeeper = Timekeeper(store, clock, self.settler)
         self.leases = LeaseKeeper(clock, self.manager, self.agents)
         self.reconciler = Reconciler(store, clock, self.ledger, self.settler, self.dispatcher)
@@ -136,13 +143,21 @@ class World:
             while not await done():  # noqa: ASYNC110 - the condition is the store's content, which has no event to wait for
                 await asyncio.sleep(0.001)
 
-    async def agent(self, name: str = "worker", *types: str, slots: int = 1, lease_seconds: float = 30.0, resources: Resources = Resources()) -> "Peer":
+    async def agent(
+        self,
+        name: str = "worker",
+        *types: str,
+        slots: int = 1,
+        lease_seconds: float = 30.0,
+        resources: Resources | None = None,
+    ) -> "Peer":
         """Register an agent and connect an instance of it."""
         spec = AgentSpec(
             name=name,
             capabilities=[Capability(name=task_type) for task_type in types or ("echo",)],
             slots=slots,
             lease_seconds=lease_seconds,
+            resources=resources or Resources(),
         )
         registered = await self.manager.register(ADMIN, spec)
         actor = Actor(id=registered.agent.id, kind="agent", roles=("agent",))
@@ -150,7 +165,6 @@ class World:
         await peer.connect()
         return peer
 
-            resources=resources,
 
 class Peer:
     """An agent instance whose frames arrive in a list."""

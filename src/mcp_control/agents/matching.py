@@ -7,7 +7,7 @@ import msgspec
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from mcp_control.agents.model import AgentSpec, Resources
+from mcp_control.agents.model import AgentSpec, Resources, Strategy
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,6 +18,9 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
         capabilities: further capabilities and their version ranges.
         slots: how many slots a task takes.
         agent: id or name of the only agent allowed.
+        bucket: of the key that tasks of the lane share; they belong to one agent (`balancing.home_of`). None without a key.
+        waits: for that agent, rather than go elsewhere while it has no room.
+        strategy: how to choose among agents; None is the server's.
     """
 
     type: str
@@ -27,6 +30,9 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     resources: Resources = Resources()
     slots: int = 1
     agent: str | None = None
+    bucket: int | None = None
+    waits: bool = False
+    strategy: Strategy | None = None
 
 
 @lru_cache(maxsize=4096)

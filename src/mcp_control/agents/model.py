@@ -33,6 +33,7 @@ class AgentState(StrEnum):
     RETIRED = "retired"
 
 
+Strategy = Literal["least_loaded", "fastest", "round_robin"]
 AgentKind = Literal["worker", "ai_agent", "script", "http", "mcp_server", "a2a_agent"]
 
 

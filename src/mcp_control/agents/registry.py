@@ -23,6 +23,9 @@ _INSTANCES_MAX: Final = 1000
 class Registry:
     """Reads and writes agents; every write carries the version it read, so a stale copy ends in `Conflict`.
 
+    Attributes:
+        revision: raised when an agent comes, goes, or says something else of itself.
+
     Args:
         server: id of this server where several share the store; it then hears from the facts what the others wrote. Empty on a single one.
     """
@@ -37,6 +40,7 @@ class Registry:
         self._names: dict[tuple[str, str], str] = {}
         self._counts: dict[str, list[int]] = {}
         self.sessions = sessions
+        self.revision = 0
 
     async def start(self) -> None:
         """Load the agents that are not retired."""
@@ -189,6 +193,8 @@ class Registry:
 
     def _remember(self, agent: Agent) -> None:
         before = self._agents.pop(agent.id, None)
+        if before is None or before.spec != agent.spec or agent.retired_at is not None:
+            self.revision += 1
         if before is not None:
             self._names.pop((before.tenant, before.spec.name), None)
         if agent.retired_at is None:

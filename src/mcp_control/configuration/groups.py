@@ -93,6 +93,14 @@ class Health(_Group):
     )
 
 
+class Dispatch(_Group):
+    """Which agent gets a task."""
+
+    strategy: Literal["least_loaded", "fastest", "round_robin"] = Field(
+        default="least_loaded", description="how to choose among agents that fit, where a task does not say"
+    )
+
+
 class Overload(_Group):
     """When new work is shed to keep accepted work moving; submits go first, completions and heartbeats last."""
 

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from mcp_control.configuration.groups import (
     Cluster,
+    Dispatch,
     Health,
     Leases,
     Limits,
@@ -90,6 +91,7 @@ class Settings(BaseSettings):
     agents: Annotated[int, Field(ge=0, le=64)] = Field(default=0, description="local agents started with the server")
     limits: Limits = Limits()
     retention: Retention = Retention()
+    dispatch: Dispatch = Dispatch()
     leases: Leases = Leases()
     health: Health = Health()
     overload: Overload = Overload()

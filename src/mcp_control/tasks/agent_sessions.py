@@ -24,6 +24,7 @@ from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
 from mcp_control.tasks.reports import deciding, gather
 from mcp_control.tasks.settling import Settler
+from mcp_control.tasks.speeds import Speeds
 from mcp_control.tasks.spending import Spending, Told
 from mcp_control.tasks.verbs import losing, releasing
 from mcp_control.tasks.wire import (
@@ -44,6 +45,7 @@ class AgentSessions:
     """The agents' side of the task component.
 
     Attributes:
+        speeds: told how long attempts took that completed.
         tried: told how a task ended that an agent on trial was given.
     """
 
@@ -61,6 +63,7 @@ class AgentSessions:
     ) -> None:
         self._peers = peers or Peers(None)
         self._missing: dict[str, set[str]] = {}
+        self.speeds: Speeds | None = None
         self.tried: Callable[[Session, Task, str], Awaitable[None]] | None = None
         self._store = store
         self._clock = clock
@@ -266,6 +269,9 @@ class AgentSessions:
                 self._let_go(session, result)
                 if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
+                    if outcome == "completed" and self.speeds is not None:
+                        began = result.started_at or now
+                        self.speeds.ran(actor, result.type, (now - began) / 1000)
                     if session.probing and self.tried is not None:
                         await self.tried(session, result, outcome)
         return Ack(id=report.id, refused=refused)

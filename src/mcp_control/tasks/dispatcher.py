@@ -11,12 +11,12 @@ from typing import Final
 
 import structlog
 
-from mcp_control.agents.balancing import Candidate, least_loaded
-from mcp_control.agents.matching import Demand, misfit
+from mcp_control.agents.matching import Demand
 from mcp_control.agents.reserving import Load
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.errors import Problem
 from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
+from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.fairness import Line, Shares, allot, grade_of
 from mcp_control.tasks.lanes import Lane, demand_of
 from mcp_control.tasks.model import Task
@@ -54,6 +54,7 @@ class Dispatcher:
         lookup: returns a task by id, to learn what a lane asks for that another server filled.
         point_ms: what a point of priority is worth, in milliseconds of waiting.
         monotonic: seconds, for how long shares have waited.
+        chooser: says which sessions may take the tasks of a lane, and which do.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Dispatcher:
         lookup: Lookup | None = None,
         point_ms: int = POINT_MS,
         monotonic: Callable[[], float] = time.monotonic,
+        chooser: Chooser | None = None,
     ) -> None:
+        self.chooser = chooser or Chooser()
+        self._sticky = 0
         self._point_ms = point_ms
         self._monotonic = monotonic
         self.shares = Shares()
@@ -84,8 +88,9 @@ class Dispatcher:
 
     def opened(self, session: Session) -> None:
         """Match a new session with the lanes there are."""
+        self._settle_homes()
         for lane in self._lanes.values():
-            if self._fits(lane, session):
+            if self.chooser.fits(lane, session):
                 lane.sessions.add(session)
         self.freed(session)
 
@@ -115,7 +120,10 @@ class Dispatcher:
 
     def _opened(self, key: str, line: Line, demand: Demand) -> Lane:
         lane = Lane(key, line, demand)
-        lane.sessions = {session for session in self._sessions.all() if self._fits(lane, session)}
+        if demand.bucket is not None:
+            lane.home = self.chooser.home(lane)
+            self._sticky += 1
+        lane.sessions = {session for session in self._sessions.all() if self.chooser.fits(lane, session)}
         self._lanes[key] = lane
         return lane
 
@@ -136,26 +144,28 @@ class Dispatcher:
         lane = self.lane(task)
         if lane.waiting or not self._free:
             return None
-        contenders = [
-            other
-            for other in self._waiting.values()
-            if other.rank <= task.rank or other.line.share is not lane.line.share
-        ]
+        share, all_waiting = lane.line.share, self._waiting.values()
+        contenders = [other for other in all_waiting if other.rank <= task.rank or other.line.share is not share]
         best: Session | None = None
-        best_load = 2.0
-        looked = 0
+        best_load, looked, plain = 2.0, 0, self.chooser.plain(lane)
+        open_to: list[Session] = []
         for session in self._free:
             if session not in lane.sessions or any(session in other.sessions for other in contenders):
                 continue
             free = session.free
             if free <= 0 or (lane.load is not None and not session.room(lane.load)):
                 continue
-            load = (session.slots - free) / session.slots
+            if not plain:
+                open_to.append(session)
+                continue
+            load = (session.slots - free) / session.slots + session.last
             if load < best_load:
                 best, best_load = session, load
             looked += 1
             if looked >= _LOOKED_AT:
                 break
+        if open_to:
+            best = open_to[self.chooser.spread(lane, open_to, 1)[0]]
         if best is not None:
             self._reserve(best, task.id, lane.load)
             if self.shares.keyed:
@@ -324,7 +334,7 @@ class Dispatcher:
         await self._room.acquire()
         # Slots may have gone while this waited; those entries go back.
         sessions = [session for session in sessions if session.room(load) > 0]
-        chosen = least_loaded([Candidate(session.slots, session.room(load)) for session in sessions], len(entries))
+        chosen = self.chooser.spread(lane, sessions, len(entries))
         # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
         pairs = [
             (entry.id, sessions[at])
@@ -375,9 +385,15 @@ class Dispatcher:
         """Drop lanes in which nothing waits; called now and then, so that lanes of the past cost nothing."""
         for key in [key for key, lane in self._lanes.items() if not lane.waiting]:
             del self._lanes[key]
+        self._sticky = sum(lane.demand.bucket is not None for lane in self._lanes.values())
+        self._settle_homes()
         if self.shares.keyed:
             self.shares.forget({lane.line for lane in self._lanes.values()})
 
-    def _fits(self, lane: Lane, session: Session) -> bool:
-        agent = session.agent
-        return agent.tenant == lane.tenant and misfit(agent.id, agent.spec, lane.demand) is None
+    def _settle_homes(self) -> None:
+        """Match lanes anew whose tasks belong elsewhere now."""
+        if not self._sticky:
+            return
+        for lane in self.chooser.moved(self._lanes.values()):
+            lane.sessions = {session for session in self._sessions.all() if self.chooser.fits(lane, session)}
+            self._wake.set()

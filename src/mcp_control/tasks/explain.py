@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from mcp_control.agents.balancing import home_of
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
 from mcp_control.agents.reserving import Load, amount, load_of, short_of
@@ -75,6 +76,13 @@ def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         shown = sorted({f"{agent.spec.name} {reasons[agent.id]}" for agent in agents})[:3]
         detail = f": {'; '.join(shown)}" if shown else "; none is registered"
         return _because(task, "no-capable-agent", f"no registered agent can take it{detail}", task.state_at, [], ahead)
+    if demand.waits and demand.bucket is not None:
+        home = home_of(demand.bucket, [agent.id for agent in fit])
+        fit = [agent for agent in fit if agent.id == home]
+        if fit[0].free <= 0 or fit[0].state is not AgentState.ONLINE:
+            why = "is full" if fit[0].state in (AgentState.ONLINE, AgentState.BUSY) else f"is {fit[0].state.value}"
+            message = f"its key belongs to agent {fit[0].spec.name}, which {why}"
+            return _because(task, "sticky-agent", message, fit[0].state_at, [fit[0].id], ahead)
     there = [agent for agent in fit if agent.state in (AgentState.ONLINE, AgentState.BUSY)]
     if not there:
         states = sorted({agent.state.value for agent in fit})

@@ -3,7 +3,9 @@
 from hashlib import blake2b
 
 import msgspec
+from msgspec.structs import replace
 
+from mcp_control.agents.balancing import bucket_of
 from mcp_control.agents.matching import Demand
 from mcp_control.agents.reserving import load_of
 from mcp_control.agents.sessions import Session
@@ -17,10 +19,11 @@ _NO_NEEDS = Needs()
 class Lane:
     """What is known of a lane: what it asks, who fits, and bounds of what waits in it.
 
-    `waiting` may be too high and `rank`, that of the first, too low; both correct themselves when entries are taken.
+    `waiting` may be too high and `rank`, that of the first, too low; both correct themselves when entries are taken. `home` is the
+    agent that its tasks belong to, where they have a key.
     """
 
-    __slots__ = ("demand", "key", "line", "load", "pushed", "rank", "sessions", "tenant", "waiting")
+    __slots__ = ("demand", "home", "key", "line", "load", "pushed", "rank", "sessions", "tenant", "waiting")
 
     def __init__(self, key: str, line: Line, demand: Demand) -> None:
         self.key = key
@@ -28,6 +31,7 @@ class Lane:
         self.tenant = line.share.tenant
         self.demand = demand
         self.load = load_of(demand.slots, demand.resources)
+        self.home: str | None = None
         self.waiting = 0
         self.pushed = 0
         self.rank = 0
@@ -42,6 +46,9 @@ def lane_key(
     It is the readable type, so that people recognise a lane, then the class unless it is medium, then a digest of the rest; a task
     without special needs and share has no digest part.
     """
+    if needs.sticky is not None:
+        # Keys of one bucket share a lane: as many keys as there may be, there are never more lanes than buckets.
+        needs = replace(needs, sticky=replace(needs.sticky, key=str(bucket_of(needs.sticky.key))))
     grade = grade_of(priority)
     key = f"{tenant}/{task_type}" if grade == MEDIUM else f"{tenant}/{task_type}!{grade}"
     if type_version == "*" and needs == _NO_NEEDS and not share:
@@ -67,4 +74,7 @@ def demand_of(task: Task) -> Demand:
         resources=needs.resources,
         slots=needs.slots,
         agent=needs.agent,
+        bucket=None if needs.sticky is None else bucket_of(needs.sticky.key),
+        waits=needs.sticky is not None and needs.sticky.mode == "hard",
+        strategy=needs.balancing,
     )

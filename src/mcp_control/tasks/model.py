@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from mcp_control.agents.model import Resources
+from mcp_control.agents.model import Resources, Strategy
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.tasks.limit_model import Debounce, Gate, Hold, Limit, Unique
@@ -61,6 +61,13 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_un
     longest_seconds: float = 300.0
 
 
+class Sticky(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
+    """A wish to be done where others with this key are done. `soft`: elsewhere while that agent has no room; `hard`: wait for it."""
+
+    key: str
+    mode: Literal["soft", "hard"] = "soft"
+
+
 class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
     """What an agent must have beside the task's type.
 
@@ -69,6 +76,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_
         labels: label to the value it must have.
         resources: cores, memory and GPUs it takes for itself while it runs; an agent never holds more than it declared.
         slots: how many slots it takes, 1 to 10,000.
+        sticky: tasks of one key go to the same agent.
+        balancing: how to choose among agents that fit; None is the server's `dispatch.strategy`.
         agent: name or id of the only agent that may take it.
     """
 
@@ -76,6 +85,8 @@ class Needs(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_
     labels: dict[str, str] = {}
     resources: Resources = Resources()
     slots: int = 1
+    sticky: Sticky | None = None
+    balancing: Strategy | None = None
     agent: str | None = None
 
 

@@ -67,6 +67,10 @@ def needs_errors(pointer: str, needs: Needs) -> list[FieldError]:
     for name, wanted in list(needs.capabilities.items())[:64]:
         found += name_errors(f"{pointer}/capabilities", name)
         found += version_errors(f"{pointer}/capabilities", wanted)
+    if needs.sticky is not None:
+        found += text_errors(f"{pointer}/sticky/key", needs.sticky.key, 128)
+        if not needs.sticky.key:
+            found.append(FieldError(pointer=f"{pointer}/sticky/key", code="out-of-range", detail="must not be empty"))
     if needs.agent is not None:
         found += name_errors(f"{pointer}/agent", needs.agent)
     found += range_errors(f"{pointer}/slots", needs.slots, 1, 10_000)
