@@ -51,7 +51,6 @@ from mcp_control.security.throttle import LoginThrottle
 from mcp_control.security.tokens import AccessTokens, shared_seed, signing_seed
 from mcp_control.security.verified import VerifiedCache
 from mcp_control.tasks.agent_sessions import AgentSessions
-from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.figures import TaskFigures
 from mcp_control.tasks.history import TaskHistory
@@ -65,6 +64,7 @@ from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.shares import ShareManager
 from mcp_control.tasks.spending import Spending
+from mcp_control.tasks.steering import Steering
 from mcp_control.watching import AgentWatch, chooser_for
 
 _log = structlog.get_logger(__name__)
@@ -193,13 +193,13 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         dispatcher = Dispatcher(queue, sessions, hand_out, peers, look_up, point_ms, chooser=chooser)
         shares = ShareManager(store, clock, queue, dispatcher, figures)
         await shares.start()
-        point_ms = round(settings.queues.priority_seconds * 1000)
         settler = Settler(
             ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers, point_ms, history.expected
         )
         stack.push_async_callback(settler.handing.close)
         spending = Spending(store, ledger, settler, clock)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history, spending)
+        steering = Steering.of(store, clock, ids, manager, ledger, settler, dispatcher, tasks, spending, hearing)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, spending, peers=peers)
         limiting = LimitManager(store, clock, ids, ledger, settler, dispatcher, tasks, metrics)
         stack.push_async_callback(limiting.stop)
@@ -248,7 +248,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         health = Health()
 
         watch_health(health, base, plugins, metrics, lease_keeper)
-        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper)
+        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, steering.parking)
         metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,
@@ -268,7 +268,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             credentials=credentials,
             agents=manager,
             tasks=tasks,
-            control=TaskControl(store, clock, ids, manager, ledger, settler, dispatcher, tasks, spending),
+            steering=steering,
             spending=spending,
             history=history,
             catalogue=catalogue,
@@ -312,6 +312,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ("enrolments", 60.0, credentials.once),
             ("login-failures", 60.0, throttle.once),
             ("blobs", 60.0, artifacts.once),
+            *steering.leading(settings.retention),
         ]
         every_server: list[tuple[str, float, Once]] = [
             ("lanes", 0.25, look_at_lanes),
@@ -330,8 +331,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
                 ("cut-off", 1.0, member.cut_off),
             ]
             stack.push_async_callback(_stopped, [asyncio.create_task(peers.run(member.heard))])
-        loops = [*every_server, *((loop, pace, led(base, once)) for loop, pace, once in one_server)]
-        for loop, pace, once in loops:
+        for loop, pace, once in (*every_server, *((loop, pace, led(base, once)) for loop, pace, once in one_server)):
             stack.push_async_callback(every(pace, once, name=loop, clock=clock).stop)
         stack.push_async_callback(_stopped, [asyncio.create_task(dispatcher.run())])
         yield Control(application(services), services, one_time_password)

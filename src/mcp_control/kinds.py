@@ -12,6 +12,7 @@ from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
 from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
+from mcp_control.tasks.operation_model import OPERATION_KIND
 from mcp_control.tasks.share_model import SHARE_KIND
 from mcp_control.tasks.statistics import STATISTIC_KIND
 
@@ -21,6 +22,7 @@ KINDS: Final = (
     TASK_KIND,
     LOG_KIND,
     BUDGET_KIND,
+    OPERATION_KIND,
     GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,

@@ -11,6 +11,7 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.plugins.manager import Plugins
 from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler
+from mcp_control.tasks.parking import Parking
 
 
 def watch_health(health: Health, base: Backend, plugins: Plugins, metrics: Metrics, lease_keeper: LeaseKeeper) -> None:
@@ -53,8 +54,12 @@ def watch_figures(
     manager: AgentManager,
     reconciler: Reconciler,
     lease_keeper: LeaseKeeper,
+    parking: Parking,
 ) -> None:
     """Show what is read when the figures are."""
+    metrics.watch_total(
+        "tasks_parked", "stored tasks that could not be decoded and were parked", lambda: parking.parked
+    )
 
     def agents() -> dict[str, float]:
         return dict(Counter(agent.state.value for agent in manager.registry.registered(DEFAULT_TENANT)))

@@ -347,7 +347,7 @@ class Tasks(RuleBasedStateMachine):
             return
         task_id, task = found
         try:
-            created = self.run(self.world.control.retry(ADMIN, task_id, ORIGIN)).task
+            created = self.run(self.world.steering.dead_letters.retry(ADMIN, task_id, ORIGIN)).task
         except InvalidTransition:
             assert task.state not in FINAL_STATES
             return

@@ -22,7 +22,6 @@ from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.choosing import Chooser
-from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
@@ -32,17 +31,28 @@ from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
 from mcp_control.tasks.limit_rules import Rules
 from mcp_control.tasks.limits import Limits
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Origin, Task, TaskSpec
+from mcp_control.tasks.operation_model import OPERATION_KIND
 from mcp_control.tasks.peers import Hint, Peers
 from mcp_control.tasks.service import Submitted, TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.speeds import Speeds
 from mcp_control.tasks.spending import Spending
 from mcp_control.tasks.statistics import STATISTIC_KIND
+from mcp_control.tasks.steering import Steering
 from mcp_control.tasks.wire import Ack, Assignment, Cancel, Done, Hello, Report, Started, Tasks, Welcome
 from mcp_control.testing.clock import FakeClock
 
 ADMIN = Actor(id="user_admin", kind="user", display="admin", roles=("administrator",))
-KINDS = (*LIMIT_KINDS, BUDGET_KIND, TASK_KIND, LOG_KIND, AGENT_KIND, INSTANCE_KIND, STATISTIC_KIND)
+KINDS = (
+    *LIMIT_KINDS,
+    BUDGET_KIND,
+    TASK_KIND,
+    LOG_KIND,
+    OPERATION_KIND,
+    AGENT_KIND,
+    INSTANCE_KIND,
+    STATISTIC_KIND,
+)
 
 
 class World:
@@ -95,9 +105,19 @@ class World:
         self.limits = Limits(store, clock, self.ids, self.ledger, Rules(store))
         self.limits.attach(self.settler.handing, self.dispatcher)
         self.tasks.keyed = KeyedSubmission(store, clock, self.ledger, self.settler, self.dispatcher, self.limits)
-        self.control = TaskControl(
-            store, clock, self.ids, self.manager, self.ledger, self.settler, self.dispatcher, self.tasks, self.spending
+        self.steering = Steering.of(
+            store,
+            clock,
+            self.ids,
+            self.manager,
+            self.ledger,
+            self.settler,
+            self.dispatcher,
+            self.tasks,
+            self.spending,
+            [],
         )
+        self.control = self.steering.control
         self.agents = AgentSessions(
             store, clock, self.manager, self.ledger, self.settler, self.dispatcher, self.spending, peers=self.peers
         )
@@ -118,6 +138,7 @@ class World:
         self.facts.extend(facts)
         self.manager.registry.heard(facts)
         self.tasks.heard(facts)
+        self.steering.operations.heard(facts)
 
     async def hint(self, hint: Hint) -> None:
         """Hear what another server says in passing."""

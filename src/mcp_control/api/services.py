@@ -27,13 +27,13 @@ from mcp_control.security.authenticator import Authenticator
 from mcp_control.security.credentials import Credentials
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.agent_sessions import AgentSessions
-from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.limit_service import LimitManager
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.shares import ShareManager
 from mcp_control.tasks.spending import Spending
+from mcp_control.tasks.steering import Steering
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +79,7 @@ class Services:
     credentials: Credentials
     agents: AgentManager
     tasks: TaskOrchestrator
-    control: TaskControl
+    steering: Steering
     spending: Spending
     history: TaskHistory
     sessions: AgentSessions

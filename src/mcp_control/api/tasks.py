@@ -219,32 +219,32 @@ async def get_task(call: Call) -> Reply:
 async def cancel_task(call: Call) -> Reply:
     """Cancel a task: a waiting one at once, a running one through its agent."""
     reason = (await call.decode(_REASON)).reason
-    return reply(_shown(call, await call.services.control.cancel(call.actor, call.params["task_id"], reason)))
+    return reply(_shown(call, await call.services.steering.control.cancel(call.actor, call.params["task_id"], reason)))
 
 
 async def pause_task(call: Call) -> Reply:
     """Hold a task back: no agent gets it until it is resumed; a running attempt goes on."""
     reason = (await call.decode(_REASON)).reason
-    return reply(_shown(call, await call.services.control.pause(call.actor, call.params["task_id"], reason)))
+    return reply(_shown(call, await call.services.steering.control.pause(call.actor, call.params["task_id"], reason)))
 
 
 async def resume_task(call: Call) -> Reply:
     """Let a task go that was held back; it waits at its old place."""
     await call.decode(_NOTHING)
-    return reply(_shown(call, await call.services.control.resume(call.actor, call.params["task_id"])))
+    return reply(_shown(call, await call.services.steering.control.resume(call.actor, call.params["task_id"])))
 
 
 async def retry_task(call: Call) -> Reply:
     """Submit a finished task again, as a new task that names the old one."""
     await call.decode(_NOTHING)
-    submitted = await call.services.control.retry(call.actor, call.params["task_id"], call.origin)
+    submitted = await call.services.steering.dead_letters.retry(call.actor, call.params["task_id"], call.origin)
     return reply(_shown(call, submitted.task), 201)
 
 
 async def assign_task(call: Call) -> Reply:
     """Let only one agent take a waiting task."""
     agent = (await call.decode(_ASSIGN)).agent
-    return reply(_shown(call, await call.services.control.assign(call.actor, call.params["task_id"], agent)))
+    return reply(_shown(call, await call.services.steering.control.assign(call.actor, call.params["task_id"], agent)))
 
 
 async def edit_task(call: Call) -> Reply:
@@ -253,7 +253,9 @@ async def edit_task(call: Call) -> Reply:
     edit = await call.decode(_EDIT)
     if not version.isdigit():
         raise VersionConflict("If-Match does not name the current version")
-    shown = _shown(call, await call.services.control.edit(call.actor, call.params["task_id"], edit, int(version)))
+    shown = _shown(
+        call, await call.services.steering.control.edit(call.actor, call.params["task_id"], edit, int(version))
+    )
     return tagged(shown, shown.etag)
 
 

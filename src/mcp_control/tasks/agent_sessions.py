@@ -178,7 +178,7 @@ class AgentSessions:
         found = await self._store.find("task", Query(where=[Where("holder", "eq", instance_id)], limit=_HELD_MAX))
         return [
             task
-            for task in self._ledger.read(found)
+            for task in self._ledger.readable(found)
             if task.lease is not None and task.lease.instance_id == instance_id
         ]
 

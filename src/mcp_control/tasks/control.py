@@ -1,29 +1,22 @@
-"""TaskControl: what people ask of tasks that are there: cancel, retry, assign, edit, pause, resume."""
+"""TaskControl: what people ask of tasks that are there: cancel, assign, edit, pause, resume."""
 
 from typing import Final
 
 import msgspec
 
-from mcp_control.agents.matching import misfit
 from mcp_control.agents.service import AgentManager
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import FieldError, Invalid, InvalidTransition, Problem, Unroutable
-from mcp_control.kernel.ids import IdSource
+from mcp_control.kernel.errors import FieldError, Invalid, Problem
 from mcp_control.kernel.text import label_errors, text_errors
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
-from mcp_control.storage.ports import Store
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.followers import NewTask
-from mcp_control.tasks.lanes import demand_of, lane_of
 from mcp_control.tasks.ledger import Decide, Intent, Ledger
-from mcp_control.tasks.limiting import limits_of
-from mcp_control.tasks.model import Links, Origin, Task, TaskSpec
-from mcp_control.tasks.service import Submitted, TaskOrchestrator
+from mcp_control.tasks.model import Task
+from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
-from mcp_control.tasks.spending import Spending
 from mcp_control.tasks.submission import priority_number
-from mcp_control.tasks.verbs import cancelling, editing, pausing, pinning, resuming
+from mcp_control.tasks.verbs import cancelling, editing, pausing, reassigning, resuming
 
 REASON_MAX: Final = 1000
 
@@ -40,25 +33,19 @@ class TaskControl:
 
     def __init__(
         self,
-        store: Store,
         clock: Clock,
-        ids: IdSource,
         manager: AgentManager,
         ledger: Ledger,
         settler: Settler,
         dispatcher: Dispatcher,
         tasks: TaskOrchestrator,
-        spending: Spending,
     ) -> None:
-        self._store = store
         self._clock = clock
-        self._ids = ids
         self._manager = manager
         self._ledger = ledger
         self._settler = settler
         self._dispatcher = dispatcher
         self._tasks = tasks
-        self._spending = spending
 
     async def cancel(self, actor: Actor, task_id: str, reason: str = "") -> Task:
         """Cancel a waiting task at once; ask the agent of a running one to stop, and end it by force when the grace is over.
@@ -76,41 +63,6 @@ class TaskControl:
             await self._settler.tell_cancelled([task_id])
         return after
 
-    async def retry(self, actor: Actor, task_id: str, origin: Origin) -> Submitted:
-        """Submit a finished task again as a new one that names the old (`retry_of`); final is final.
-
-        Raises:
-            InvalidTransition: the task is not final yet.
-        """
-        allow(actor, "tasks.retry", task_id)
-        task = await self._tasks.one(actor, task_id)
-        if not task.final:
-            raise InvalidTransition("the task has not ended", state=task.state.value, allowed=["cancel"])
-        entity = (await self._store.get("task", [task_id], ("payload",)))[0]
-        payload = b"null" if entity is None else entity.cold.get("payload", b"null")
-        spec = TaskSpec(
-            type=task.type,
-            payload=msgspec.Raw(payload),
-            type_version=task.type_version,
-            priority=task.priority,
-            fairness=task.fairness,
-            needs=task.needs,
-            labels=task.labels,
-            limits=limits_of(task.gates),
-            retry=task.retry,
-            timeout=None if task.timeout_ms is None else task.timeout_ms / 1000,
-            context_id=task.links.context_id,
-            parent_id=task.links.parent_id,
-            trust=task.trust,
-            budget=await self._spending.own(task),
-        )
-        above = [owner for owner in task.draws if owner != task.id]
-        links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
-        new = NewTask(id=self._ids.new("task"), spec=spec, links=links, origin=origin, draws=above)
-        started = self._settler.handing.create(new, self._clock.now(), actor.tenant, actor.id)
-        await self._settler.handing.launch([started])
-        return Submitted(msgspec.structs.replace(started[0], version=1), True)
-
     async def assign(self, actor: Actor, task_id: str, agent: str) -> Task:
         """Let only this agent take a waiting task.
 
@@ -122,13 +74,8 @@ class TaskControl:
         allow(actor, "tasks.assign", task_id)
         task = await self._tasks.one(actor, task_id)
         chosen = self._manager.find(actor, agent)
-        needs = msgspec.structs.replace(task.needs, agent=chosen.id)
-        reason = misfit(chosen.id, chosen.spec, msgspec.structs.replace(demand_of(task), agent=chosen.id))
-        if reason is not None:
-            raise Unroutable(f"agent {chosen.spec.name} cannot take it: it {reason}")
-        lane = lane_of(msgspec.structs.replace(task, needs=needs))
-        after = await self._one(task_id, pinning(actor.id, chosen.id, lane, self._clock.now()))
-        if task.lane != lane:
+        after = await self._one(task_id, reassigning(actor.id, chosen, self._clock.now()))
+        if task.lane != after.lane:
             await self._dispatcher.withdraw(task)
         return after
 

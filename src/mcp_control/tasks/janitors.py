@@ -16,7 +16,7 @@ from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.dispatcher import Dispatcher, queued
 from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
-from mcp_control.tasks.records import read
+from mcp_control.tasks.records import readable
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.verbs import losing, timing
 
@@ -175,7 +175,7 @@ class Reconciler:
                 "task", Query(where=[Where("state", "eq", TaskState.QUEUED.value)], after=after, limit=_PAGE)
             )
             if page:
-                yield [task for entity in page if (task := read(entity)).waits]
+                yield [task for task in self._ledger.readable(page) if task.waits]
                 after = [page[-1].id]
             if len(page) < _PAGE:
                 return
@@ -233,7 +233,8 @@ class Retention:
             while len(found := await self._store.find("log", logs)) == _LOGS:
                 # More chunks than one change should delete: the task goes with the last of them.
                 await self._store.commit([Change(deletes=[Key("log", log.id) for log in found])])
-            own = [Key(BUDGET_KIND.name, task.id)] if task.id in read(task).draws else []
+            known = readable(task)
+            own = [Key(BUDGET_KIND.name, task.id)] if known is not None and task.id in known.draws else []
             logged = [Key("log", log.id) for log in found]
             await self._store.commit([Change(deletes=[Key("task", task.id, task.version), *logged, *own])])
         return len(old)

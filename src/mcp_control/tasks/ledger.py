@@ -18,9 +18,10 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.limit_model import HoldChange
 from mcp_control.tasks.limiting import settled
 from mcp_control.tasks.model import LogLine, Task
-from mcp_control.tasks.records import read, write, write_log
+from mcp_control.tasks.records import readable, write, write_log
 
 _NOTHING: Final = Change()
+_UNREADABLE_MAX: Final = 1000
 
 
 class Move(msgspec.Struct, frozen=True, gc=False):
@@ -80,8 +81,12 @@ class _Kept:
 
 
 class Ledger:
-    """Reads and writes tasks. `finished` is called with the id of every task that became final by this server, after the commit, and
-    `drew` with those among them that draw from budgets.
+    """Reads and writes tasks.
+
+    Attributes:
+        finished: called with the id of every task that became final by this server, after the commit.
+        drew: called with those among them that draw from budgets.
+        unreadable: rows that cannot be decoded, by id; to whoever asks for them they are not there, until they are parked.
 
     Args:
         shared: other servers write tasks too.
@@ -95,6 +100,7 @@ class Ledger:
         self._capacity = capacity
         self._payload_room = payload_bytes
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self.unreadable: dict[str, Entity] = {}
         self.finished: list[Callable[[str], None]] = []
         self.holds: HoldWatcher | None = None
         self.drew: Callable[[Task], None] = lambda _: None
@@ -102,9 +108,7 @@ class Ledger:
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
         """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
         if fresh and self.shared:
-            return [
-                None if entity is None else self._newer(read(entity)) for entity in await self._store.get("task", ids)
-            ]
+            return [None if entity is None else self._read(entity) for entity in await self._store.get("task", ids)]
         kept = self._kept
         found: list[Task | None] = [entry.task if (entry := kept.get(task_id)) else None for task_id in ids]
         missing = [place for place, task in enumerate(found) if task is None]
@@ -112,7 +116,7 @@ class Ledger:
             entities = await self._store.get("task", [ids[place] for place in missing])
             for place, entity in zip(missing, entities, strict=True):
                 if entity is not None:
-                    found[place] = self._newer(read(entity))
+                    found[place] = self._read(entity)
         return found
 
     async def load_with_payload(
@@ -136,8 +140,9 @@ class Ledger:
         if missing:
             entities = await self._store.get("task", [ids[place] for place in missing], ("payload",))
             for place, entity in zip(missing, entities, strict=True):
-                if entity is not None:
-                    found[place] = (self._newer(read(entity)), entity.cold.get("payload", b"null"))
+                task = None if entity is None else self._read(entity)
+                if entity is not None and task is not None:
+                    found[place] = (task, entity.cold.get("payload", b"null"))
         return found
 
     def leased(self, task_id: str, token: str) -> bool:
@@ -247,9 +252,17 @@ class Ledger:
         entry.task = task
         return task
 
-    def read(self, entities: Sequence[Entity]) -> list[Task]:
-        """Return the tasks of entities just read."""
-        return [self._newer(read(entity)) for entity in entities]
+    def readable(self, entities: Sequence[Entity]) -> list[Task]:
+        """Return the tasks of entities just read; those that cannot be decoded are left out."""
+        return [task for entity in entities if (task := self._read(entity)) is not None]
+
+    def _read(self, entity: Entity) -> Task | None:
+        task = readable(entity)
+        if task is not None:
+            return self._newer(task)
+        if len(self.unreadable) < _UNREADABLE_MAX:
+            self.unreadable[entity.id] = entity
+        return None
 
 
 class Waiters:

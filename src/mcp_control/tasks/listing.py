@@ -9,7 +9,7 @@ from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.model import TaskState
-from mcp_control.tasks.records import read, view
+from mcp_control.tasks.records import readable, view
 from mcp_control.tasks.view_model import TaskView
 
 _SCANNED_MAX: Final = 5000
@@ -49,8 +49,12 @@ async def page(
             "task", Query(where=where, descending=not wanted.oldest_first, after=after, limit=asked)
         )
         for place, entity in enumerate(rows):
-            task = read(entity)
-            if task.tenant != tenant or any(task.labels.get(name) != value for name, value in wanted.labels.items()):
+            task = readable(entity)
+            if (
+                task is None
+                or task.tenant != tenant
+                or any(task.labels.get(name) != value for name, value in wanted.labels.items())
+            ):
                 continue
             items.append(view(task, now))
             if len(items) == limit:

@@ -13,8 +13,8 @@ import msgspec
 from mcp_control.agents.model import Resources, Strategy
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
-from mcp_control.tasks.limit_model import Debounce, Gate, Hold, Limit, Unique
 from mcp_control.tasks.budget_model import Budget, Ceiling, Usage
+from mcp_control.tasks.limit_model import Debounce, Gate, Hold, Limit, Unique
 
 
 class TaskState(StrEnum):
@@ -193,6 +193,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         reason, message: why it is in its state: a stable code and a sentence.
         hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
         moved_at: when the attempt last told of progress or logged something.
+        retried_as: the newest task that was submitted in place of this one after its end.
+        discarded: somebody took this failed task out of the dead-letter set.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
         gates: limits it must pass before it is queued; `waits_at` names the one where it waits while it is `blocked`, and `passed` counts
             how often it was sent on to another.
@@ -239,6 +241,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     failure: Failure | None = None
     cancel: Request | None = None
     hold: Request | None = None
+    retried_as: str = ""
+    discarded: Request | None = None
     idempotency_key: str | None = None
     digest: str = ""
     origin: Origin = Origin()

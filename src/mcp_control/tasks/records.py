@@ -63,6 +63,14 @@ def read(entity: Entity) -> Task:
     return _decode(entity.hot)
 
 
+def readable(entity: Entity) -> Task | None:
+    """Return the task in a stored entity, None where it cannot be decoded: one such row must not stop what goes over many."""
+    try:
+        return _decode(entity.hot)
+    except msgspec.MsgspecError:
+        return None
+
+
 def task_fact(kind: str, task: Task, actor: str, now: int, **more: object) -> Fact:
     """Return the fact that `kind` happened to a task, with what most readers want to know of it."""
     data: dict[str, object] = {"type": task.type, "state": task.state.value}

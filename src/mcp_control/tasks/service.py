@@ -34,7 +34,7 @@ from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
-from mcp_control.tasks.records import read, read_log, view
+from mcp_control.tasks.records import read_log, readable, view
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.spending import NO_LINEAGE, Spending
 from mcp_control.tasks.submission import check, digest_of, priority_number, share_of
@@ -202,7 +202,7 @@ class TaskOrchestrator:
             return [view(task, now) if task and task.tenant == actor.tenant else None for task in tasks]
         views: builtins.list[TaskView | None] = []
         for entity in await self._store.get("task", ids, cold):
-            task = read(entity) if entity else None
+            task = readable(entity) if entity else None
             if entity is None or task is None or task.tenant != actor.tenant:
                 views.append(None)
             else:

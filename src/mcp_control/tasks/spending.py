@@ -258,7 +258,7 @@ class Spending:
             rows = await self._store.find(
                 "task", Query(where=[Where("run", "eq", owner), Where("state", "in", held)], limit=_WAITING)
             )
-            tasks = self._ledger.read(rows)
+            tasks = self._ledger.readable(rows)
         else:
             tasks = [task for task in await self._ledger.load([owner], fresh=True) if task is not None]
         await self._charging.charge([Step(Move(task)) for task in tasks if task.lease is not None and task.draws])

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 
 from msgspec.structs import replace
 
-from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, VersionConflict
+from mcp_control.agents.matching import misfit
+from mcp_control.agents.model import Agent
+from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, Unroutable, VersionConflict
 from mcp_control.tasks.budgets import CODE
 from mcp_control.tasks.due import on_time
 from mcp_control.tasks.exhaustion import exhausted_facts
-from mcp_control.tasks.lanes import lane_of
+from mcp_control.tasks.lanes import demand_of, lane_of
 from mcp_control.tasks.ledger import Decide, Move
 from mcp_control.tasks.model import HELD_STATES, Request, Task, TaskState
 from mcp_control.tasks.records import CANCEL_GRACE_MS, task_fact
@@ -129,8 +131,11 @@ def editing(
     return decide
 
 
-def pinning(actor: str, agent_id: str, lane: str, now: int) -> Decide:
-    """Assign a waiting task to one agent by hand: it joins the lane that only this agent serves."""
+def reassigning(actor: str, agent: Agent, now: int) -> Decide:
+    """Assign a waiting task to one agent by hand: it joins the lane that only this agent serves.
+
+    The decision raises Unroutable where the agent cannot do it.
+    """
 
     def decide(task: Task) -> Move | None:
         if task.final:
@@ -139,7 +144,11 @@ def pinning(actor: str, agent_id: str, lane: str, now: int) -> Decide:
             raise InvalidTransition(
                 "an agent is working on it", state=task.state.value, allowed=allowed_verbs(task.state)
             )
-        after = replace(task, needs=replace(task.needs, agent=agent_id), lane=lane)
-        return Move(after, [task_fact("task.updated", after, actor, now, assigned_to=agent_id)])
+        reason = misfit(agent.id, agent.spec, replace(demand_of(task), agent=agent.id))
+        if reason is not None:
+            raise Unroutable(f"agent {agent.spec.name} cannot take it: it {reason}")
+        after = replace(task, needs=replace(task.needs, agent=agent.id))
+        after = replace(after, lane=lane_of(after))
+        return Move(after, [task_fact("task.updated", after, actor, now, assigned_to=agent.id)])
 
     return decide

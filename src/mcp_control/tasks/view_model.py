@@ -91,3 +91,12 @@ class StatisticView(msgspec.Struct, frozen=True, kw_only=True):
     p90: float | None
     p99: float | None
     updated_at: datetime
+
+
+class ParkedTask(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A stored task that cannot be decoded: what the index says of it, and how many bytes it has."""
+
+    id: str
+    type: str
+    run_id: str | None = None
+    bytes: int
