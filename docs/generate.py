@@ -68,7 +68,7 @@ def edges() -> dict[str, set[Edge]]:
     return {
         "agent-states": by_verb(AGENT_TRANSITIONS) | {("[*]", "offline", "")},
         "task-states": by_verb(TASK_TRANSITIONS)
-        | {("[*]", state, "") for state in ("queued", "scheduled", "rejected")},
+        | {("[*]", state, "") for state in ("queued", "blocked", "scheduled", "rejected")},
         "run-states": by_state(RUN_TRANSITIONS) | {("[*]", "pending", "")},
         "stage-states": by_state(STAGE_TRANSITIONS) | {("[*]", "pending", "")},
     }

@@ -209,6 +209,11 @@ class Firing:
             except Invalid as problem:
                 raise _inside("run", problem) from None
         elif spec.task is not None:
+            for place, limit in enumerate(spec.task.limits):
+                if limit.on_excess == "drop":
+                    detail = "a slot is fired once, so its task waits for its rate"
+                    pointer = f"#/task/limits/{place}/on_excess"
+                    raise Invalid(detail, errors=[FieldError(pointer=pointer, code="invalid-value", detail=detail)])
             try:
                 check_task(task_spec(spec, slot), self._clock.now())
             except Invalid as problem:
@@ -238,6 +243,7 @@ def task_spec(spec: ScheduleSpec, slot: int) -> TaskSpec:
         fairness=task.fairness,
         needs=task.needs,
         labels={**task.labels, "schedule": spec.name},
+        limits=task.limits,
         retry=task.retry,
         timeout=task.timeout,
     )

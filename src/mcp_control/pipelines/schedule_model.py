@@ -8,6 +8,7 @@ import msgspec
 
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.limit_model import Limit
 from mcp_control.tasks.model import Fairness, Needs, Request, RetryPolicy
 
 Overlap = Literal["allow", "skip", "queue-one", "cancel-previous"]
@@ -39,6 +40,7 @@ class ScheduledTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     fairness: Fairness | None = None
     needs: Needs = Needs()
     labels: dict[str, str] = {}
+    limits: list[Limit] = []
     retry: RetryPolicy = RetryPolicy()
     timeout: float | None = None
 

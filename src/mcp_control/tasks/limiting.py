@@ -223,10 +223,10 @@ def spec_errors(spec: TaskSpec) -> list[FieldError]:
         if limit.rate is not None:
             found += rate_errors(f"{pointer}/rate", limit.rate)
         elif limit.on_excess == "drop":
-            found.append(FieldError(pointer=f"{pointer}/on_excess", code="wrong-value", detail="only a rate can drop"))
+            found.append(FieldError(pointer=f"{pointer}/on_excess", code="invalid-value", detail="only a rate can drop"))
         for kind in ([True] if limit.rate else []) + ([False] if limit.concurrency else []):
             if (limit.key, kind) in seen:
-                found.append(FieldError(pointer=f"{pointer}/key", code="duplicate", detail="this key is limited twice"))
+                found.append(FieldError(pointer=f"{pointer}/key", code="invalid-value", detail="this key is limited twice"))
             seen.add((limit.key, kind))
     if spec.unique is not None:
         found += _unique_errors(spec, spec.unique)
@@ -254,7 +254,7 @@ def _unique_errors(spec: TaskSpec, unique: Unique) -> list[FieldError]:
     found = _key_errors("#/unique/key", unique.key)
     if spec.debounce is not None:
         found.append(
-            FieldError(pointer="#/unique", code="wrong-value", detail="a task is unique or debounced, not both")
+            FieldError(pointer="#/unique", code="invalid-value", detail="a task is unique or debounced, not both")
         )
     return found
 
@@ -267,5 +267,5 @@ def _debounce_errors(spec: TaskSpec, debounce: Debounce) -> list[FieldError]:
     for name, value in (("run_at", spec.run_at), ("idempotency_key", spec.idempotency_key)):
         if value is not None:
             detail = f"a debounced task has no {name}"
-            found.append(FieldError(pointer=f"#/{name}", code="wrong-value", detail=detail))
+            found.append(FieldError(pointer=f"#/{name}", code="invalid-value", detail=detail))
     return found
