@@ -9,6 +9,7 @@ import pytest
 from mcp_control.agents.model import AgentState
 from mcp_control.agents.registration import TRANSITIONS as AGENT_TRANSITIONS
 from mcp_control.configuration.settings import load
+from mcp_control.pipelines.input_model import ApprovalState
 from mcp_control.pipelines.model import RunState, StageState
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS, VERBS
 from mcp_control.tasks.model import TaskState
@@ -89,7 +90,7 @@ def test_every_state_is_explained() -> None:
 def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
     """The table of verbs names the states each starts from."""
     section = text_of("runs.md").partition("## Verbs")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \|", section, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([a-z_, ]+) \|", section, re.MULTILINE))
     assert {verb: set(states.split(", ")) for verb, states in rows.items()} == {
         verb: {state.value for state in states} for verb, states in VERBS.items()
     }
@@ -97,7 +98,7 @@ def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
 
 def test_every_event_type_is_listed() -> None:
     """Those written out in the code, and those made of a state."""
-    nouns = "agent|task|run|stage|pipeline|schedule|limit|artifact|user|token|credential|enrolment|store"
+    nouns = "agent|task|run|stage|approval|compensation|pipeline|schedule|limit|artifact|user|token|credential|enrolment|store"
     written = {
         name
         for folder in ("agents", "tasks", "pipelines", "artifacts", "security", "archive")
@@ -106,6 +107,10 @@ def test_every_event_type_is_listed() -> None:
     finals = ("completed", "failed", "cancelled")
     made = {f"{noun}.{state}" for noun in ("task", "run", "stage") for state in finals}
     made |= {"task.scheduled", "task.blocked", "task.queued"}
+    made |= {f"compensation.{state}" for state in ("started", "completed", "failed")}
+    made |= {f"approval.{verb}" for verb in ("requested", *(state.value for state in ApprovalState))} - {
+        "approval.pending"
+    }
     made |= {"task.expired", "stage.skipped", *(f"agent.{state.value}" for state in AgentState)}
     listed = set(re.findall(rf"`((?:{nouns})\.[a-z_]+)`", text_of("events.md")))
     assert listed == (written | made) - {"pipeline.yaml"}
