@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from mcp_control.sdk.agent import Agent
 
 app = typer.Typer(name="agents", help="Who does the work: list, start, drain, retire.", no_args_is_help=True)
-COLUMNS = ("id", "name", "state", "running", "slots", "completed", "failed", "last_beat_at")
-WIDE = ("kind", "instances", "lost", "cpu_percent", "memory_mb", "labels", "version", "note")
+COLUMNS = ("id", "name", "state", "health.verdict", "running", "slots", "completed", "failed", "last_beat_at")
+WIDE = (
+    "health.reason",
+    "health.since",
+    "kind",
+    "instances",
+    "lost",
+    "cpu_percent",
+    "memory_mb",
+    "labels",
+    "version",
+    "note",
+)
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["auto", "json", "console"]
 Name = Annotated[str, typer.Argument(help="Name, id, or the end of an id.")]
@@ -134,6 +145,14 @@ def drain(name: Name, note: Note = "", as_json: Json = False, out: Out = None, f
     view = View.of(out, as_json, fields)
     with connect() as client:
         view.one(client.agents.drain(agent_name(client, name), note or None), COLUMNS, key="name")
+
+
+@app.command("quarantine")
+def quarantine(name: Name, note: Note = "", as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
+    """Keep an agent from work until it is resumed."""
+    view = View.of(out, as_json, fields)
+    with connect() as client:
+        view.one(client.agents.quarantine(agent_name(client, name), note or None), COLUMNS, key="name")
 
 
 @app.command("resume")

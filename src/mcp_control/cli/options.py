@@ -4,12 +4,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
 from mcp_control.cli.errors import USAGE, CliError
+
+if TYPE_CHECKING:
+    from mcp_control.tasks.model import Needs
 
 Format = Literal["table", "wide", "json", "jsonl", "yaml", "csv", "name"]
 
@@ -128,3 +132,28 @@ def confirm(question: str) -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise CliError("Left as it was.")
+
+
+def needs_from(
+    agent: str, slots: int, resources: Mapping[str, str], sticky: str, hard: bool, balancing: str
+) -> "Needs":
+    """Return what a task needs, from options. Raises CliError."""
+    import msgspec
+
+    from mcp_control.tasks.model import Needs
+
+    given: dict[str, object] = {"slots": slots, "resources": dict(resources)}
+    if agent:
+        given["agent"] = agent
+    if sticky:
+        given["sticky"] = {"key": sticky, "mode": "hard" if hard else "soft"}
+    if balancing:
+        given["balancing"] = balancing
+    try:
+        return msgspec.convert(given, Needs, strict=False)
+    except msgspec.ValidationError as error:
+        raise CliError(
+            f"no such need: {error}",
+            USAGE,
+            "resources are cpu=N, memory_mb=N and gpu=N; see mcpctl tasks submit --help",
+        ) from None

@@ -20,7 +20,20 @@ from mcp_control.cli.budgets import (
 )
 from mcp_control.cli.connection import agent_name, connect, task_id
 from mcp_control.cli.errors import ENDED_BADLY, INTERRUPTED, OK, TIMED_OUT, CliError
-from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, Reason, Timeout, Wait, json_bytes, pairs, seconds
+from mcp_control.cli.options import (
+    Fields,
+    Json,
+    Labels,
+    Limit,
+    Out,
+    Reason,
+    Timeout,
+    Wait,
+    json_bytes,
+    needs_from,
+    pairs,
+    seconds,
+)
 from mcp_control.cli.output import View, cell, plain, safe, say, write_json
 
 if TYPE_CHECKING:
@@ -52,6 +65,23 @@ def submit(
     ] = "",
     label: Labels = None,
     agent: Annotated[str, typer.Option("--agent", help="Only this agent may take it.", show_default=False)] = "",
+    slots: Annotated[
+        int, typer.Option("--slots", min=1, help="How many slots of its agent it takes.", show_default=False)
+    ] = 1,
+    resources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--resource", metavar="NAME=N", help="cpu, memory_mb or gpu it takes; repeatable.", show_default=False
+        ),
+    ] = None,
+    sticky: Annotated[
+        str, typer.Option("--sticky", metavar="KEY", help="Where others with this key are done.", show_default=False)
+    ] = "",
+    hard: Annotated[bool, typer.Option("--hard", help="With --sticky: wait for that agent.")] = False,
+    balancing: Annotated[
+        str,
+        typer.Option("--balancing", help="least_loaded, fastest or round_robin, for this task.", show_default=False),
+    ] = "",
     delay: Annotated[
         str, typer.Option("--delay", metavar="TIME", help="Not before this time from now.", show_default=False)
     ] = "",
@@ -88,10 +118,8 @@ def submit(
         "budget": budget_from(budget),
     }
     body = msgspec.Raw(json_bytes(payload, "--payload"))
-    if agent:
-        from mcp_control.tasks.model import Needs
-
-        options["needs"] = Needs(agent=agent)
+    if agent or slots > 1 or resources or sticky or balancing:
+        options["needs"] = needs_from(agent, slots, pairs(resources), sticky, hard, balancing)
     with connect() as client:
         handle = client.tasks.submit(
             type, body, **{name: value for name, value in options.items() if value is not None}
