@@ -33,6 +33,7 @@ from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.capacity import Capacity
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.explaining import RunExplainer
 from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.inputs import Inputs
@@ -280,6 +281,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             scheduler=Scheduler(store, clock, ids, firing),
             limits=limiting,
             shares=shares,
+            run_explainer=RunExplainer(store, engine, tasks),
             artifacts=artifacts,
             cluster=Cluster(
                 store=base.kind,

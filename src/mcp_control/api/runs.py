@@ -14,7 +14,7 @@ from mcp_control.artifacts.model import ArtifactView
 from mcp_control.artifacts.service import ArtifactFilter
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.model import Run, RunState
-from mcp_control.pipelines.view_model import RunView
+from mcp_control.pipelines.view_model import RunExplanation, RunView, StageExplanation
 from mcp_control.tasks.listing import TaskFilter
 from mcp_control.tasks.view_model import TaskView
 
@@ -110,6 +110,16 @@ async def run_tasks(call: Call) -> Reply:
     )
 
 
+async def explain_run(call: Call) -> Reply:
+    """Say why a run is not further: the first reason, who holds it, since when; and the same for each stage that has not ended."""
+    return reply(await call.services.run_explainer.run(call.actor, call.params["run_id"]))
+
+
+async def explain_stage(call: Call) -> Reply:
+    """Say why a stage of a run is not further."""
+    return reply(await call.services.run_explainer.stage(call.actor, call.params["run_id"], call.params["stage"]))
+
+
 async def stage_output(call: Call) -> Reply:
     """Return the output of a stage."""
     output = await call.services.pipelines.output(call.actor, call.params["run_id"], call.params["stage"])
@@ -144,6 +154,13 @@ ENDPOINTS: Final = (
     ),
     Endpoint(method="GET", path=f"{_ONE}/tasks", handler=run_tasks, summary="Tasks of a run", tag="runs", query=_PAGE,
         returns=Page[TaskView]),
+    Endpoint(
+        method="GET", path=f"{_ONE}/explain", handler=explain_run, summary="Why is it not further?", tag="runs", returns=RunExplanation,
+    ),
+    Endpoint(
+        method="GET", path=f"{_ONE}/stages/{{stage:name}}/explain", handler=explain_stage, summary="Why is a stage not further?",
+        tag="runs", returns=StageExplanation,
+    ),
     Endpoint(method="GET", path=f"{_ONE}/stages/{{stage:name}}/output", handler=stage_output, summary="Output of a stage", tag="runs"),
     Endpoint(
         method="GET", path=f"{_ONE}/artifacts", handler=run_artifacts, summary="Artifacts of a run", tag="runs", query=_PAGE,

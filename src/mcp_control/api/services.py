@@ -17,6 +17,7 @@ from mcp_control.kernel.ids import IdSource
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.explaining import RunExplainer
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.planning import Planner
 from mcp_control.pipelines.scheduler import Scheduler
@@ -91,6 +92,7 @@ class Services:
     scheduler: Scheduler
     limits: LimitManager
     shares: ShareManager
+    run_explainer: RunExplainer
     artifacts: Artifacts
     cluster: Cluster
     sockets: OpenSockets = field(default_factory=OpenSockets)

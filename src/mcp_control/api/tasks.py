@@ -31,10 +31,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class BatchItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What became of one submission of a batch."""
+    """What became of one submission of a batch; `warnings` say e.g. that no registered agent can take it."""
 
     id: str | None = None
     state: TaskState | None = None
+    warnings: list[str] = []
     problem: ProblemDocument | None = None
 
 
@@ -181,7 +182,10 @@ async def submit_batch(call: Call) -> Reply:
 def _item(answer: Submitted | Problem, request_id: str) -> dict[str, object]:
     if isinstance(answer, Problem):
         return {"problem": document(answer, request_id)}
-    return {"id": answer.task.id, "state": answer.task.state}
+    item: dict[str, object] = {"id": answer.task.id, "state": answer.task.state}
+    if answer.warnings:
+        item["warnings"] = answer.warnings
+    return item
 
 
 async def read_tasks(call: Call) -> Reply:

@@ -84,6 +84,28 @@ def tasks(id: Id, limit: Limit = None, as_json: Json = False, out: Out = None, f
         view.many(client.runs.handle(run_id(client, id)).tasks(), TASKS, ("reason", "created_at"), limit=limit)
 
 
+@app.command("explain")
+def explain(
+    id: Id,
+    stage: Annotated[str, typer.Option("--stage", metavar="NAME", help="Only this stage.", show_default=False)] = "",
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Say why a run is not further: the first reason, who holds it, since when; then the same for each stage that has not ended."""
+    view = View.of(out, as_json, fields)
+    shown = ("code", "message", "since", "expected_start", "held_by")
+    with connect() as client:
+        run = client.runs.handle(run_id(client, id))
+        if stage:
+            view.one(run.explain_stage(stage), ("stage", "state", *shown), key="stage")
+        else:
+            found = run.explain()
+            view.one(found, ("run_id", "state", *shown), key="run_id")
+            if found.stages and view.format in ("table", "wide"):
+                view.many(found.stages, ("stage", "state", "code", "message", "expected_start"), ("since", "held_by"))
+
+
 @app.command("budget")
 def budget(
     id: Id,

@@ -7,6 +7,7 @@ import msgspec
 from mcp_control.pipelines.input_model import CompensationState
 from mcp_control.pipelines.model import PipelineSpec, RunState, StageState
 from mcp_control.tasks.budget_model import Amounts, Budget
+from mcp_control.tasks.view_model import Explanation
 
 
 class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -20,6 +21,7 @@ class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs.
 
+    `cached` is how many of its tasks took the result of an earlier run.
     `children` are the runs it consists of where it is a run of another pipeline, the first hundred.
     """
 
@@ -43,6 +45,7 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eta: datetime | None = None
     waits_for: WaitView | None = None
     children: list[str] = []
+    cached: int = 0
 
 
 class CompensationView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,6 +106,39 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     budget: Budget | None = None
     usage: Amounts | None = None
     etag: str
+
+
+class StageExplanation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a stage is not further: the first reason, who holds it and since when.
+
+    Attributes:
+        code: stable: `needs-not-done`, `run-full`, `next`, `paused`, `ending`, `approval`, `signal`, `running`, `finished`; where none of
+            its tasks is worked on, that of the task that waits first (`Explanation.code`).
+        held_by: names of stages, ids of tasks, runs, agents or approvals, whoever paused it.
+        task: the task of it that was looked at.
+    """
+
+    stage: str
+    state: StageState
+    code: str
+    message: str
+    since: datetime | None = None
+    held_by: list[str] = []
+    expected_start: datetime | None = None
+    task: Explanation | None = None
+
+
+class RunExplanation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a run is not further: what its first stage waits for that could go on, and the same for each stage that has not ended."""
+
+    run_id: str
+    state: RunState
+    code: str
+    message: str
+    since: datetime
+    held_by: list[str] = []
+    expected_start: datetime | None = None
+    stages: list[StageExplanation] = []
 
 
 class PipelineView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -11,7 +11,7 @@ from mcp_control.artifacts.model import ArtifactView
 from mcp_control.events.model import Event
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.model import RUN_FINAL
-from mcp_control.pipelines.view_model import RunView
+from mcp_control.pipelines.view_model import RunExplanation, RunView, StageExplanation
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
 from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply
@@ -238,6 +238,16 @@ def run_tasks(run_id: str, **filters: object) -> Request[Page[TaskView]]:
 def run_artifacts(run_id: str, **filters: object) -> Request[Page[ArtifactView]]:
     """Read a page of a run's artifacts."""
     return _get(Page[ArtifactView], f"/runs/{_seg(run_id)}/artifacts", filters)
+
+
+def explain_run(run_id: str) -> Request[RunExplanation]:
+    """Ask why a run is not further."""
+    return _get(RunExplanation, f"/runs/{_seg(run_id)}/explain")
+
+
+def explain_stage(run_id: str, stage: str) -> Request[StageExplanation]:
+    """Ask why a stage is not further."""
+    return _get(StageExplanation, f"/runs/{_seg(run_id)}/stages/{_seg(stage)}/explain")
 
 
 def stage_output(run_id: str, stage: str) -> Request[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Unpack
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.pipelines.input_model import SignalView
 from mcp_control.pipelines.model import RunState
-from mcp_control.pipelines.view_model import RunView
+from mcp_control.pipelines.view_model import RunExplanation, RunView, StageExplanation
 from mcp_control.sdk import approvals, calls
 from mcp_control.sdk.errors import RunFailed
 from mcp_control.sdk.usage import Added
@@ -84,6 +84,14 @@ class RunHandle:
     def signals(self) -> list[SignalView]:
         """Read the signals the run got, the first one first."""
         return list((self._client.do(approvals.signals(self.id))).items)
+
+    def explain(self) -> RunExplanation:
+        """Ask why it is not further: the first reason, who holds it, since when; and the same for each stage that has not ended."""
+        return self._client.do(calls.explain_run(self.id))
+
+    def explain_stage(self, stage: str) -> StageExplanation:
+        """Ask why a stage is not further."""
+        return self._client.do(calls.explain_stage(self.id, stage))
 
     def output(self, stage: str) -> Any:
         """Read the output of a stage."""
@@ -174,6 +182,14 @@ class AsyncRunHandle:
     async def signals(self) -> list[SignalView]:
         """Read the signals the run got, the first one first."""
         return list((await self._client.do(approvals.signals(self.id))).items)
+
+    async def explain(self) -> RunExplanation:
+        """Ask why it is not further: the first reason, who holds it, since when; and the same for each stage that has not ended."""
+        return await self._client.do(calls.explain_run(self.id))
+
+    async def explain_stage(self, stage: str) -> StageExplanation:
+        """Ask why a stage is not further."""
+        return await self._client.do(calls.explain_stage(self.id, stage))
 
     async def output(self, stage: str) -> Any:
         """Read the output of a stage."""
