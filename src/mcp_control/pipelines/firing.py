@@ -246,6 +246,7 @@ def task_spec(spec: ScheduleSpec, slot: int) -> TaskSpec:
         limits=task.limits,
         retry=task.retry,
         timeout=task.timeout,
+        budget=task.budget,
     )
 
 

@@ -266,7 +266,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Parent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The stage a run is part of: it is a run of another pipeline inside a run, or inside an item of its fan-out.
 
-    `round` is that of the stage, `depth` how many runs there are around this one.
+    `round` is that of the stage, `depth` how many runs there are around this one, `draws` whose budgets those draw from.
     """
 
     run_id: str
@@ -274,6 +274,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     item: int | None = None
     round: int = 0
     depth: int = 1
+    draws: list[str] = []
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

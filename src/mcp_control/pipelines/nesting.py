@@ -125,7 +125,7 @@ class Nesting:
         run, stage, planned = outer.run, outer.run.stages[place], outer.plan.stages[place]
         definition = planned.stage
         depth = 1 if run.parent is None else run.parent.depth + 1
-        parent = Parent(run_id=run.id, stage=stage.id, item=item, round=stage.round, depth=depth)
+        parent = Parent(run_id=run.id, stage=stage.id, item=item, round=stage.round, depth=depth, draws=run.draws)
         try:
             if depth > NESTED_MAX:
                 return _failed(

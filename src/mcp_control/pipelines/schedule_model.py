@@ -9,6 +9,7 @@ import msgspec
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
 from mcp_control.tasks.limit_model import Limit
+from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Fairness, Needs, Request, RetryPolicy
 
 Overlap = Literal["allow", "skip", "queue-one", "cancel-previous"]
@@ -43,6 +44,7 @@ class ScheduledTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     limits: list[Limit] = []
     retry: RetryPolicy = RetryPolicy()
     timeout: float | None = None
+    budget: Budget | None = None
 
 
 class ScheduleSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -74,7 +74,7 @@ def new_run(
         created_at=now,
         stages=[StageRun(id=stage.id) for stage in body.stages],
         labels=request.labels,
-        draws=[] if budget_of(pipeline, request) is None else [run_id],
+        draws=[*([] if budget_of(pipeline, request) is None else [run_id]), *([] if parent is None else parent.draws)],
         priority=body.priority if request.priority is None else request.priority,
         deadline_at=earlier(own, due),
         parent=parent,
