@@ -39,6 +39,7 @@ from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.nesting import Nesting
 from mcp_control.pipelines.planning import Planner
+from mcp_control.pipelines.results import StageResults
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.pipelines.timekeeping import ScheduleKeeper
@@ -216,7 +217,9 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             ids,
             lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
         )
-        engine = PipelineEngine(store, clock, ids, settler, catalogue, shared, Capacity(manager).free)
+        kept = StageResults(store, clock, manager.registry.registered, round(settings.retention.runs_days * 86_400_000))
+        stack.push_async_callback(kept.close)
+        engine = PipelineEngine(store, clock, ids, settler, catalogue, shared, Capacity(manager).free, kept)
         settler.follower = engine
         stack.push_async_callback(Nesting(store, clock, engine).close)
         firing = Firing(store, clock, engine, settler)

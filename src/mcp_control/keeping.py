@@ -7,6 +7,7 @@ from mcp_control.artifacts.service import Artifacts
 from mcp_control.configuration.groups import Retention as Keep
 from mcp_control.events.retention import EventRetention
 from mcp_control.kernel.clock import Clock
+from mcp_control.pipelines.results import ResultRetention
 from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.timekeeping import ScheduleRetention
 from mcp_control.storage.ports import Store
@@ -30,6 +31,7 @@ def retention_loops(
         ("statistics-retention", history.forget),
         ("shares-retention", shares.forget),
         ("tasks-retention", lambda _: tasks.once()),
+        ("results-retention", ResultRetention(store).once),
         ("runs-retention", RunRetention(store, artifacts, runs_ms).once),
         ("schedules-retention", ScheduleRetention(store, runs_ms).once),
         ("pipelines-retention", PipelineRetention(store, runs_ms).once),

@@ -7,6 +7,7 @@ from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.coordination.model import KINDS as COORDINATION_KINDS
 from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND
+from mcp_control.pipelines.result_model import STAGE_RESULT_KIND
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.tasks.budget_model import BUDGET_KIND
@@ -27,6 +28,7 @@ KINDS: Final = (
     PIPELINE_KIND,
     RUN_KIND,
     APPROVAL_KIND,
+    STAGE_RESULT_KIND,
     STATISTIC_KIND,
     SHARE_KIND,
     *LIMIT_KINDS,

@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx2
 import pytest
@@ -51,6 +52,20 @@ spec:
     deadline_seconds: 1
     with: {until: "${{ params.until }}", journal: "${{ params.journal }}"}
   - {id: clean, uses: it.echo, needs: [slow], run_when: always, with: {state: "${{ stages.slow.state }}"}}
+"""
+
+CACHED = """
+metadata: {name: flow-cached}
+spec:
+  params: {n: {type: integer}}
+  stages:
+  - {id: one, uses: it.split, with: {parts: "${{ params.n }}"}, cache: {seconds: 3600}}
+  - id: each
+    uses: it.split
+    needs: [one]
+    with: {parts: "${{ item.part }}"}
+    fan_out: {over: stages.one.output.parts, combine: {uses: it.echo}}
+    cache: {seconds: 3600}
 """
 
 
@@ -117,3 +132,40 @@ async def test_a_run_flows_as_its_definition_says_though_its_server_dies(backend
     finally:
         for server in servers:
             assert server.stop() == 0
+
+
+async def _ran(client: httpx2.AsyncClient, n: int, key: str, *, no_cache: bool = False) -> tuple[dict[str, int], Any]:
+    answer = await client.post(
+        f"{API}/pipelines/flow-cached/execute",
+        json={"params": {"n": n}, "no_cache": no_cache},
+        headers={"Idempotency-Key": key},
+    )
+    run = await completed(client, answer.json()["id"], 60)
+    output = await client.get(f"{API}/runs/{run['id']}/stages/each/output")
+    return {stage["name"]: stage.get("cached", 0) for stage in run["stages"]}, output.json()
+
+
+@pytest.mark.timeout(120)
+async def test_a_result_is_computed_once_for_the_same_input(backend: str, tmp_path: Path) -> None:
+    """A second run takes the results of the first, item by item; one that is told to computes anew; the output is the same."""
+    server = ServerProcess(tmp_path / "one", node="one")
+    server.start()
+    try:
+        async with admin(server) as client:
+            with AgentProcess(tmp_path, "worker", server.url, await enrolment(client), slots=4):
+                await _applied(client, CACHED)
+                first, output = await _ran(client, 3, "first")
+                assert first == {"one": 0, "each": 0}
+
+                async def taken() -> bool:
+                    # Results are kept soon after the run ended; until then they are computed.
+                    return (await _ran(client, 3, uuid4().hex))[0] == {"one": 1, "each": 3}
+
+                await until(taken, 30, "all results are taken")
+                assert (await _ran(client, 3, "third"))[1] == output
+                assert (await _ran(client, 3, "anew", no_cache=True))[0] == {"one": 0, "each": 0}
+                more, _ = await _ran(client, 4, "more")
+                assert more == {"one": 0, "each": 4}, "items count that were there before, by whatever stage"
+                assert await violations(client) == {}
+    finally:
+        assert server.stop() == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from mcp_control.agents.model import Agent, AgentSpec, Capability
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.artifacts.service import KINDS as ARTIFACT_KINDS
 from mcp_control.kernel.changes import Query, StoredFact, Where
@@ -18,14 +19,16 @@ from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
 from mcp_control.pipelines.nesting import Nesting
+from mcp_control.pipelines.result_model import STAGE_RESULT_KIND
+from mcp_control.pipelines.results import StageResults
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.security.model import Actor
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Intent, Ledger, Move
-from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.model import LOG_KIND, TASK_KIND, Failure, Origin, Task, TaskState
 from mcp_control.tasks.records import read, task_fact
 from mcp_control.tasks.settling import Settler
@@ -34,7 +37,14 @@ from mcp_control.testing.clock import FakeClock
 
 ANNA = Actor(id="user_anna", kind="user", display="Anna", roles=("administrator",))
 ORIGIN = Origin(principal="user_anna")
+KEEP_MS = 1000
 OPEN = (TaskState.QUEUED, TaskState.SCHEDULED)
+
+
+def agent_of(code: str) -> Agent:
+    """Return the agent that does all work of these tests, with its code at this version."""
+    spec = AgentSpec(name="worker", capabilities=[Capability(name="work", version=code)])
+    return Agent(id="agent_x", version=1, spec=spec, created_at=0)
 
 
 class World:
@@ -45,6 +55,7 @@ class World:
         self.store = store
         self.clock = FakeClock()
         self.ids = IdSource(self.clock)
+        self.agent = agent_of("1")
         self.restart()
 
     def restart(self) -> None:
@@ -57,7 +68,8 @@ class World:
         dispatcher = Dispatcher(LocalQueue(), sessions, hand_out)
         self.settler = Settler(ledger, sessions, dispatcher, self.clock, self.ids)
         self.catalogue = Catalogue(self.store, self.clock, self.ids, lambda _tenant: {"work"})
-        self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue)
+        self.kept = StageResults(self.store, self.clock, lambda _tenant: [self.agent], keep_ms=KEEP_MS)
+        self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue, kept=self.kept)
         self.settler.follower = self.engine
         self.nesting = Nesting(self.store, self.clock, self.engine)
         self.inputs = Inputs(self.store, self.clock, self.ids, self.engine)
@@ -112,7 +124,7 @@ class World:
     async def settled(self) -> None:
         """Wait until the task component has done what it does in the background."""
         # What they run there is their own affair; that it ends is ours.
-        while under_way := [*self.settler.handing._background, *self.nesting._background]:
+        while under_way := [*self.settler.handing._background, *self.nesting._background, *self.kept._background]:
             await asyncio.gather(*under_way)
 
     async def run(self, run: Run) -> Run:
@@ -135,13 +147,24 @@ async def world(folder: Path) -> AsyncIterator[World]:
     facts: list[StoredFact] = []
     store = SqliteStore(folder, fatal=problems.append)
     await store.open(
-        [BUDGET_KIND, TASK_KIND, LOG_KIND, PIPELINE_KIND, RUN_KIND, APPROVAL_KIND, *SCHEDULE_KINDS, *ARTIFACT_KINDS],
+        [
+            BUDGET_KIND,
+            TASK_KIND,
+            LOG_KIND,
+            PIPELINE_KIND,
+            RUN_KIND,
+            STAGE_RESULT_KIND,
+            APPROVAL_KIND,
+            *SCHEDULE_KINDS,
+            *ARTIFACT_KINDS,
+        ],
         facts.extend,
     )
     made = World(store, facts)
     try:
         yield made
     finally:
+        await made.kept.close()
         await made.nesting.close()
         await made.settler.handing.close()
         await store.close()

@@ -242,6 +242,9 @@ def run(
         int | None, typer.Option("--priority", min=0, max=100, help="0 to 100.", show_default=False)
     ] = None,
     version: Version = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Take no results of earlier runs; those computed are kept anew.")
+    ] = False,
     wait: Wait = False,
     timeout: Timeout = "",
     as_json: Json = False,
@@ -276,6 +279,7 @@ def run(
             "labels": pairs(label) or None,
             "priority": priority,
             "version": version,
+            "no_cache": no_cache or None,
         }
         handle = client.pipelines.run(name, values, **{k: v for k, v in options.items() if v is not None})
         if not wait:

@@ -10,6 +10,7 @@ from mcp_control.pipelines.input_model import Approval, Compensate, WaitFor
 from mcp_control.pipelines.model import (
     NO_NEEDS,
     Body,
+    Cache,
     Combine,
     FanOut,
     Gate,
@@ -118,6 +119,7 @@ class PipelineBuilder:
         retry: RetryPolicy | None = None,
         timeout: float | None = None,
         deadline_seconds: float | None = None,
+        cache_seconds: float | None = None,
         requires: Needs = NO_NEEDS,
         priority: int | None = None,
         description: str = "",
@@ -142,6 +144,7 @@ class PipelineBuilder:
                 retry=retry,
                 timeout=timeout,
                 deadline_seconds=deadline_seconds,
+                cache=None if cache_seconds is None else Cache(seconds=cache_seconds),
                 requires=requires,
                 priority=priority,
                 description=description,

@@ -210,4 +210,5 @@ def _again(plan: Plan, place: int, stage: StageRun, number: int) -> StageRun:
         done=ended.bit_count(),
         ended=ended.to_bytes((stage.total + 7) >> 3, "little"),
         counts=stage.counts,
+        cached=stage.cached,
     )

@@ -159,7 +159,7 @@ def count(run_id: str, planned: PlannedStage, stage: StageRun, finished: Finishe
     if task.state is TaskState.COMPLETED:
         counts = stage.counts
         if planned.over is not None and item != -1 and finished.result is not None:
-            counts = _added(counts, numbers(told_by(finished.result).counts))
+            counts = added(counts, numbers(told_by(finished.result).counts))
         return replace(stage, ended=after, done=stage.done + 1, counts=counts), at
     bad = (int.from_bytes(stage.bad, "little") | 1 << at).to_bytes(size, "little")
     if task.state is TaskState.CANCELLED:
@@ -172,7 +172,8 @@ def count(run_id: str, planned: PlannedStage, stage: StageRun, finished: Finishe
     return replace(stage, ended=after, bad=bad, failed=stage.failed + 1, reason=reason, message=message), at
 
 
-def _added(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+def added(counts: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Return the sums of told counts, of at most 64 names."""
     if not more:
         return counts
     total = dict(counts)

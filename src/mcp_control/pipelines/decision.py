@@ -1,6 +1,6 @@
 """The shapes `decide` works with: what is known of a run, and what it decided."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -13,14 +13,21 @@ class Missing(Exception):
     """Something needed is stored and not in hand: load it and decide again."""
 
     def __init__(
-        self, *, params: bool = False, output: str | None = None, results: int | None = None, signal: str | None = None
+        self,
+        *,
+        params: bool = False,
+        output: str | None = None,
+        results: int | None = None,
+        signal: str | None = None,
+        kept: Sequence[str] = (),
     ) -> None:
-        """Name it: the parameters, the output of a stage by id, the item results of a stage by place, or the signals of a name."""
+        """Name it: parameters, the output of a stage by id, item results of a stage by place, signals of a name, kept results by key."""
         super().__init__()
         self.params = params
         self.output = output
         self.results = results
         self.signal = signal
+        self.kept = kept
 
 
 class Material:
@@ -30,10 +37,11 @@ class Material:
         params: by name; outputs: of stages; results: of fan-out items by stage id (of one that may fail, how it failed).
         lists: what fan-outs of bounded width go over, by stage id, so that it is not computed for each item.
         signals: bodies by id.
+        kept: results of earlier runs by key, None where there is none; codes: the versions of its code that agents declare, by stage id.
         free: slots of agents that could take one more task, by stage id; empty where that is not known.
     """
 
-    __slots__ = ("free", "lists", "outputs", "params", "results", "signals")
+    __slots__ = ("codes", "free", "kept", "lists", "outputs", "params", "results", "signals")
 
     def __init__(self, params: Mapping[str, Raw] | None = None) -> None:
         self.params = params
@@ -42,6 +50,8 @@ class Material:
         self.lists: dict[str, list[msgspec.Raw]] = {}
         self.signals: dict[str, Raw] = {}
         self.free: Mapping[str, int] = {}
+        self.kept: dict[str, Raw | None] = {}
+        self.codes: Mapping[str, tuple[str, ...]] = {}
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -60,6 +70,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         moved: stages whose state changed, as they are now; progressed: stages that counted a task and go on.
         asked: title and message, as JSON, of what stages ask people from now on, by place.
+        hits: results of items that were taken from earlier runs, to be kept with the run; used: the keys of all that were taken.
         result: what the run gives, when it has just completed.
         outputs: outputs of stages that ended, to be kept; results: results of fan-out items counted.
     """
@@ -71,5 +82,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     outputs: dict[str, Raw] = {}
     result: Raw | None = None
     results: dict[str, dict[int, Raw]] = {}
+    hits: dict[str, dict[int, Raw]] = {}
+    used: list[str] = []
     moved: list[StageRun] = []
     progressed: list[StageRun] = []

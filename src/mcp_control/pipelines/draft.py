@@ -36,12 +36,14 @@ class Draft:
         "outputs",
         "plan",
         "progressed",
+        "hits",
         "result",
         "results",
         "run",
         "stages",
         "start",
         "summary",
+        "used",
     )
 
     def __init__(self, plan: Plan, run: Run, material: Material, now: int) -> None:
@@ -59,6 +61,8 @@ class Draft:
         self.progressed: set[int] = set()
         self.ended = 0
         self.result: Raw | None = None
+        self.hits: dict[str, dict[int, Raw]] = {}
+        self.used: list[str] = []
         self.summary: dict[str, object] | None = None
 
     def close(self, place: int, state: StageState, reason: str | None = None, message: str | None = None) -> None:
@@ -212,6 +216,8 @@ class Draft:
             asked={at: text for at, text in self.asked.items() if stages[at].state is StageState.INPUT_REQUIRED},
             outputs=self.outputs,
             result=self.result,
+            hits=self.hits,
+            used=self.used,
             results=self.results,
             moved=moved,
             progressed=progressed,

@@ -9,12 +9,13 @@ from msgspec.structs import replace
 from mcp_control.pipelines.adaptive import allowed
 from mcp_control.pipelines.closing import complete, failures_of, items_of
 from mcp_control.pipelines.control import as_millis
-from mcp_control.pipelines.counting import items_in, open_in, spoiled
-from mcp_control.pipelines.decision import Start
+from mcp_control.pipelines.counting import added, items_in, numbers, open_in, spoiled, told_by
+from mcp_control.pipelines.decision import Missing, Start
 from mcp_control.pipelines.draft import OPEN, Draft
-from mcp_control.pipelines.expressions import Expression, ExpressionError, Scope, elements, join
+from mcp_control.pipelines.expressions import Expression, ExpressionError, Raw, Scope, elements, join
 from mcp_control.pipelines.model import NOT_REACHED, NOT_WANTED, STAGE_FINAL, RunState, StageRun, StageState, Window
 from mcp_control.pipelines.plan import PlannedStage
+from mcp_control.pipelines.result_model import key_of
 from mcp_control.pipelines.validate import ITEMS_MAX
 from mcp_control.pipelines.waiting import begin
 
@@ -118,6 +119,10 @@ def start_stage(draft: Draft, place: int) -> None:
         stage = replace(stage, deadline_at=draft.now + as_millis(seconds))
     if planned.over is None:
         made = draft.made(planned, None, stage.round, planned.payload.render(draft.scope()))
+        if hit := _hits(draft, planned, [made]):
+            draft.stages[place] = replace(stage, total=1, done=1, ended=b"\x01", cached=1, since=stage.round)
+            complete(draft, place, hit[0])
+            return
         draft.stages[place] = replace(stage, total=1, since=stage.since if planned.nested else stage.round)
         draft.start.append(made)
         return
@@ -127,6 +132,9 @@ def start_stage(draft: Draft, place: int) -> None:
     if not kept:
         since = stage.since if planned.nested and stage.total in (0, total) else stage.round
         stage = replace(stage, total=total, done=0, ended=b"", counts={}, since=since)
+    if planned.stage.cache is not None and items:
+        stage = _taken(draft, planned, stage, items)
+        kept = int.from_bytes(stage.ended, "little")
     if planned.windowed:
         draft.stages[place], start = _next(draft, planned, replace(stage, begun=0), items)
     else:
@@ -155,6 +163,52 @@ def start_combine(draft: Draft, place: int) -> None:
     payload = planned.combine.render(draft.scope(items=items, failures=failures), beside)
     draft.start.append(draft.made(planned, -1, stage.round, payload))
     draft.stages[place] = replace(stage, combining=True)
+
+
+def _taken(draft: Draft, planned: PlannedStage, stage: StageRun, items: list[msgspec.Raw]) -> StageRun:
+    """Return a fan-out that is about to start after it took what results of earlier runs there are. Raises ExpressionError, Missing."""
+    if not _takes(draft, stage):
+        return stage
+    hits = _hits(draft, planned, [_item(draft, planned, stage, items, index) for index in range(len(items))])
+    if not hits:
+        return stage
+    counts = stage.counts
+    for result in hits.values():
+        counts = added(counts, numbers(told_by(result).counts))
+    ended = sum(1 << index for index in hits).to_bytes((stage.total + 7) >> 3, "little")
+    draft.results.setdefault(stage.id, {}).update(hits)
+    draft.hits[stage.id] = hits
+    return replace(stage, ended=ended, done=len(hits), cached=len(hits), counts=counts)
+
+
+def _takes(draft: Draft, stage: StageRun) -> bool:
+    """Say whether a stage takes results of earlier runs: a retry computes anew."""
+    return not draft.run.no_cache and not stage.round
+
+
+def _hits(draft: Draft, planned: PlannedStage, wanted: list[Start]) -> dict[int, Raw]:
+    """Return the kept results of tasks about to start, by their place among these. Raises Missing."""
+    stage = planned.stage
+    if stage.cache is None or not _takes(draft, draft.stages[planned.place]):
+        return {}
+    known, tenant = draft.material.kept, draft.run.tenant
+    keys = [
+        [
+            key_of(tenant, stage.uses, stage.version, code, each.payload)
+            for code in draft.material.codes.get(stage.id, ())
+        ]
+        for each in wanted
+    ]
+    if missing := [key for some in keys for key in some if key not in known]:
+        raise Missing(kept=missing)
+    hits: dict[int, Raw] = {}
+    for at, some in enumerate(keys):
+        for key in some:
+            if (found := known[key]) is not None:
+                hits[at] = found
+                draft.used.append(key)
+                break
+    return hits
 
 
 def _hold(draft: Draft, place: int) -> None:

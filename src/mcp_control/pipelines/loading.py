@@ -9,24 +9,33 @@ from mcp_control.pipelines.decision import Material, Missing
 from mcp_control.pipelines.model import Run, RunState
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.records import read_run
+from mcp_control.pipelines.results import StageResults
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.records import read as read_task
 
 _FETCHED_AT_ONCE: Final = 500
+_taken: Final = msgspec.json.Decoder(dict[int, msgspec.Raw]).decode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Loader:
     """Loads parameters, outputs, results of items and signals into a run's material."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, kept: StageResults | None = None) -> None:
         self._store = store
+        self._kept = kept
 
     async def fetch(self, plan: Plan, material: Material, run: Run, missing: Missing) -> None:
         """Load what was missed. Raises LookupError when it is not stored, StoreUnavailable and the like."""
         if missing.results is not None:
             await self._results(plan, material, run, missing.results)
+            return
+        if missing.kept:
+            # Nothing depends on what is kept: where it cannot be looked up, it is computed.
+            material.kept.update(
+                dict.fromkeys(missing.kept) if self._kept is None else await self._kept.find(missing.kept)
+            )
             return
         if missing.signal is not None:
             await self._signals(material, run, missing.signal)
@@ -58,6 +67,14 @@ class Loader:
         ended = int.from_bytes(stage.ended, "little")  # what ends in this very decision is with its finished tasks
         items = range(items_in(plan.stages[place], stage))
         left = [item for item in items if ended >> item & 1 and item not in results]
+        if stage.cached:
+            name = f"kept/{stage.id}"
+            entity = (await self._store.get("run", [run.id], (name,)))[0]
+            taken = {} if entity is None else _taken(entity.cold.get(name, b"{}"))
+            results.update((item, taken[item]) for item in left if item in taken)
+            left = [item for item in left if item not in results]
+            if not left:
+                return
         bad = int.from_bytes(stage.bad, "little")
         for number in range(stage.round, stage.since - 1, -1):
             for some in (left[at : at + _FETCHED_AT_ONCE] for at in range(0, len(left), _FETCHED_AT_ONCE)):

@@ -58,6 +58,12 @@ class FanOut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     at_least: int | str | None = None
 
 
+class Cache(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A task whose input, type and code are those of one that completed at most so many seconds ago takes its result."""
+
+    seconds: float
+
+
 class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What must hold of a stage's output before anything after it starts: `check` is an expression over `output` and `params`."""
 
@@ -85,6 +91,7 @@ class Stage(
         when: an expression that must be true for the stage to run; else it is skipped.
         run_when: what must be true of the stages it needs.
         deadline_seconds: a stage that has not ended this long after it started fails, and its tasks are cancelled.
+        cache: take the results of earlier runs.
     """
 
     id: str
@@ -100,6 +107,7 @@ class Stage(
     wait_for: WaitFor | None = None
     compensate: Compensate | None = None
     deadline_seconds: float | None = None
+    cache: Cache | None = None
     retry: RetryPolicy | None = None
     timeout: float | None = None
     requires: Needs = NO_NEEDS
@@ -222,6 +230,7 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
         combining: the combine task has been started; it is the last of the stage's tasks.
         ended, bad: bit sets over its tasks: those that ended, and among them those that did not complete, so that each counts once.
         begun: in a fan-out of bounded width, the place of the first item that has not been started.
+        cached: how many of its tasks took the result of an earlier run.
         since: the first round whose results still count (a retry within a fan-out keeps those that are there).
         deadline_at: when it fails unless it has ended.
         given: what it waited for, until it has ended.
@@ -240,6 +249,7 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
     ended: bytes = b""
     bad: bytes = b""
     begun: int = 0
+    cached: int = 0
     window: Window | None = None
     since: int = 0
     given: Given | None = None
@@ -286,6 +296,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         signals: what other programs sent it; compensations: what is being undone, or was, in the order of doing it.
         summary: what stage outputs told under `summary`, merged; shown to people (e.g. a quality score).
         stage_due: the next deadline of a running stage.
+        no_cache: it computes everything anew.
         has_output: it completed, and what it gives is kept as the cold part `result`.
     """
 
@@ -317,6 +328,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stage_due: int | None = None
     window: Window | None = None
     parent: Parent | None = None
+    no_cache: bool = False
     has_output: bool = False
     idempotency_key: str | None = None
     digest: str = ""
@@ -333,7 +345,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Start a pipeline: its parameters by name, the version (None: the newest), and the usual idempotency key.
 
-    `budget`: overrules the definition's, limit by limit.
+    `budget`: overrules the definition's, limit by limit; `no_cache`: take no results of earlier runs.
     """
 
     params: dict[str, msgspec.Raw] = {}
@@ -341,6 +353,7 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     labels: dict[str, str] = {}
     priority: int | None = None
     budget: Budget | None = None
+    no_cache: bool = False
     idempotency_key: str | None = None
 
 
@@ -379,5 +392,5 @@ RUN_KIND: Final = Kind(
         Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_finished", ("finished", "id")),
     ),
-    cold=("params", "output", "signal", "result"),
+    cold=("params", "output", "signal", "result", "kept"),
 )

@@ -135,6 +135,7 @@ class Nesting:
             request = RunRequest(
                 params=_params(payload),
                 labels=run.labels,
+                no_cache=run.no_cache,
                 priority=run.priority if definition.priority is None else definition.priority,
             )
             version = None if definition.version == "*" else int(definition.version)

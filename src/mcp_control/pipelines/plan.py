@@ -60,7 +60,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         choosy: what may start depends on what else runs.
         cleaning: places of the stages that run even when the run has failed.
         timed: some stage has a deadline.
-        nested: places of the stages that are runs of other pipelines.
+        nested: places of the stages that are runs of other pipelines; cached: of those that take results of earlier runs.
         outputs: what a run gives when it has completed.
         adaptive: places of the stages of which more is under way the more room agents have.
         waiting: places of the stages that wait for an answer or a signal; undoing: of those that can be undone.
@@ -77,6 +77,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     timed: bool = False
     adaptive: frozenset[int] = frozenset()
     nested: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
     outputs: Template | None = None
     waiting: tuple[int, ...] = ()
     undoing: tuple[int, ...] = ()
@@ -125,6 +126,7 @@ def compile_plan(spec: PipelineSpec) -> Plan:
         width=width,
         choosy=width is not None or body.mode != "concurrent",
         cleaning=frozenset(place for place, stage in enumerate(stages) if stage.run_when == "always"),
+        cached=tuple(place for place, stage in enumerate(stages) if stage.cache is not None),
         nested=tuple(each.place for each in planned if each.nested is not None),
         outputs=outputs,
         adaptive=frozenset(

@@ -119,6 +119,8 @@ def stage_fact(kind: str, run: Run, stage: StageRun, actor: str, now: int) -> Fa
         "done": stage.done,
         "progress": stage_progress(stage),
     }
+    if stage.cached:
+        data["cached"] = stage.cached
     if stage.counts:
         data["counts"] = stage.counts
     if stage.reason:
@@ -202,6 +204,7 @@ def _stage_view(run_id: str, stage: StageRun, plan: Plan, place: int, now: int, 
         finished_at=_moment(stage.finished_at),
         eta=_eta(stage.started_at, progress, now) if stage.state is StageState.RUNNING else None,
         waits_for=_waits(run_id, stage, definition) if stage.state is StageState.INPUT_REQUIRED else None,
+        cached=stage.cached,
         children=_children(run_id, stage, plan.stages[place]),
     )
 

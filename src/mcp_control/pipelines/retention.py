@@ -1,14 +1,16 @@
 """Removing runs after their time, with their artifacts, and deleted definitions after them. Tasks of runs are the task component's."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec.structs import replace
 
 from mcp_control.artifacts.service import Artifacts
-from mcp_control.kernel.changes import Change, Key, Query, Where
+from mcp_control.kernel.changes import Change, Entity, IndexValue, Key, Query, Where
 from mcp_control.kernel.ids import make_id
 from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.records import read_pipeline, read_run
+from mcp_control.pipelines.results import held
 from mcp_control.security.model import SYSTEM
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.budget_model import BUDGET_KIND
@@ -31,12 +33,24 @@ class RunRetention:
         self._keep_ms = keep_ms
 
     async def once(self, now: int) -> int:
-        """Remove one batch; returns how many runs that were.
+        """Remove one batch; returns how many runs that were. Those whose results are kept for others stay until they no longer are.
 
         Artifacts go first: after a crash in between the run is still there, and so is found again.
         """
         ended = (Where("finished", "lt", now - self._keep_ms),)
-        rows = await self._store.find("run", Query(where=ended, order="finished", limit=_BATCH))
+        removed = 0
+        after: list[IndexValue] | None = None
+        while not removed:
+            query = Query(where=ended, order="finished", after=after, limit=_BATCH)
+            rows = await self._store.find("run", query)
+            needed = await held(self._store, [row.id for row in rows])
+            removed = await self._remove([row for row in rows if row.id not in needed])
+            if len(rows) < _BATCH:
+                break
+            after = [rows[-1].index["finished"], rows[-1].id]
+        return removed
+
+    async def _remove(self, rows: Sequence[Entity]) -> int:
         removed = 0
         for row in rows:
             await self._artifacts.delete_of_run(replace(SYSTEM, tenant=read_run(row).tenant), row.id)

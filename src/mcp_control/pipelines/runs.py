@@ -22,9 +22,10 @@ from mcp_control.pipelines.loading import Loader
 from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run, StageState
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
+from mcp_control.pipelines.results import StageResults
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished, NewTask
-from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec
+from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec, TaskState
 
 _log = structlog.get_logger(__name__)
 _PROGRESS_EVERY_MS: Final = 250
@@ -61,6 +62,7 @@ class _Proposal(msgspec.Struct):
     active: Active
     run: Run
     decision: Decision
+    done: list[str] = []
 
 
 class Plans:
@@ -101,12 +103,19 @@ class Runs:
     """
 
     def __init__(
-        self, store: Store, plans: Plans, capacity: int = 2000, shared: bool = False, free: Free | None = None
+        self,
+        store: Store,
+        plans: Plans,
+        capacity: int = 2000,
+        shared: bool = False,
+        free: Free | None = None,
+        kept: StageResults | None = None,
     ) -> None:
+        self._kept = kept
         self._free = free
         self._shared = shared
         self._store = store
-        self._loader = Loader(store)
+        self._loader = Loader(store, kept)
         self._plans = plans
         self._capacity = capacity
         self._active: OrderedDict[str, Active] = OrderedDict()
@@ -153,6 +162,8 @@ class Runs:
         """Decide on a run, loading what is missing. Raises StoreUnavailable and the like when it cannot be loaded."""
         if active.plan.adaptive and self._free is not None:
             active.material.free = self._free(run.tenant, active.plan)
+        if active.plan.cached and self._kept is not None:
+            active.material.codes = self._kept.codes(run.tenant, active.plan)
         for _ in range(_LOADS_MAX):
             try:
                 return decide(active.plan, run, finished, active.material, now, insist=insist)
@@ -213,6 +224,8 @@ class Runs:
         parts = dict(cold) if cold else {}
         for name, output in decision.outputs.items():
             parts[f"output/{name}"] = bytes(output)
+        for name, hits in decision.hits.items():
+            parts[f"kept/{name}"] = msgspec.json.encode({item: msgspec.Raw(text) for item, text in hits.items()})
         if decision.result is not None:
             parts["result"] = bytes(decision.result)
         run, entity = write_run(decision.run, parts)
@@ -260,6 +273,9 @@ class Runs:
         if active.run.version < run.version:
             active.run = run
         self._remember(active, proposal.decision)
+        active.material.kept.clear()
+        if self._kept is not None and (proposal.done or proposal.decision.used):
+            self._kept.later(run.tenant, active.plan, run_id, proposal.done, proposal.decision.used)
         self._keep(active)
         return run
 
@@ -298,7 +314,21 @@ class Runs:
             decision = Decision(run=broken(run, f"{type(error).__name__}: {error}", now))
         if decision.run is run:
             return Advance(cancel=decision.cancel)
-        return self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
+        advance = self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
+        if active.plan.cached:
+            self._proposals[id(advance)].done = _to_keep(active.plan, finished)
+        return advance
+
+
+def _to_keep(plan: Plan, finished: Sequence[Finished]) -> list[str]:
+    """Return the ids of tasks whose results are worth keeping."""
+    found: list[str] = []
+    for each in finished:
+        place = plan.place_of.get(each.task.links.stage or "")
+        kept = place is not None and plan.stages[place].stage.cache is not None
+        if kept and each.task.state is TaskState.COMPLETED and (each.task.links.item or 0) >= 0:
+            found.append(each.task.id)
+    return found
 
 
 def _new_task(run: Run, start: Start) -> NewTask:

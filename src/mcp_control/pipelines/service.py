@@ -25,6 +25,7 @@ from mcp_control.pipelines.model import RUN_FINAL, Parent, Pipeline, PipelineSpe
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
+from mcp_control.pipelines.results import StageResults
 from mcp_control.pipelines.runs import Active, Free, Plans, Runs
 from mcp_control.pipelines.starting import Along, budget_of, budget_writes, check_request, new_run
 from mcp_control.pipelines.view_model import PipelineView, RunView
@@ -62,6 +63,7 @@ class PipelineEngine:
         catalogue: Catalogue,
         shared: bool = False,
         free: Free | None = None,
+        kept: StageResults | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -69,7 +71,7 @@ class PipelineEngine:
         self._tasks = tasks
         self._catalogue = catalogue
         self._plans = Plans(store)
-        self._runs = Runs(store, self._plans, shared=shared, free=free)
+        self._runs = Runs(store, self._plans, shared=shared, free=free, kept=kept)
         self.moved: Callable[[Run, Plan | None], None] = lambda _run, _plan: None
         self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
 

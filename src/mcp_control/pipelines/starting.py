@@ -78,6 +78,7 @@ def new_run(
         priority=body.priority if request.priority is None else request.priority,
         deadline_at=earlier(own, due),
         parent=parent,
+        no_cache=request.no_cache,
         idempotency_key=request.idempotency_key,
         digest=digest,
         origin=replace(origin, principal=origin.principal or actor.id),

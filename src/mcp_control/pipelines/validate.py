@@ -259,6 +259,8 @@ def _stage(stage: Stage, pointer: str, known: _Known) -> list[FieldError]:
     found += _limits(pointer, stage.retry, stage.timeout)
     if stage.deadline_seconds is not None:
         found += range_errors(f"{pointer}/deadline_seconds", stage.deadline_seconds, 0.001, _DEADLINE_MAX)
+    if stage.cache is not None:
+        found += range_errors(f"{pointer}/cache/seconds", stage.cache.seconds, 0.001, _DEADLINE_MAX)
     if stage.when is not None:
         found += _expression(f"{pointer}/when", stage.when, _WHERE_WITH, stage, known)
     if stage.run_when == "any_completed" and not stage.needs:
@@ -325,7 +327,7 @@ def _nested(pointer: str, stage: Stage) -> Iterator[FieldError]:
     yield from name_errors(f"{pointer}/uses", stage.uses.removeprefix(NESTED), 100)
     if stage.version != "*" and not _NUMBER.fullmatch(stage.version):
         yield _error(f"{pointer}/version", "invalid-value", "the version of a pipeline is a whole number, or `*`")
-    for name in ("retry", "timeout"):
+    for name in ("retry", "timeout", "cache"):
         if getattr(stage, name) is not None:
             yield _error(f"{pointer}/{name}", "invalid-value", f"a run of another pipeline has no `{name}` of its own")
     if stage.requires != NO_NEEDS:

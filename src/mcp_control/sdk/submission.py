@@ -53,6 +53,7 @@ class RunOptions(TypedDict, total=False):
     priority: int
     key: str
     budget: Budget
+    no_cache: bool
 
 
 def fresh_key() -> str:
