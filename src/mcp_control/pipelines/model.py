@@ -387,9 +387,9 @@ RUN_KIND: Final = Kind(
     indexes=(
         Index("run_state", ("state", "id")),
         Index("run_pipeline", ("pipeline", "id")),
+        Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_key", ("unique_key",), unique=True),
         Index("run_due", ("due", "id")),
-        Index("run_pipeline_state", ("pipeline", "state", "id")),
         Index("run_finished", ("finished", "id")),
     ),
     cold=("params", "output", "signal", "result", "kept"),

@@ -22,7 +22,6 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs.
 
     `cached` is how many of its tasks took the result of an earlier run.
-    `cached` is how many of its tasks took the result of an earlier run.
     `children` are the runs it consists of where it is a run of another pipeline, the first hundred.
     """
 
@@ -46,7 +45,6 @@ class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     eta: datetime | None = None
     waits_for: WaitView | None = None
     children: list[str] = []
-    cached: int = 0
     cached: int = 0
 
 
