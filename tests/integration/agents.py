@@ -9,11 +9,11 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mcp_control import Agent, Context, SyncContext
-from mcp_control.tasks.budget_model import Spent
+from mcp_control import Agent, Cancelled, Context, SyncContext
 
 
 class Hold(TypedDict):
@@ -72,10 +72,11 @@ async def burn(payload: Burn, ctx: Context) -> int:
     return payload["steps"]
 
 
-def burn_in_process(payload: Burn, ctx: SyncContext) -> int:
-    """Use tokens without ever asking, as a process that does not listen."""
-    for step in range(payload["steps"]):
-        ctx._sink.used(Spent(number=step + 1, tokens=payload["tokens"] * (step + 1)))
+def deaf(payload: Burn, ctx: SyncContext) -> int:
+    """Use tokens in a thread that does not listen."""
+    for _ in range(payload["steps"]):
+        with suppress(Cancelled):
+            ctx.use(tokens=payload["tokens"])
         time.sleep(0.05)
     return payload["steps"]
 
@@ -151,6 +152,7 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.hold", hold),
         ("it.busy", busy),
         ("it.burn", burn),
+        ("it.deaf", deaf),
         ("it.careful", careful),
         ("it.split", split),
         ("it.make", make),
@@ -158,7 +160,6 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.final", final),
     ):
         agent.task(handler_name)(function)
-    agent.task("it.burn_in_process", executor="process")(burn_in_process)
     return agent
 
 
