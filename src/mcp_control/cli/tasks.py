@@ -63,6 +63,12 @@ def submit(
     key: Annotated[
         str, typer.Option("--key", help="Idempotency key: repeating it returns the first task.", show_default=False)
     ] = "",
+    share: Annotated[
+        str, typer.Option("--share", metavar="KEY", help="Whose share of the slots it takes.", show_default=False)
+    ] = "",
+    weight: Annotated[
+        float, typer.Option("--weight", min=0.1, max=100, help="The part of its share in relation to others.")
+    ] = 1.0,
     label: Labels = None,
     agent: Annotated[str, typer.Option("--agent", help="Only this agent may take it.", show_default=False)] = "",
     slots: Annotated[
@@ -105,10 +111,13 @@ def submit(
     """Submit a task. It is durable when this returns; with --wait, print it when it has ended."""
     import msgspec
 
+    from mcp_control.tasks.model import Fairness
+
     view = View.of(out, as_json, fields)
     limit = seconds(timeout)
     options: dict[str, Any] = {
         "priority": int(priority) if priority.isdigit() else priority or None,
+        "fairness": Fairness(key=share, weight=weight) if share or weight != 1.0 else None,
         "key": key or None,
         "labels": pairs(label) or None,
         "run_at": seconds(delay),

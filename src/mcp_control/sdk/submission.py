@@ -11,7 +11,7 @@ import msgspec
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.model import PipelineSpec
 from mcp_control.tasks.budget_model import Budget
-from mcp_control.tasks.model import Needs, RetryPolicy, TaskSpec
+from mcp_control.tasks.model import Fairness, Needs, RetryPolicy, TaskSpec
 
 YAML: Final = "application/yaml"
 BATCH_TASKS: Final = 500
@@ -25,10 +25,11 @@ class SubmitOptions(TypedDict, total=False):
 
     priority: 0 to 100, or critical, high, medium, low. key: idempotency key; submitting it again returns the first task. run_at: a
     time, or seconds from now. timeout: seconds one attempt may take. deadline: a time, or seconds from now. retries: attempts after
-    the first one (a short form of `retry`). budget: what it, and what is done for it, may use.
+    the first one (a short form of `retry`). fairness: whose share of the slots it takes. budget: what it, and what is done for it, may use.
     """
 
     priority: int | str
+    fairness: Fairness
     key: str
     labels: Mapping[str, str]
     needs: Needs
