@@ -170,10 +170,10 @@ class Draft:
 
     def _asking(self, run: Run) -> Run:
         """Return the run in the state that says whether anything goes on by itself."""
-        if run.ending is not None or run.state not in _GOING:
+        if run.state not in _GOING:
             return run
         states = {stage.state for stage in self.stages}
-        waits = StageState.INPUT_REQUIRED in states and StageState.RUNNING not in states
+        waits = run.ending is None and StageState.INPUT_REQUIRED in states and StageState.RUNNING not in states
         state = RunState.INPUT_REQUIRED if waits else RunState.RUNNING
         if state is run.state:
             return run
