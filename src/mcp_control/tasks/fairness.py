@@ -14,13 +14,16 @@ GRADES: Final = 4
 MEDIUM: Final = 1
 _GRADE_POINTS: Final = 20
 _LOWEST_POINTS: Final = 40
+_GRADES: Final = tuple(
+    min(GRADES - 1, max(0, (priority - _LOWEST_POINTS) // _GRADE_POINTS + 1)) for priority in range(101)
+)
 _OWED: Final = 16
 """So many tasks, for a weight of 1, are owed to a share at most."""
 
 
 def grade_of(priority: int) -> int:
-    """Return the class of a priority: 0 low (below 40), 1 medium (below 60), 2 high (below 80), 3 critical."""
-    return min(GRADES - 1, max(0, (priority - _LOWEST_POINTS) // _GRADE_POINTS + 1))
+    """Return the class of a priority (0 to 100): 0 low (below 40), 1 medium (below 60), 2 high (below 80), 3 critical."""
+    return _GRADES[priority]
 
 
 def patience_seconds(grade: int, point_ms: int) -> float | None:
