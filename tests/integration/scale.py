@@ -5,6 +5,7 @@
 """
 
 import asyncio
+import os
 import sys
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from mcp_control.agents.model import Beat
 from mcp_control.tasks.wire import Ack, Done, Heartbeat, Report, Tasks, decode_server_frame, encode_frame
 
 EVERY = 2000
+AGAIN_SECONDS = 0.5
 
 
 class Crowd:
@@ -25,6 +27,7 @@ class Crowd:
     def __init__(self) -> None:
         self.done = 0
         self._told = 0
+        self._sending: set[asyncio.Future[None]] = set()
         self._began = time.monotonic()
 
     def count(self, tasks: int) -> None:
@@ -48,26 +51,37 @@ class Crowd:
         await socket.recv()
         connected.release()
         beating = asyncio.create_task(self._beat(socket))
-        reports: dict[int, int] = {}
+        reports: dict[int, str] = {}
+        sizes: dict[int, int] = {}
+        loop = asyncio.get_running_loop()
         number = 0
         try:
             async for text in socket:
                 frame = decode_server_frame(text)
                 if isinstance(frame, Tasks):
                     number += 1
-                    reports[number] = len(frame.tasks)
+                    sizes[number] = len(frame.tasks)
                     done = [
                         Done(task_id=one.task_id, lease_token=one.lease_token, outcome="completed")
                         for one in frame.tasks
                     ]
-                    await socket.send(encode_frame(Report(id=number, done=done)).decode())
+                    reports[number] = encode_frame(Report(id=number, done=done)).decode()
+                    await socket.send(reports[number])
+                elif isinstance(frame, Ack) and frame.retry:
+                    # The server has more to do than it can at the moment; the report is sent again.
+                    loop.call_later(AGAIN_SECONDS, self._again, socket, reports[frame.id])
                 elif isinstance(frame, Ack):
-                    assert not frame.refused
-                    assert not frame.retry
-                    self.count(reports.pop(frame.id))
+                    assert not frame.refused, frame.refused
+                    del reports[frame.id]
+                    self.count(sizes.pop(frame.id))
         finally:
             beating.cancel()
             await socket.close()
+
+    def _again(self, socket: websockets.ClientConnection, report: str) -> None:
+        sending = asyncio.ensure_future(socket.send(report))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
 
     async def _beat(self, socket: websockets.ClientConnection) -> None:
         while True:
@@ -102,12 +116,17 @@ async def main(url: str, token: str, agents: int, slots: int) -> None:
         await asyncio.gather(*map(enter, range(agents)))
     sys.stdout.write("connected\n")
     sys.stdout.flush()
-    await asyncio.to_thread(sys.stdin.read)
+    told = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+    # An agent that ends before it is told to has a fault; then all end, so that nobody waits for its tasks.
+    await asyncio.wait([told, *working], return_when=asyncio.FIRST_COMPLETED)
     for one in working:
         one.cancel()
     ends = await asyncio.gather(*working, return_exceptions=True)
     faults = [end for end in ends if end is not None and not isinstance(end, asyncio.CancelledError)]
-    assert not faults, faults[:3]
+    if not told.done() or faults:
+        sys.stderr.write(f"{len(faults)} agents ended: {faults[:3]}\n")
+        sys.stderr.flush()
+        os._exit(1)  # a thread waits for the input, which does not end
 
 
 if __name__ == "__main__":
