@@ -26,7 +26,6 @@ from mcp_control.cli.options import (
     Labels,
     Limit,
     Out,
-    Reason,
     Timeout,
     Wait,
     json_bytes,
@@ -210,14 +209,6 @@ def logs(
             else:
                 sys.stdout.write(_line(line) + "\n")
                 sys.stdout.flush()
-
-
-@app.command("cancel")
-def cancel(id: Id, reason: Reason = "", as_json: Json = False, out: Out = None, fields: Fields = "") -> None:
-    """Cancel a task: at once when it waits, by telling its agent when it runs."""
-    view = View.of(out, as_json, fields)
-    with connect() as client:
-        view.one(client.tasks.handle(task_id(client, id)).cancel(reason or None), SHOWN)
 
 
 @app.command("retry")

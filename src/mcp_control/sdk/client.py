@@ -21,6 +21,7 @@ from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
 from mcp_control.sdk.limits import AsyncLimits, Limits
+from mcp_control.sdk.operations import AsyncDeadLetters, AsyncOperations, DeadLetters, Operations
 from mcp_control.sdk.pipelines import AsyncPipelines, Pipelines
 from mcp_control.sdk.profiles import Profiles
 from mcp_control.sdk.runs import AsyncRuns, Runs
@@ -57,6 +58,8 @@ class Client:
         self.url = profile.url
         self.transport = Transport(profile.url, profile.token, retry=retry)
         self.tasks = Tasks(self)
+        self.operations = Operations(self, time.monotonic)
+        self.dead_letters = DeadLetters(self)
         self.runs = Runs(self)
         self.approvals = Approvals(self)
         self.pipelines = Pipelines(self)
@@ -157,6 +160,8 @@ class AsyncClient:
         self.url = profile.url
         self.transport = AsyncTransport(profile.url, profile.token, retry=retry)
         self.tasks = AsyncTasks(self)
+        self.operations = AsyncOperations(self, time.monotonic)
+        self.dead_letters = AsyncDeadLetters(self)
         self.runs = AsyncRuns(self)
         self.approvals = AsyncApprovals(self)
         self.pipelines = AsyncPipelines(self)
