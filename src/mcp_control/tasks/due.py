@@ -10,17 +10,24 @@ def due_at(task: Task, cancel_grace_ms: int) -> int | None:
     deadline, whichever is first."""
     if task.state in FINAL_STATES:
         return None
-    moments = [task.deadline_at]
+    due = task.deadline_at
     if task.state is TaskState.SCHEDULED:
-        moments.append(task.not_before)
-    if task.lease is not None:
+        due = _earlier(due, task.not_before)
+    lease = task.lease
+    if lease is not None:
         if task.timeout_ms is not None:
-            moments.append(task.lease.since + task.timeout_ms)
+            due = _earlier(due, lease.since + task.timeout_ms)
         if task.cancel is not None:
-            moments.append(task.cancel.at + cancel_grace_ms)
+            due = _earlier(due, task.cancel.at + cancel_grace_ms)
         if task.ceiling is not None:
-            moments.append(task.ceiling.at)
-    return min((moment for moment in moments if moment is not None), default=None)
+            due = _earlier(due, task.ceiling.at)
+    return due
+
+
+def _earlier(one: int | None, other: int | None) -> int | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
 
 
 def on_time(task: Task, now: int, chance: float, cancel_grace_ms: int) -> Task | None:
