@@ -13,13 +13,18 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx2
+import msgspec
 import pymongo
 import pytest
+from bson.binary import Binary
 from msgspec.structs import replace
 
 from mcp_control.app import KINDS
 from mcp_control.kernel.changes import Change, Entity, Fact, Field, Index, Kind, Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
+from mcp_control.storage.mongo import schema
+from mcp_control.storage.mongo.client import Database, Document
+from mcp_control.storage.mongo.documents import Shape
 from mcp_control.storage.mongo.store import MongoStore
 from mcp_control.testing.databases import MongoSet
 from tests.cluster.harness import running_cluster
@@ -108,6 +113,37 @@ async def test_indexes_nobody_declares_go_only_when_asked(mongo_uri: str) -> Non
             "thing.one_rank:state,rank:unique",
         ]
         assert await old.contract() == []
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["product", "control"])
+async def test_what_is_migrated_is_said_last(
+    control: bool, mongo_set: MongoSet, mongo_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that dies between two indexes is finished by the next; one that says first that it is done would not be (control)."""
+    create, declare = schema._create_indexes, schema._migrate_kind
+
+    async def dies(database: Database, collection: str, specs: list[Document]) -> None:
+        await create(database, collection, specs[:1])
+        raise ZeroDivisionError
+
+    async def too_early(database: Database, shape: Shape, known: Document | None) -> None:
+        said = {"declared": Binary(msgspec.json.encode(shape.kind))}
+        await database[schema.META].update_one({"_id": f"kind:{shape.name}"}, {"$set": said}, upsert=True)
+        await declare(database, shape, known)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(schema, "_create_indexes", lambda *given: (dies if given[1] == "thing" else create)(*given))
+        if control:
+            broken.setattr(schema, "_migrate_kind", too_early)
+        with pytest.raises(ZeroDivisionError):
+            async with _store(mongo_uri, NEW):
+                raise AssertionError("it did not die")
+    async with _store(mongo_uri, NEW):
+        pass
+    with pymongo.MongoClient[Document](mongo_set.uri()) as direct:
+        there = {one["name"] for one in direct[mongo_uri.rpartition("/")[2].partition("?")[0]]["thing"].list_indexes()}
+    missing = {schema.index_name(index) for index in NEW.indexes} - there
+    assert bool(missing) is control
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=[pytest.mark.long, pytest.mark.timeout(900)])])

@@ -5,11 +5,12 @@ import traceback
 
 import pytest
 
+from mcp_control.kernel.clock import SystemClock
 from mcp_control.storage.redis.breaker import Breaker
 from mcp_control.storage.redis.connection import connect, disconnect
-from mcp_control.storage.redis.link import RedisTrouble
+from mcp_control.storage.redis.link import RedisLink, RedisTrouble
 from mcp_control.testing.clock import FakeClock
-from mcp_control.testing.databases import free_ports
+from mcp_control.testing.databases import RedisServer, free_ports
 from tests.storage.redis_clients import linked
 
 SECRET = "hunter/2@#"
@@ -66,6 +67,31 @@ def test_a_probe_that_succeeds_closes_it_and_the_next_pause_is_short_again() -> 
     assert (breaker.state, breaker.failures, breaker.since) == ("closed", 0, clock.now())
     assert [breaker.failed() for _ in range(3)] == [False, False, True]
     assert breaker.wait() == 1
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["product", "control"])
+async def test_three_calls_at_most_wait_for_a_redis_that_hangs(control: bool, redis_server: RedisServer) -> None:
+    """Row 19: after three slow calls the others are refused at once; without the breaker every one of them waits (control)."""
+    link = RedisLink(
+        connect(redis_server.url), "n", Breaker(SystemClock(), failures=100 if control else 3), seconds=0.05
+    )
+    tried: list[int] = []
+
+    async def ask() -> object:
+        tried.append(1)
+        return await link.client.get("x")
+
+    try:
+        assert await link.call(ask) is None
+        tried.clear()
+        redis_server.pause()
+        for _ in range(10):
+            with pytest.raises(RedisTrouble):
+                await link.call(ask)
+        assert len(tried) == (10 if control else 3)
+    finally:
+        redis_server.resume()
+        await link.close()
 
 
 async def test_nobody_there_is_trouble_at_once_and_then_refused() -> None:
