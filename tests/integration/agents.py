@@ -51,6 +51,14 @@ async def hold(payload: Hold, ctx: Context) -> str:
     return f"{ctx.attempt}"
 
 
+async def block(payload: Hold, ctx: Context) -> str:
+    """Stop the whole event loop until a file is there: what a handler must not do."""
+    _note(payload["journal"], ctx)
+    while not _there(payload["until"]):
+        time.sleep(0.02)  # noqa: ASYNC251 - blocking is what this is for
+    return f"{ctx.attempt}"
+
+
 def _there(path: str) -> bool:
     return os.path.exists(path)
 
@@ -150,6 +158,7 @@ def build(name: str, options: dict[str, str]) -> Agent:
     for handler_name, function in (
         ("it.echo", echo),
         ("it.hold", hold),
+        ("it.block", block),
         ("it.busy", busy),
         ("it.burn", burn),
         ("it.deaf", deaf),
