@@ -39,6 +39,7 @@ from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.nesting import Nesting
 from mcp_control.pipelines.planning import Planner
+from mcp_control.pipelines.rerunning import Reruns
 from mcp_control.pipelines.results import StageResults
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
@@ -281,6 +282,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             dispatcher=dispatcher,
             pipelines=engine,
             inputs=Inputs(store, clock, ids, engine),
+            reruns=Reruns(engine),
             scheduler=Scheduler(store, clock, ids, firing),
             limits=limiting,
             shares=shares,

@@ -9,10 +9,11 @@ from mcp_control.api.call import JSON, Call, Reply, reply, tagged
 from mcp_control.api.decode import Body
 from mcp_control.api.query import PageQuery, Query, WaitQuery
 from mcp_control.api.routing import Endpoint
-from mcp_control.api.tasks import Nothing, Reason
+from mcp_control.api.tasks import Nothing, Reason, with_key
 from mcp_control.artifacts.model import ArtifactView
 from mcp_control.artifacts.service import ArtifactFilter
 from mcp_control.kernel.paging import Page
+from mcp_control.pipelines.input_model import RerunRequest
 from mcp_control.pipelines.model import Run, RunState
 from mcp_control.pipelines.view_model import RunExplanation, RunView, StageExplanation
 from mcp_control.tasks.listing import TaskFilter
@@ -40,6 +41,7 @@ _PAGE: Final = Query(PageQuery)
 _REASON: Final = Body(Reason, optional=True)
 _NOTHING: Final = Body(Nothing, optional=True)
 _RETRY: Final = Body(RetryRequest, optional=True)
+_RERUN: Final = Body(RerunRequest, optional=True, envelope=2)
 
 
 async def list_runs(call: Call) -> Reply:
@@ -92,6 +94,14 @@ async def retry_run(call: Call) -> Reply:
     return await _answer(
         call, await engine.retry(call.actor, run_id, request.from_stage, request.params, request.reason)
     )
+
+
+async def rerun_rejected(call: Call) -> Reply:
+    """Start a run over what this one set aside, or over the corrected records."""
+    request = with_key(call, await call.decode(_RERUN))
+    run, created = await call.services.reruns.start(call.actor, call.params["run_id"], request, call.origin)
+    view = await call.services.pipelines.view(call.actor, run)
+    return tagged(view, view.etag, 201 if created else 200)
 
 
 async def _answer(call: Call, run: Run) -> Reply:
@@ -151,6 +161,10 @@ ENDPOINTS: Final = (
         method="POST", path=f"{_ONE}/retry", handler=retry_run, summary="Retry a run", tag="runs", weight="submit",
         body=_RETRY, returns=RunView,
         example={"from_stage": "export", "params": {"format": "jsonl"}, "reason": "the other format was wanted"},
+    ),
+    Endpoint(
+        method="POST", path=f"{_ONE}/rerun-rejected", handler=rerun_rejected, summary="Run again what a run set aside", tag="runs",
+        weight="submit", body=_RERUN, returns=RunView, others={200: RunView}, status=201, example={"params": {"quality": {"gate": "warn"}}},
     ),
     Endpoint(method="GET", path=f"{_ONE}/tasks", handler=run_tasks, summary="Tasks of a run", tag="runs", query=_PAGE,
         returns=Page[TaskView]),

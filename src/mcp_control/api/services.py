@@ -20,6 +20,7 @@ from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.explaining import RunExplainer
 from mcp_control.pipelines.inputs import Inputs
 from mcp_control.pipelines.planning import Planner
+from mcp_control.pipelines.rerunning import Reruns
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.service import PipelineEngine
 from mcp_control.plugins.manager import Plugins
@@ -89,6 +90,7 @@ class Services:
     catalogue: Catalogue
     planner: Planner
     inputs: Inputs
+    reruns: Reruns
     scheduler: Scheduler
     limits: LimitManager
     shares: ShareManager

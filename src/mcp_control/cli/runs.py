@@ -17,6 +17,7 @@ from mcp_control.cli.budgets import (
     show_or_edit,
 )
 from mcp_control.cli.connection import connect, run_id
+from mcp_control.cli.errors import USAGE, CliError
 from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, json_argument, seconds
 from mcp_control.cli.output import View, plain, write_json
 from mcp_control.cli.report import download, ended, follow, report, results, show_report
@@ -253,6 +254,47 @@ def retry(
             view.one(view_of_run, COLUMNS)
             return
         raise typer.Exit(ended(client, follow(client, found, limit), view, output))
+
+
+@app.command("rerun-rejected")
+def rerun_rejected(
+    id: Id,
+    fixed: Annotated[
+        Path | None,
+        typer.Option(
+            "--fixed", metavar="FILE", help="The corrected records. Default: as they were.", show_default=False
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="A.B=VALUE", help="Another value for a parameter; repeatable.", show_default=False
+        ),
+    ] = None,
+    wait: Wait = False,
+    timeout: Timeout = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    out: Out = None,
+    fields: Fields = "",
+) -> None:
+    """Start a run over what another one set aside: the rejected records, or their corrected form."""
+    view = View.of(out, as_json, fields)
+    limit = seconds(timeout)
+    if fixed is not None and not fixed.is_file():
+        raise CliError(f"--fixed {fixed}: no such file", USAGE)
+    with connect() as client:
+        found = run_id(client, id)
+        changed = _changed(client, client.runs.get(found), settings) if settings else None
+        corrected = None if fixed is None else client.artifacts.upload(fixed, role="input").id
+        handle = client.runs.handle(found).rerun_rejected(fixed=corrected, params=changed)
+        if not wait:
+            view.one(handle.get(), COLUMNS)
+            return
+        raise typer.Exit(ended(client, follow(client, handle.id, limit), view, output))
 
 
 def _changed(client: "Client", run: "RunView", settings: list[str]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class PipelineBuilder:
         budget: Budget | None = None,
         mode: Mode = "concurrent",
         outputs: Mapping[str, object] | None = None,
+        rerun: Mapping[str, object] | None = None,
     ) -> None:
         self._metadata = Metadata(name=name, description=description, labels=dict(labels or {}))
         self._stages: list[Stage] = []
@@ -79,6 +80,7 @@ class PipelineBuilder:
         self._budget = budget
         self._mode = mode
         self._outputs = dict(outputs or {})
+        self._rerun = dict(rerun or {})
 
     def param(
         self,
@@ -247,6 +249,7 @@ class PipelineBuilder:
                 budget=self._budget,
                 mode=self._mode,
                 outputs=dict(self._outputs),
+                rerun=dict(self._rerun),
             ),
         )
 

@@ -209,6 +209,14 @@ class SignalRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     idempotency_key: str | None = None
 
 
+class RerunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A new run over what an ended one set aside: `fixed` is the artifact with the corrected records, None to take them as they were."""
+
+    fixed: str | None = None
+    params: dict[str, msgspec.Raw] = {}
+    idempotency_key: str | None = None
+
+
 class Received(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a waiting stage puts out when its signal has come; `expired`: it has not, and this is the default."""
 

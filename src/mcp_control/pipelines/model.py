@@ -132,6 +132,8 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             stage first, then the order of the definition.
         budget: what all tasks of a run may use together.
         mode: see `Mode`; with `priority` a stage starts only when none of higher priority runs or could start.
+        rerun: parameters of a run over what an earlier one set aside, over its `params`, `stages`, and `run` with `run.fixed`, the
+            corrected records if there are any.
         outputs: what a run that completed gives, as `with` of a stage after all others would be.
     """
 
@@ -143,6 +145,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     budget: Budget | None = None
     mode: Mode = "concurrent"
     outputs: Mapping[str, object] = {}
+    rerun: Mapping[str, object] = {}
 
 
 class PipelineSpec(

@@ -38,6 +38,7 @@ VERBS: Final[Mapping[str, frozenset[RunState]]] = {
     "cancel": _OPEN,
     "signal": _OPEN,
     "retry": frozenset({R.FAILED, R.CANCELLED}),
+    "rerun_rejected": frozenset({R.COMPLETED, R.FAILED, R.CANCELLED}),
 }
 
 

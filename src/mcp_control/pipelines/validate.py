@@ -115,6 +115,10 @@ def _faults(spec: PipelineSpec, broken: frozenset[int], sure: bool) -> tuple[lis
         if index not in broken:
             found += _stage(stage, f"#/spec/stages/{index}", known)
     found += _with("#/spec/outputs", spec.spec.outputs, _WHERE_WITH, None, known)
+    found += _with("#/spec/rerun", spec.spec.rerun, _WHERE_WITH, None, known)
+    for name in spec.spec.rerun:
+        if name not in spec.spec.params:
+            found.append(_error("#/spec/rerun", "unknown-reference", f"there is no parameter `{name[:64]}`"))
     return found, cycle
 
 

@@ -93,6 +93,13 @@ class RunHandle:
         """Ask why a stage is not further."""
         return self._client.do(calls.explain_stage(self.id, stage))
 
+    def rerun_rejected(
+        self, *, fixed: str | None = None, params: Mapping[str, Any] | None = None, key: str | None = None
+    ) -> "RunHandle":
+        """Start a run over what this one set aside, or over `fixed`, the artifact with the corrected records."""
+        started = self._client.do(calls.rerun_rejected(self.id, fixed, params, key))
+        return RunHandle(self._client, started.id)
+
     def output(self, stage: str) -> Any:
         """Read the output of a stage."""
         return self._client.do(calls.stage_output(self.id, stage))
@@ -190,6 +197,13 @@ class AsyncRunHandle:
     async def explain_stage(self, stage: str) -> StageExplanation:
         """Ask why a stage is not further."""
         return await self._client.do(calls.explain_stage(self.id, stage))
+
+    async def rerun_rejected(
+        self, *, fixed: str | None = None, params: Mapping[str, Any] | None = None, key: str | None = None
+    ) -> "AsyncRunHandle":
+        """Start a run over what this one set aside, or over `fixed`, the artifact with the corrected records."""
+        started = await self._client.do(calls.rerun_rejected(self.id, fixed, params, key))
+        return AsyncRunHandle(self._client, started.id)
 
     async def output(self, stage: str) -> Any:
         """Read the output of a stage."""

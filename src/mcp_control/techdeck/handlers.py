@@ -18,7 +18,7 @@ from mcp_control.sdk.artifacts import UploadOptions
 from mcp_control.sdk.context import SyncContext
 from mcp_control.sdk.errors import Permanent
 from mcp_control.techdeck.export.export import export as write_export
-from mcp_control.techdeck.ingestion import ingest
+from mcp_control.techdeck.ingestion import ingest, only_rejected
 from mcp_control.techdeck.model import DataError, Options, Plan, Progress
 from mcp_control.techdeck.payloads import (
     CombineIn,
@@ -131,6 +131,9 @@ def ingestion(payload: IngestionIn, ctx: SyncContext) -> IngestionOut:
         name = ctx.artifacts.get(payload.input).name
         source = ctx.artifacts.local(payload.input, folder)
         found = ingest(source, name, folder / "out", options, _progress(ctx))
+        if payload.rejected.run and payload.rejected.fixed is None:
+            aside = _files(ctx, folder, [artifact for part in payload.rejected.parts for artifact in part])
+            found = only_rejected(found, aside)
         partitions = [
             PartRef(artifact=_store(ctx, part.path, f"raw-{place:05d}.parquet", part.rows), rows=part.rows)
             for place, part in enumerate(found.partitions)
@@ -276,6 +279,7 @@ def export(payload: ExportIn, ctx: SyncContext) -> ExportOut:
             folder / "out",
             _options(payload.options),
             _progress(ctx),
+            rerun_of=payload.rejected.run,
         )
         names: list[tuple[Path, int | None]] = [(file.path, file.rows) for file in done.files]
         files = [_exported(ctx, path, rows) for path, rows in [*names, (done.manifest, None), (done.card, None)]]

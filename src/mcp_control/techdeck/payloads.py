@@ -24,10 +24,22 @@ class FileFault(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
 
 
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
+    """What an earlier run set aside: its id, the quarantine artifacts of its stages, and the corrected records where there are any."""
+
+    run: str = ""
+    fixed: str | None = None
+    parts: list[list[str]] = []
+
+
 class IngestionIn(msgspec.Struct, frozen=True, kw_only=True):
-    """`input` is the artifact to read; `options` is a tree of `model.Options`, as far as it differs from the defaults."""
+    """`input` is the artifact to read; `options` is a tree of `model.Options`, as far as it differs from the defaults.
+
+    `rejected` keeps the rows that an earlier run of the same input set aside, unless corrected records are read in their place.
+    """
 
     input: str
+    rejected: Rejected = Rejected()
     options: dict[str, Any] = {}
 
 
@@ -139,6 +151,7 @@ class ExportIn(msgspec.Struct, frozen=True, kw_only=True):
     score: float | None
     gate: str
     errors: list[FileFault] = []
+    rejected: Rejected = Rejected()
     options: dict[str, Any] = {}
 
 

@@ -52,11 +52,14 @@ def export(
     out: Path,
     options: Options,
     progress: Progress,
+    *,
+    rerun_of: str = "",
 ) -> Exported:
     """Write train, validation and test files, `manifest.json` and `README.md` to the folder `out`.
 
     `parts` are the processed partitions in any order, `quality` has keys score and gate. Rows whose `duplicate_of` is
-    set are left out and counted. Rows are in the order of the input.
+    set are left out and counted. Rows are in the order of the input. `rerun_of` is the run that set the rows
+    aside, where this one is about them alone; the manifest names it.
     """
     out.mkdir(parents=True, exist_ok=True)
     table = pl.read_parquet(assignments, columns=["row", "duplicate_of", "split"])
@@ -118,6 +121,7 @@ def export(
             for name, count in sorted(languages.items(), key=lambda item: (-item[1], item[0]))
         ],
         "quality": quality,
+        **({"rerun_of": rerun_of} if rerun_of else {}),
     }
     (out / "manifest.json").write_bytes(orjson.dumps(manifest, option=orjson.OPT_INDENT_2) + b"\n")
     (out / "README.md").write_text(card(manifest), encoding="utf-8")
