@@ -270,9 +270,11 @@ def test_time_settles_ties_in_one_order() -> None:
 
 
 def test_a_long_history_of_attempts_stays_bounded() -> None:
-    """A task that is handed back for ever keeps its newest attempts only."""
+    """A task that is handed back for ever keeps its first and its newest attempts only."""
     task = a_task()
     for _ in range(60):
         task = apply("release", apply("assign", task))
     assert len(task.attempts) == transitions.KEPT_ATTEMPTS
-    assert [attempt.number for attempt in task.attempts] == list(range(36, 61))
+    last = transitions.KEPT_ATTEMPTS - transitions.FIRST_ATTEMPTS
+    kept = [attempt.number for attempt in task.attempts]
+    assert kept == [*range(1, transitions.FIRST_ATTEMPTS + 1), *range(task.attempt - last + 1, task.attempt + 1)]

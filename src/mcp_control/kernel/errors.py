@@ -5,7 +5,7 @@
     ├── who and may (401, 403)  Unauthenticated InvalidToken Forbidden AgentSuspended PasswordChangeRequired
     ├── not there (404, 405, 406, 410)  NotFound MethodNotAllowed NotAcceptable CursorExpired
     ├── conflicts (409, 412, 428)  Conflict Duplicate LeaseSuperseded AlreadyTerminal InvalidTransition InProgress NameTaken
-    │                              PipelineInUse SelectionTooLarge PayloadGone VersionConflict PreconditionRequired BudgetExhausted
+    │                              PipelineInUse SelectionTooLarge VersionConflict PreconditionRequired BudgetExhausted
     ├── size and type (408, 413, 415)  BodyTimeout PayloadTooLarge UnsupportedMediaType
     ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline InvalidSchedule GateFailed
     └── not now (429, 503)  RateLimited Overloaded StorageFull StoreUnavailable OutcomeUnknown
@@ -218,12 +218,6 @@ class SelectionTooLarge(Problem):
     """More tasks match than the caller expected; `expected_at_most` in `data` repeats the number, `first` names some."""
 
     code, status, title = "selection-too-large", 409, "More tasks match than expected"
-
-
-class PayloadGone(Problem):
-    """The payload of this finished task is no longer kept; give one."""
-
-    code, status, title = "payload-gone", 409, "Payload no longer kept"
 
 
 class InProgress(Problem):

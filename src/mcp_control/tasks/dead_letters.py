@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Query
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound, PayloadGone
+from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import text_errors
@@ -96,8 +96,7 @@ class DeadLetters:
         Raises:
             NotFound: no such task.
             InvalidTransition: it is no dead letter, or no more: it did not fail, was tried again, or was discarded.
-            PayloadGone: its payload is no longer kept, and none was given.
-            Invalid: what was changed.
+                Invalid: what was changed.
         """
         allow(actor, "tasks.replay", task_id)
         return await self._tried(actor, task_id, origin, self._ids.new("task"), edit, dead=True)
@@ -106,7 +105,7 @@ class DeadLetters:
         """Submit a finished task, however it ended, again as a new one that names the old (`retry_of`).
 
         Raises:
-            NotFound, PayloadGone: see `replay`.
+            NotFound: no such task.
             InvalidTransition: the task is not final yet.
         """
         allow(actor, "tasks.retry", task_id)
@@ -129,8 +128,6 @@ class DeadLetters:
             now = self._clock.now()
             if edit.payload is not msgspec.UNSET:
                 payload = bytes(edit.payload)
-            elif payload is None:
-                raise PayloadGone("the payload is no longer kept; give one with the replay")
             spec = spec_again(task, payload, await self._spending.own(task), edit)
             check(spec, now)
             links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
@@ -170,7 +167,7 @@ class DeadLetters:
                 raise problem
         raise Conflict("too many changes at once")
 
-    async def _ended(self, actor: Actor, task_id: str) -> tuple[Task, bytes | None]:
+    async def _ended(self, actor: Actor, task_id: str) -> tuple[Task, bytes]:
         rows = [row for row in await self._store.get("task", [task_id], ("payload",)) if row is not None]
         tasks = self._ledger.readable(rows)
         if not tasks or tasks[0].tenant != actor.tenant:

@@ -182,6 +182,7 @@ def view(
         retry=task.retry,
         attempt=task.attempt,
         attempts=task.attempts,
+        attempts_left_out=task.attempt - (task.lease is not None) - len(task.attempts),
         agent_id=lease.agent_id if lease else None,
         fence=task.fence,
         failure=task.failure,

@@ -20,6 +20,8 @@ _HELD: Final = (S.ASSIGNED, S.RUNNING)
 _WAITING: Final = (S.SCHEDULED, S.BLOCKED, S.QUEUED, S.INPUT_REQUIRED)
 LOST_LIMIT: Final = 3
 KEPT_ATTEMPTS: Final = 25
+FIRST_ATTEMPTS: Final = 5
+OLD_TRACEBACK_MAX: Final = 2000
 
 
 def _rows(sources: tuple[TaskState, ...], *targets: TaskState) -> dict[TaskState, tuple[TaskState, ...]]:
@@ -113,7 +115,22 @@ def _end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = N
         outcome=outcome,
         failure=failure,
     )
-    return [*task.attempts[-KEPT_ATTEMPTS + 1 :], ended]
+    return kept_attempts([*(_shortened(attempt) for attempt in task.attempts), ended])
+
+
+def kept_attempts(attempts: list[Attempt]) -> list[Attempt]:
+    """Return the first and the last attempts; the numbers of those left out are missing. The first often tells more than the later."""
+    if len(attempts) <= KEPT_ATTEMPTS:
+        return attempts
+    return [*attempts[:FIRST_ATTEMPTS], *attempts[FIRST_ATTEMPTS - KEPT_ATTEMPTS :]]
+
+
+def _shortened(attempt: Attempt) -> Attempt:
+    """Return an attempt that is not the newest with the end of its traceback only: a document must not grow with each failure."""
+    failure = attempt.failure
+    if failure is None or len(failure.traceback) <= OLD_TRACEBACK_MAX:
+        return attempt
+    return replace(attempt, failure=replace(failure, traceback=failure.traceback[-OLD_TRACEBACK_MAX:]))
 
 
 def complete(task: Task, now: int) -> Task:

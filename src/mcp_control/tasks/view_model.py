@@ -32,6 +32,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     retry: RetryPolicy = RetryPolicy()
     attempt: int
     attempts: list[Attempt] = []
+    attempts_left_out: int = 0
     agent_id: str | None = None
     fence: str
     failure: Failure | None = None
