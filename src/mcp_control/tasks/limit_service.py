@@ -131,7 +131,10 @@ class LimitManager:
             known = await self._named(actor.tenant, name)
             if known is not None and known.spec == spec:
                 return _view(known)
-            if known is None and await self._store.count(RULE_KIND.name, [], RULES_MAX) >= RULES_MAX:
+            if (
+                known is None
+                and await self._store.count(RULE_KIND.name, [Where("name", "gt", "")], RULES_MAX) >= RULES_MAX
+            ):
                 raise Invalid(f"at most {RULES_MAX} rules")
             rule = LimitRule(
                 id=self._ids.new("limit") if known is None else known.id,

@@ -166,8 +166,8 @@ class Limits:
                         del self._dirty[name]
                     try:
                         await self._pass(names)
-                    except Problem as problem:
-                        _log.warning("limits.store_unavailable", code=problem.code)
+                    except Exception as error:  # whatever it was, what waits must go on
+                        _log.warning("limits.pass_failed", error=repr(error), exc_info=not isinstance(error, Problem))
                         self.unsure(names)
                         self._dirty.update(dict.fromkeys(names))
                         await asyncio.sleep(_PAUSE_SECONDS)
@@ -212,8 +212,9 @@ class Limits:
             order="gate",
             limit=asked,
         )
-        tasks = self._ledger.read(await self._store.find("task", query))
-        return [task for task in tasks if task.state is TaskState.BLOCKED and task.hold is None], len(tasks) >= asked
+        rows = await self._store.find("task", query)
+        tasks = self._ledger.readable(rows)
+        return [task for task in tasks if task.state is TaskState.BLOCKED and task.hold is None], len(rows) >= asked
 
     async def _look(self, names: Sequence[str], rooms: dict[str, Room]) -> None:
         """Learn what is taken of some gates. One server alone remembers it; of several each must look."""
