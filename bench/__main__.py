@@ -12,6 +12,7 @@ import uvloop
 from rich.console import Console
 
 from bench import profile
+from bench.balancing import balancing
 from bench.definitions import definitions
 from bench.limits import limits
 from bench.loads import chains, latency, throughput
@@ -33,6 +34,7 @@ BENCHES: Final[dict[str, Bench]] = {
     "C": chains,
     "D": definitions,
     "H": http,
+    "B": balancing,
     "K": limits,
     "P": lambda reps: conversations(reps, _QUICK_ROWS),
 }
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what was asked for and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--full", action="store_true", help=f"also P with {_ALL_ROWS:,} rows, and ratios to {PEERS}")
-    parser.add_argument("--only", default=",".join(BENCHES), help="which of T,L,C,D,H,K,P, with commas")
+    parser.add_argument("--only", default=",".join(BENCHES), help="which of T,L,C,D,H,B,K,P, with commas")
     parser.add_argument("--reps", type=int, default=3, help="repetitions; the median counts")
     parser.add_argument("--json", action="store_true", help="no table, JSON lines only")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The agent processes of the benchmarks: `python -m bench.agents noop|techdeck NAME SLOTS`."""
+"""The agent processes of the benchmarks: `python -m bench.agents noop|techdeck|uneven NAME SLOTS`."""
 
 import asyncio
 import sys
@@ -36,8 +36,22 @@ async def short(seconds: float) -> dict[str, float]:
     return {"begun": begun, "ended": time.time()}
 
 
+def uneven(name: str, slots: int) -> Agent:
+    """Return an agent that needs 10 ms for a task when it is number 0, and 100 ms when it is not."""
+    made = Agent(name, slots=slots)
+    seconds = 0.01 if name.endswith("-0") else 0.1
+
+    @made.task("bench.uneven")
+    async def wait(payload: Any) -> None:
+        await asyncio.sleep(seconds)
+
+    return made
+
+
 def agent(kind: str, name: str, slots: int) -> Agent:
     """Return an agent with the handlers of this kind."""
+    if kind == "uneven":
+        return uneven(name, slots)
     if kind == "techdeck":
         from mcp_control.techdeck.agent import agent as source  # its libraries are an extra
     else:

@@ -31,6 +31,7 @@ _FLOORS: Final[dict[tuple[str, str], tuple[Floor, ...]]] = {
     ("L", "http"): (Floor("p50_ms", 2.5, True), Floor("p99_ms", 8, True)),
     ("C", ""): (Floor("p50_ms", 9, True), Floor("chains_per_s", 500)),
     ("D", "1000 stages"): (Floor("accept_ms", 1000, True),),
+    ("B", "fastest"): (Floor("times_faster", 1.5),),
     ("H", "post"): (Floor("requests_per_s", 3000), Floor("p99_ms", 50, True)),
 }
 _ALL_ROWS: Final = 100_000
@@ -43,8 +44,10 @@ _FIGURES: Final = (
     "accept_ms",
     "start_ms",
     "held_ms",
+    "mean_ms",
     "p50_ms",
     "p99_ms",
+    "times_faster",
     "errors",
 )
 _CPU: Final = ("server_cpu_us", "agent_cpu_us", "client_cpu_us")
