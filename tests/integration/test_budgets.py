@@ -132,7 +132,8 @@ async def test_time_and_depth_are_limits_too(backend: str, tmp_path: Path) -> No
         assert (deeper.status_code, deeper.json()["code"], deeper.json()["limit"]) == (409, "budget-exhausted", "depth")
         ended = await in_state(here.client, slow, "failed", 40)
         assert ended["failure"]["data"]["limit"] == "wall_seconds"
-        assert [attempt["outcome"] for attempt in ended["attempts"]] == ["timeout", "budget"]
+        # A late server ends the first attempt when nothing is left for a second one.
+        assert [attempt["outcome"] for attempt in ended["attempts"]] in (["timeout", "budget"], ["timeout"])
 
 
 @pytest.mark.timeout(180)

@@ -260,6 +260,7 @@ async def test_children_draw_from_the_budget_above_them(tmp_path: Path) -> None:
         peer = await world.agent(slots=4)
         parent = await world.submit(budget={"tokens": 100, "depth": 1})
         await _working(world, peer, parent)
+        keyed = await world.submit("other", parent_id=parent.id, idempotency_key="first")
         child = await world.submit(parent_id=parent.id)
         assert (child.links.depth, child.draws) == (1, [parent.id])
         given = await _working(world, peer, child)
@@ -275,6 +276,8 @@ async def test_children_draw_from_the_budget_above_them(tmp_path: Path) -> None:
         }
         with pytest.raises(AssertionError, match="tokens, used 120, allowed 100"):
             await world.submit(parent_id=parent.id)
+        again = await world.submit("other", parent_id=parent.id, idempotency_key="first")
+        assert again.id == keyed.id, "what was accepted once is answered as it was then"
 
 
 async def test_a_reservation_is_granted_once_and_ends_with_its_attempt(tmp_path: Path) -> None:

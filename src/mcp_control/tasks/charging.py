@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Fact
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, Problem
+from mcp_control.kernel.errors import Conflict, Problem, StoreUnavailable
 from mcp_control.storage.ports import Store
 from mcp_control.tasks import budgets
 from mcp_control.tasks.budget_model import BUDGET_KIND, Account, Over, Spent
@@ -90,7 +90,7 @@ class Charging:
                         step.outcome = problem
                     return
             for step in steps:
-                step.outcome = Conflict("too many changes at once")
+                step.outcome = StoreUnavailable("the budget changes too fast; say it again")
 
     async def _still(self, steps: list[Step]) -> list[Step]:
         """After a conflict: leave out what somebody else took, and go on from what the others are now."""

@@ -25,9 +25,12 @@ _decode_lines: Final = msgspec.msgpack.Decoder(list[LogLine]).decode
 
 def unique_key(task: Task) -> str | None:
     """Return what makes an idempotency key unique: it counts per tenant and caller, so that nobody can probe another's keys."""
-    if task.idempotency_key is None:
-        return None
-    return f"{task.tenant}\x1f{task.origin.principal}\x1f{task.idempotency_key}"
+    return key_of(task.tenant, task.origin.principal, task.idempotency_key)
+
+
+def key_of(tenant: str, principal: str, key: str | None) -> str | None:
+    """Return what the index of idempotency keys has for a key of this caller."""
+    return None if key is None else f"{tenant}\x1f{principal}\x1f{key}"
 
 
 def write(task: Task, payload: bytes | None = None, result: bytes | None = None) -> tuple[Task, Entity]:

@@ -13,6 +13,7 @@ from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock, to_datetime, to_millis
 from mcp_control.kernel.errors import (
+    BudgetExhausted,
     Duplicate,
     IdempotencyMismatch,
     NotFound,
@@ -34,9 +35,9 @@ from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
 from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
-from mcp_control.tasks.records import read_log, readable, view
+from mcp_control.tasks.records import key_of, read_log, readable, view
 from mcp_control.tasks.settling import Settler
-from mcp_control.tasks.spending import NO_LINEAGE, Spending
+from mcp_control.tasks.spending import NO_LINEAGE, Lineage, Spending
 from mcp_control.tasks.submission import check, digest_of, priority_number, share_of
 from mcp_control.tasks.view_model import Explanation, TaskView
 
@@ -109,7 +110,7 @@ class TaskOrchestrator:
             try:
                 check(spec, now)
                 if above.accounts:
-                    above.check()
+                    await self._affordable(actor, spec, origin, above)
                 warned = self._routable(actor.tenant, spec) + self._late(actor.tenant, spec, now)
             except Problem as problem:
                 results[place] = problem
@@ -157,6 +158,15 @@ class TaskOrchestrator:
         except Problem as problem:
             return problem
         return Submitted(kept.task, kept.created, warned)
+
+    async def _affordable(self, actor: Actor, spec: TaskSpec, origin: Origin, above: Lineage) -> None:
+        """Raise BudgetExhausted where what is above a task allows none; a submission that was accepted before is repeated all the same."""
+        try:
+            above.check()
+        except BudgetExhausted:
+            key = key_of(actor.tenant, origin.principal, spec.idempotency_key)
+            if key is None or not await self._store.count("task", [Where("unique_key", "eq", key)], 1):
+                raise
 
     async def _repeated(self, actor: Actor, spec: TaskSpec, duplicate: Duplicate) -> Submitted | Problem:
         found = (await self._ledger.load([str(duplicate.data["existing"])], fresh=True))[0]

@@ -87,6 +87,9 @@ class Spending:
         """
         steps = await self._steps(reports)
         await self._charging.charge(steps)
+        for step in steps:
+            if isinstance(step.outcome, Problem) and step.outcome.status >= 500:
+                raise step.outcome
         return await self._stop_all([step for step in steps if not step.over], actor)
 
     async def _steps(self, reports: Sequence[Told]) -> list[Step]:
