@@ -1,15 +1,16 @@
 """Limits: never more at once or in a time than was said, woken when something frees, nothing left behind."""
 
+import asyncio
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.changes import Change, Entity, Query, Where
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import NotUnique, Throttled
-from mcp_control.tasks.limit_model import HOLD_KIND
-from mcp_control.tasks.limiting import read_taken
+from mcp_control.tasks.limit_model import HOLD_KIND, Gate, Taken
+from mcp_control.tasks.limiting import PATIENCE, gate_name, hold_id, read_taken
 from mcp_control.tasks.model import Failure, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.service import Submitted
 from mcp_control.testing.clock import FakeClock
@@ -33,7 +34,7 @@ async def in_state(world: World, *states: TaskState) -> list[Task]:
 async def ids_in(world: World, state: TaskState) -> list[Task]:
     """Return the tasks in a state."""
     rows = await world.store.find("task", Query(where=[Where("state", "eq", state.value)], limit=1000))
-    return world.ledger.read(rows)
+    return world.ledger.readable(rows)
 
 
 async def test_no_more_tasks_of_a_key_run_than_its_limit(tmp_path: Path) -> None:
@@ -249,3 +250,62 @@ async def test_a_slot_freed_on_one_server_wakes_a_task_accepted_by_another(tmp_p
             await agent.done(given[place])
         assert {each.task_id for each in given} == {task.id for task in tasks}
         assert await holds(one) == {}
+
+
+async def test_a_task_of_two_keys_cannot_be_overtaken_for_ever(tmp_path: Path) -> None:
+    """Whenever one key is free, somebody newer has the other; after some rounds the task keeps what it gets, and goes on."""
+    async with world_at(tmp_path) as world:
+        agent = await world.agent(slots=50)
+        limits = {key: [{"key": key, "concurrency": 1}] for key in ("a", "b")}
+        holder = {"b": (await world.submit(limits=limits["b"])).id}
+        await agent.until_given(1)
+        slow = await world.submit(limits=[*limits["a"], *limits["b"]])
+        for _ in range(PATIENCE + 4):
+
+            async def at_rest() -> bool:
+                task = await world.task(slow.id)
+                return task.state is TaskState.ASSIGNED or task.waits_at[-1:] in holder
+
+            await world.until(at_rest)
+            task = await world.task(slow.id)
+            if task.state is TaskState.ASSIGNED:
+                break
+            waits = task.waits_at[-1]
+            other = "b" if waits == "a" else "a"
+            if not any(hold.name.endswith(other) for hold in task.holds):
+                holder[other] = (await world.submit(limits=limits[other])).id
+                while holder[other] not in agent.given:
+                    await agent.until_given(len(agent.given) + 1)
+            await agent.done(agent.given[holder.pop(waits)])
+        assert (await world.task(slow.id)).state is TaskState.ASSIGNED
+        assert len(agent.given) > PATIENCE
+
+
+async def test_two_servers_give_a_key_to_one_task(tmp_path: Path) -> None:
+    """Submissions of a singleton on two servers at once, again and again: one each time; debounced ones become one task."""
+    async with two_servers_at(tmp_path) as servers:
+        for round_ in range(5):
+            unique = {"key": f"k{round_}", "on_conflict": "return_existing"}
+            results = await asyncio.gather(*[submitted(world, unique=unique) for world in servers * 4])
+            assert len({result.task.id for result in results if isinstance(result, Submitted)}) == 1
+            assert sum(result.created for result in results if isinstance(result, Submitted)) == 1
+            debounce = {"key": f"d{round_}", "seconds": 60}
+            results = await asyncio.gather(*[submitted(world, debounce=debounce) for world in servers * 4])
+            assert len({result.task.id for result in results if isinstance(result, Submitted)}) == 1
+
+
+async def test_holds_without_their_task_are_found_and_counted(tmp_path: Path) -> None:
+    """A hold that a fault left behind is removed, counted, and lets the next task in."""
+    async with world_at(tmp_path) as world:
+        agent = await world.agent(slots=5)
+        name = gate_name("default", Gate(key="k", slots=1))
+        left = Taken(name=name, number=0, holder="task_gone")
+        index = {"gate": name, "holder": "task_gone"}
+        await world.store.commit(
+            [Change([Entity(HOLD_KIND.name, hold_id(name, 0), 0, index, msgspec.msgpack.encode(left))])]
+        )
+        task = await world.submit(limits=[{"key": "k", "concurrency": 1}])
+        assert (await world.task(task.id)).state is TaskState.BLOCKED
+        assert await world.limits.tidy(world.clock.now()) == 1
+        assert world.limits.leaked == 1
+        assert (await agent.until_given(1))[0].task_id == task.id
