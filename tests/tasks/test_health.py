@@ -67,6 +67,7 @@ async def test_a_task_that_stands_still_goes_to_somebody_else(tmp_path: Path) ->
         task = await world.submit()
         (given,) = await one.until_given()
         await one.start(given)
+        await watched.look()
         clock.advance(5)
         assert await watched.look() == 1
         assert (await watched.agent(one)).health.verdict == "slow"
@@ -121,6 +122,27 @@ async def test_a_sign_of_life_keeps_a_task(tmp_path: Path) -> None:
         assert (await watched.agent(peer)).health.verdict == "ok"
 
 
+async def test_a_time_in_which_nobody_could_report_counts_for_nothing(tmp_path: Path) -> None:
+    """After a reconnect, as after a restart of the server, what stands still is counted from then on."""
+    clock = FakeClock()
+    async with world_at(tmp_path, clock) as world:
+        watched = Watched(world)
+        peer = await world.agent(lease_seconds=3600)
+        task = await world.submit()
+        (given,) = await peer.until_given()
+        await peer.start(given)
+        await watched.look()
+        await world.agents.disconnected(peer.live)
+        await watched.look()
+        clock.advance(1000)
+        await peer.connect(task.id)
+        await watched.look()
+        assert (await world.task(task.id)).state is S.RUNNING
+        clock.advance(31)
+        await watched.look()
+        assert (await world.task(task.id)).state is S.QUEUED
+
+
 async def test_what_may_be_started_once_is_never_taken_away(tmp_path: Path) -> None:
     """A task with a single attempt stays where it is, whatever the verdict on its agent."""
     clock = FakeClock()
@@ -130,6 +152,7 @@ async def test_what_may_be_started_once_is_never_taken_away(tmp_path: Path) -> N
         task = await world.submit(retry={"max_attempts": 1})
         (given,) = await peer.until_given()
         await peer.start(given)
+        await watched.look()
         clock.advance(29)
         await _beat(world, peer, 2, task.id)
         clock.advance(29)
@@ -149,6 +172,7 @@ async def test_switched_off_verdicts_are_only_shown(tmp_path: Path) -> None:
         task = await world.submit()
         (given,) = await peer.until_given()
         await peer.start(given)
+        await watched.look()
         clock.advance(29)
         await _beat(world, peer, 2, task.id)
         clock.advance(29)
@@ -166,6 +190,7 @@ async def _stuck(watched: Watched, clock: FakeClock, peer: Peer) -> None:
     await peer.until_given(len(before) + 1)
     given = peer.given[task.id]
     await peer.start(given)
+    await watched.look()
     for _ in range(2):
         clock.advance(20)
         await _beat(world, peer, peer.live.instance.beat.tick + 1, task.id)
@@ -286,6 +311,7 @@ async def test_an_agent_that_never_begins_is_silent_and_loses_its_tasks(tmp_path
         peer = await world.agent(slots=2)
         task = await world.submit()
         await peer.until_given()
+        await watched.look()
         clock.advance(21)
         await _beat(world, peer, 2)
         await watched.look()

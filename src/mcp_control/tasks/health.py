@@ -14,7 +14,7 @@ from mcp_control.agents.health import Expected, Held, Judgement, Observed, Rules
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.agents.verdicts import Verdicts
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.errors import Problem, StoreUnavailable
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Decide, Intent, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
@@ -33,12 +33,13 @@ History = Callable[[str, Iterable[str]], Awaitable[dict[str, Times]]]
 
 
 class _Watch:
-    """What is remembered of an instance from one look to the next."""
+    """What is remembered of a connection from one look to the next; `since` is when it was first seen, in wall milliseconds."""
 
-    __slots__ = ("asked", "calm_since", "idle_since", "session")
+    __slots__ = ("asked", "calm_since", "idle_since", "session", "since")
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, since: int) -> None:
         self.session = session
+        self.since = since
         self.asked = session.asked
         self.idle_since: float | None = None
         self.calm_since: float | None = None
@@ -115,14 +116,24 @@ class HealthKeeper:
             await self._verdicts.quarantine(session.agent.id, Judgement("stuck", f"failed on trial: {cause}"))
 
     async def once(self, now: int) -> int:
-        """Judge every instance connected here; returns how many are not well."""
+        """Judge every instance connected here; returns how many are not well.
+
+        While the store does not answer nobody can report anything, so nothing of that time counts.
+        """
+        try:
+            return await self._judge(now)
+        except StoreUnavailable:
+            self._watches.clear()
+            raise
+
+    async def _judge(self, now: int) -> int:
         sessions = list(self._sessions.all())
         watches, self._watches = self._watches, {}
         unwell = 0
         for session in sessions:
             watch = watches.get(session.instance.id)
             if watch is None or watch.session is not session:
-                watch = _Watch(session)
+                watch = _Watch(session, now)
             self._watches[session.instance.id] = watch
             if session.probing and session.try_again():
                 self._dispatcher.freed(session)
@@ -143,8 +154,10 @@ class HealthKeeper:
                 continue
             begun = task.state is TaskState.RUNNING or task.id in running
             sign = _sign_of_life(task)
-            quiet = (now - sign) / 1000
-            held.append(Held(task.id, task.type, begun, (now - (task.started_at or lease.since)) / 1000, quiet))
+            # Before it was connected here it could not say anything: a server that was away must not cost anybody their work.
+            quiet = (now - max(sign, watch.since)) / 1000
+            ran = (now - (task.started_at or lease.since)) / 1000 if begun else quiet
+            held.append(Held(task.id, task.type, begun, ran, quiet))
             leases[task.id] = (lease.token, sign)
         instance, monotonic = session.instance, self._clock.monotonic()
         still = (instance.beat_at - instance.tick_at) / 1000 if instance.tick_at else 0.0
