@@ -115,6 +115,30 @@ async def test_indexes_nobody_declares_go_only_when_asked(mongo_uri: str) -> Non
         assert await old.contract() == []
 
 
+async def test_what_is_no_longer_declared_is_read_by_nobody_and_goes(mongo_set: MongoSet, mongo_uri: str) -> None:
+    """A field leaves a document with its next write, a part with its entity, and all parts of a kind that has none any more when asked."""
+    large = b"p" * 100_000  # lies outside of its document
+    bare = replace(OLD, cold=())
+    async with _store(mongo_uri, NEW) as new:
+        assert await new.commit([_thing("kept", state="a", rank=1), _thing("gone", state="a", rank=2)]) == [None, None]
+        parts = {"payload": large, "result": large}
+        change = Change([Entity("thing", name, 1, {"state": "a", "rank": 1}, b"", parts) for name in ("kept",)])
+        assert await new.commit([change]) == [None]
+    with pymongo.MongoClient[Document](mongo_set.uri()) as direct:
+        database = direct[mongo_uri.rpartition("/")[2].partition("?")[0]]
+        async with _store(mongo_uri, OLD) as old:
+            [found] = await old.get("thing", ["kept"])
+            assert found is not None
+            assert found.index == {"state": "a"}
+            assert await old.commit([_thing("kept", found.version, state="b")]) == [None]
+            assert [one["i"] for one in database["thing"].find({"_id": "kept"})] == [{"state": "b"}]
+            assert database["thing.parts"].count_documents({}) > 0
+        async with _store(mongo_uri, bare) as last:
+            assert "thing.parts" in await last.contract()
+            assert [entity.id for entity in await last.find("thing", Query())] == ["gone", "kept"]
+        assert "thing.parts" not in database.list_collection_names()
+
+
 @pytest.mark.parametrize("control", [False, True], ids=["product", "control"])
 async def test_what_is_migrated_is_said_last(
     control: bool, mongo_set: MongoSet, mongo_uri: str, monkeypatch: pytest.MonkeyPatch

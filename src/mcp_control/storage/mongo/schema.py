@@ -142,9 +142,18 @@ async def end_load(database: Database) -> None:
 
 
 async def contract(database: Database, shapes: Sequence[Shape]) -> list[str]:
-    """Drop the indexes that no declaration names any more, and return their names. For when no older server runs any longer."""
+    """Drop what no declaration names any more, and return the names. For when no older server runs any longer.
+
+    That is indexes, and the parts of kinds that have none any more: both cost or keep something for ever. An index field that is gone is
+    read by nobody and leaves a document with its next write; a part that is gone, of a kind that has others, goes with its entity. So
+    documents are not rewritten. Kinds that nobody declares are left alone: a plugin may come back.
+    """
     dropped: list[str] = []
+    there = set(await database.list_collection_names())
     for shape in shapes:
+        if not shape.cold and shape.parts in there:
+            await database.drop_collection(shape.parts)
+            dropped.append(shape.parts)
         wanted = {"_id_", *map(index_name, shape.kind.indexes)}
         async for found in await database[shape.name].list_indexes():
             if found["name"] not in wanted:

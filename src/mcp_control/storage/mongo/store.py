@@ -299,7 +299,7 @@ class MongoStore:
         return (there.timestamp() - sent_wall - half) * 1000
 
     async def contract(self) -> list[str]:
-        """Drop the indexes that this version no longer declares; for when no server of an older version runs. Returns their names."""
+        """Drop what this version no longer declares, for when no server of an older one runs; see `schema.contract`. Returns the names."""
         self._open_writer()
         return await self._read(lambda session: schema.contract(self._database, [*self._shapes.values()]))
 
