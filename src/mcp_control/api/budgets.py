@@ -25,19 +25,33 @@ _USAGE: Final = Body(UsageReport)
 _NOTHING: Final = Body(Nothing, optional=True)
 
 
-def _owner(call: Call) -> str:
-    return call.params.get("task_id") or call.params["run_id"]
-
-
 async def get_budget(call: Call) -> Reply:
-    """Return a budget and what was used of it."""
-    return reply(await call.services.spending.view(call.actor, _owner(call)))
+    """Return the budget of a task and what was used of it, by itself and by what was done for it."""
+    return await _shown(call, call.params["task_id"])
+
+
+async def get_run_budget(call: Call) -> Reply:
+    """Return the budget of a run and what all its tasks used of it."""
+    return await _shown(call, call.params["run_id"])
 
 
 async def edit_budget(call: Call) -> Reply:
-    """Set or raise limits; what waits for them goes on."""
+    """Set or raise limits of a task; what waits for them goes on."""
+    return await _edited(call, call.params["task_id"])
+
+
+async def edit_run_budget(call: Call) -> Reply:
+    """Set or raise limits of a run; what waits for them goes on."""
+    return await _edited(call, call.params["run_id"])
+
+
+async def _shown(call: Call, owner: str) -> Reply:
+    return reply(await call.services.spending.view(call.actor, owner))
+
+
+async def _edited(call: Call, owner: str) -> Reply:
     edit = await call.decode(_EDIT)
-    return reply(await call.services.spending.edit(call.actor, _owner(call), edit))
+    return reply(await call.services.spending.edit(call.actor, owner, edit))
 
 
 async def refuse_budget(call: Call) -> Reply:
@@ -75,10 +89,11 @@ ENDPOINTS: Final = (
         body=_USAGE, returns=SpendAnswer, example=_REPORTED,
     ),
     Endpoint(
-        method="GET", path="/runs/{run_id}/budget", handler=get_budget, summary="Get the budget of a run", tag="runs", returns=BudgetView,
+        method="GET", path="/runs/{run_id}/budget", handler=get_run_budget, summary="Get the budget of a run", tag="runs",
+        returns=BudgetView,
     ),
     Endpoint(
-        method="PATCH", path="/runs/{run_id}/budget", handler=edit_budget, summary="Raise the budget of a run", tag="runs",
+        method="PATCH", path="/runs/{run_id}/budget", handler=edit_run_budget, summary="Raise the budget of a run", tag="runs",
         body=_EDIT, returns=BudgetView, example=msgspec.to_builtins(_RAISED),
     ),
 )  # fmt: skip
