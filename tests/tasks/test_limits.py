@@ -148,7 +148,7 @@ async def test_tasks_over_a_rate_that_drops_are_not_accepted(tmp_path: Path) -> 
     """A throttle answers with a problem and keeps nothing; in the next period it accepts again."""
     clock = FakeClock()
     async with world_at(tmp_path, clock) as world:
-        await world.agent(slots=10)
+        agent = await world.agent(slots=10)
         spec = {"type": "echo", "limits": [{"key": "api", "rate": {"count": 1, "seconds": 5}, "on_excess": "drop"}]}
         specs = [msgspec.convert(spec, TaskSpec)] * 2
         one, two = await world.tasks.submit(ADMIN, specs, Origin(principal=ADMIN.id))
@@ -156,11 +156,14 @@ async def test_tasks_over_a_rate_that_drops_are_not_accepted(tmp_path: Path) -> 
         assert isinstance(two, Throttled)
         assert two.code == "throttled"
 
-        async def started() -> bool:
-            assert isinstance(one, Submitted)
-            return (await world.task(one.task.id)).state is TaskState.ASSIGNED
-
-        await world.until(started)
+        await agent.until_given(1)
+        once = {"limits": spec["limits"], "idempotency_key": "once"}
+        clock.advance(5.1)
+        first, again = await submitted(world, **once), await submitted(world, **once)
+        assert isinstance(first, Submitted)
+        assert isinstance(again, Submitted)
+        assert (again.task.id, again.created) == (first.task.id, False)
+        await agent.until_given(2)
         clock.advance(5.1)
         assert isinstance((await world.tasks.submit(ADMIN, specs[:1], Origin(principal=ADMIN.id)))[0], Submitted)
 

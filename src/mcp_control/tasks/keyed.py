@@ -121,9 +121,11 @@ class KeyedSubmission:
             task = replace(task, reason="debounced", message="waits for the last submission with its key")
         holds = [] if hold is None else [hold]
         dropping = [limit.key for limit in spec.limits if limit.on_excess == "drop"]
+        if dropping and (known := await self._repeated(task)) is not None:
+            return known
         holds += [await self._start(actor.tenant, spec, key, now) for key in dropping]
         task = replace(task, holds=holds)
-        moves = [Move(task, move.facts, payload=payload, taken=len(holds))]
+        moves = [replace(move, after=task, taken=len(holds))]
         if replaced is not None:
             moves.insert(0, replaced)
         try:
