@@ -1,4 +1,4 @@
-"""The inbox as a client reads and answers it, and signals to runs."""
+"""The inbox as a client reads and answers it, signals to runs, and runs over what another set aside."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.input_model import ApprovalView, SignalView
+from mcp_control.pipelines.view_model import RunView
 from mcp_control.sdk.calls import Flow, Request, query
 from mcp_control.sdk.submission import encode_json, fresh_key
 from mcp_control.sdk.transport import Call
@@ -55,6 +56,19 @@ def signals(run_id: str) -> Request[Page[SignalView]]:
     """Read the signals a run got."""
     call = Call(path=f"/runs/{quote(run_id, safe='')}/signals", repeatable=True)
     return Request(call, lambda reply: reply.json(Page[SignalView]))
+
+
+def rerun_rejected(
+    run_id: str, fixed: str | None, params: Mapping[str, Any] | None, key: str | None
+) -> Request[RunView]:
+    """Start a run over what another set aside; a fresh key makes the request repeatable."""
+    call = Call(
+        method="POST",
+        path=f"/runs/{quote(run_id, safe='')}/rerun-rejected",
+        body=encode_json({"fixed": fixed, "params": params or {}, "idempotency_key": key or fresh_key()}),
+        repeatable=True,
+    )
+    return Request(call, lambda reply: reply.json(RunView))
 
 
 class Approvals:

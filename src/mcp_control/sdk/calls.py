@@ -13,7 +13,7 @@ from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.model import RUN_FINAL
 from mcp_control.pipelines.view_model import RunExplanation, RunView, StageExplanation
 from mcp_control.sdk.errors import ApiProblem, WaitTimeout, problem_from
-from mcp_control.sdk.submission import batch_body, encode_json, fresh_key
+from mcp_control.sdk.submission import batch_body, encode_json
 from mcp_control.sdk.transport import Call, Reply
 from mcp_control.tasks.budget_model import BudgetEdit, BudgetView, SpendAnswer, Spent
 from mcp_control.tasks.model import FINAL_STATES, LogLine, TaskSpec
@@ -228,14 +228,6 @@ def run_verb(run_id: str, verb: str, **body: object) -> Request[RunView]:
         {k: v for k, v in body.items() if v is not None},
         repeatable=verb != "retry",
     )
-
-
-def rerun_rejected(
-    run_id: str, fixed: str | None, params: Mapping[str, Any] | None, key: str | None
-) -> Request[RunView]:
-    """Start a run over what another set aside; a fresh key makes the request repeatable."""
-    body = {"fixed": fixed, "params": params or {}, "idempotency_key": key or fresh_key()}
-    return _post(RunView, f"/runs/{_seg(run_id)}/rerun-rejected", body, repeatable=True)
 
 
 def run_tasks(run_id: str, **filters: object) -> Request[Page[TaskView]]:

@@ -97,7 +97,7 @@ class RunHandle:
         self, *, fixed: str | None = None, params: Mapping[str, Any] | None = None, key: str | None = None
     ) -> "RunHandle":
         """Start a run over what this one set aside, or over `fixed`, the artifact with the corrected records."""
-        started = self._client.do(calls.rerun_rejected(self.id, fixed, params, key))
+        started = self._client.do(approvals.rerun_rejected(self.id, fixed, params, key))
         return RunHandle(self._client, started.id)
 
     def output(self, stage: str) -> Any:
@@ -202,7 +202,7 @@ class AsyncRunHandle:
         self, *, fixed: str | None = None, params: Mapping[str, Any] | None = None, key: str | None = None
     ) -> "AsyncRunHandle":
         """Start a run over what this one set aside, or over `fixed`, the artifact with the corrected records."""
-        started = await self._client.do(calls.rerun_rejected(self.id, fixed, params, key))
+        started = await self._client.do(approvals.rerun_rejected(self.id, fixed, params, key))
         return AsyncRunHandle(self._client, started.id)
 
     async def output(self, stage: str) -> Any:
