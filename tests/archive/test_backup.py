@@ -16,6 +16,7 @@ from mcp_control.testing.server import ServerProcess, running_server
 from tests.archive.support import content, create, credential, fence, mcpctl, name_of, place_of, poller, quiet, restored
 
 
+@pytest.mark.long_on_cluster
 async def test_a_backup_under_load_holds_one_moment_with_everything_acknowledged_before(
     tmp_path: Path, backend: str
 ) -> None:
@@ -113,6 +114,7 @@ async def test_a_flipped_byte_in_any_part_is_found_and_the_part_named(tmp_path: 
     assert name in await mcpctl("backup", "verify", str(path), code=1)
 
 
+@pytest.mark.long_on_cluster
 async def test_a_restore_is_whole_or_nothing_and_keeps_off_a_store_in_use(tmp_path: Path, backend: str) -> None:
     """A damaged backup, a store that is not empty and a running server each leave the store as it was."""
     place = place_of(tmp_path)
@@ -186,6 +188,7 @@ async def test_a_restore_voids_every_lease_of_then_and_fences_go_on_growing(tmp_
     assert await restored(path, place_of(tmp_path / "twice")) > generation
 
 
+@pytest.mark.long_on_cluster
 @pytest.mark.embedded
 async def test_without_a_new_generation_a_stale_lease_would_be_honoured(tmp_path: Path, backend: str) -> None:
     """The negative control: where the database is only copied back, the old report counts and a fence is given twice."""
@@ -236,6 +239,7 @@ async def test_a_task_that_may_start_once_is_not_started_again_by_a_restore(tmp_
     assert cancelled["state"] == "cancelled"
 
 
+@pytest.mark.long_on_cluster
 async def test_blobs_may_be_left_out_and_are_then_taken_from_the_folder(tmp_path: Path, backend: str) -> None:
     """A backup without blobs is small, says so, and restores over a folder that still holds them."""
     place = place_of(tmp_path)

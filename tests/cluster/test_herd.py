@@ -61,7 +61,7 @@ class Herd:
         await asyncio.gather(*[socket.close() for socket in self.sockets])
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(500, marks=[pytest.mark.long])])
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=[pytest.mark.long])])
 async def test_a_herd_of_agents_is_back_within_seconds(
     count: int, mongo_uri: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:

@@ -17,11 +17,13 @@ import pytest
 from mcp_control.coordination.leadership import Leadership
 from mcp_control.kernel.changes import Change
 from mcp_control.kernel.errors import Conflict, Problem
+from mcp_control.storage.mongo import writer
 from mcp_control.storage.mongo.store import MongoStore
 from mcp_control.testing.databases import MongoSet, RedisServer
 from mcp_control.testing.server import on_databases, running_server
 from tests.cluster.harness import Cluster, running_cluster
 from tests.cluster.peer import Peer, Socket
+from tests.cluster.unguarded import unguarded
 from tests.integration.support import API, admin, in_state, say, submit, task, tasks_by_state, until, violations
 
 LEADER_SECONDS = 1.0
@@ -64,10 +66,14 @@ async def _delayed(client: httpx2.AsyncClient, count: int, seconds: float) -> li
     return ids
 
 
+@pytest.mark.parametrize("guarded", [True, pytest.param(False, id="control-no-version", marks=[pytest.mark.long])])
 async def test_two_leaders_make_conflicts_and_never_duplicates(
-    mongo_set: MongoSet, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guarded: bool, mongo_set: MongoSet, redis_server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row 20: both servers believe that they lead and do everything a leader does: each task is queued once, each lease lost once."""
+    """Row 20: both servers believe that they lead and do everything a leader does: each task is queued once, each lease lost once.
+
+    With no version in the filters, as the control, they do it twice.
+    """
     conflicts: list[Conflict] = []
     commit = MongoStore.commit
 
@@ -78,6 +84,8 @@ async def test_two_leaders_make_conflicts_and_never_duplicates(
 
     monkeypatch.setattr(MongoStore, "commit", counting)
     monkeypatch.setattr(Leadership, "leading", property(lambda self: True))
+    if not guarded:
+        monkeypatch.setattr(writer, "steps", unguarded)
     peers: list[Socket] = []
     with on_databases(mongo_set.uri("DATABASE"), redis_server.url):
         async with (
@@ -108,6 +116,13 @@ async def test_two_leaders_make_conflicts_and_never_duplicates(
                 return len(facts) >= len(delayed) + len(held)
 
             await until(told, 10, "all of it is told")
+            if not guarded:
+
+                async def twice() -> bool:
+                    return max(Counter(await _events(client, "task.queued")).values()) > 1
+
+                await until(twice, 10, "something was queued twice")
+                return
             counts = Counter(await _events(client))
             assert {counts["task.queued", task_id] for task_id in delayed} == {1}
             for task_id in held:

@@ -1,38 +1,26 @@
 """Two servers claim from the store at the same time: what keeps a task from being given out twice is the version in the write."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mcp_control.storage.mongo import writer
-from mcp_control.storage.mongo.batch import Place, Plan, Shapes
-from mcp_control.storage.mongo.commands import Step, steps
 from mcp_control.testing.server import running_server
 from tests.cluster.harness import Follower, read_tasks
 from tests.cluster.history import History, check, violations
+from tests.cluster.unguarded import unguarded
 from tests.integration.support import API, AgentProcess, admin, agents_online, all_final, journal, say, until
 
 TASKS = 300
 
 
-def _unguarded(shapes: Shapes, plan: Plan, before: Mapping[Place, dict[str, Any]]) -> list[Step]:
-    """The commands of a plan with no version in their filters."""
-    found = steps(shapes, plan, before)
-    for step in found:
-        for update in step.command.get("updates", ()):
-            update["q"].pop("v", None)
-    return found
-
-
-@pytest.mark.parametrize("guarded", [True, pytest.param(False, id="control-no-version")])
+@pytest.mark.parametrize("guarded", [True, pytest.param(False, id="control-no-version", marks=[pytest.mark.long])])
 async def test_two_servers_that_claim_from_the_store_never_give_out_one_attempt_twice(
     guarded: bool, mongo_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """I1 to I9 hold without any Redis; with no version in the filters, as the control, attempts are given out twice."""
     if not guarded:
-        monkeypatch.setattr(writer, "steps", _unguarded)
+        monkeypatch.setattr(writer, "steps", unguarded)
     history = History()
     written = tmp_path / "journal"
     agents: list[AgentProcess] = []

@@ -145,7 +145,9 @@ async def _ready(client: httpx2.AsyncClient) -> bool:
     return (await client.get("/health/ready")).status_code == 200
 
 
-@pytest.mark.parametrize("acknowledged_by", ["majority", pytest.param("one", id="control-one")])
+@pytest.mark.parametrize(
+    "acknowledged_by", ["majority", pytest.param("one", id="control-one", marks=[pytest.mark.long])]
+)
 async def test_a_lease_that_was_rolled_back_was_never_given_out(
     acknowledged_by: str, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

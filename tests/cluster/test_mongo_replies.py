@@ -50,7 +50,7 @@ async def test_an_answer_that_gets_lost_once_or_twice_is_not_even_noticed(
         assert await _all(client) == [answer.json()["id"]]
 
 
-@pytest.mark.parametrize("key", ["key", pytest.param(None, id="control-no-key")])
+@pytest.mark.parametrize("key", ["key", pytest.param(None, id="control-no-key", marks=[pytest.mark.long])])
 async def test_a_submit_of_unknown_outcome_can_be_repeated_with_its_key(
     key: str | None, mongo_set: MongoSet, mongo_uri: str, tmp_path: Path
 ) -> None:

@@ -148,7 +148,14 @@ def _fill(redis: RedisServer) -> Callable[[], None]:
     return heal
 
 
-@pytest.mark.parametrize("harm", [_pause, _freeze, _fill], ids=["paused", "frozen", "full"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        pytest.param(_pause, id="paused"),
+        pytest.param(_freeze, id="frozen", marks=[pytest.mark.long]),
+        pytest.param(_fill, id="full"),
+    ],
+)
 async def test_a_redis_that_hangs_or_is_full_is_left_alone(
     harm: Callable[[RedisServer], Callable[[], None]], mongo_uri: str, redis_server: RedisServer, tmp_path: Path
 ) -> None:

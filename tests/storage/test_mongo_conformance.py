@@ -6,7 +6,6 @@ from mcp_control.kernel.errors import Problem
 from mcp_control.storage.mongo.store import MongoStore
 from mcp_control.testing.store_conformance import *  # noqa: F403  the tests of the port
 from mcp_control.testing.store_conformance import StoreFactory
-from mcp_control.testing.store_machine import *  # noqa: F403  random histories against a model
 
 
 def _fatal(problem: Problem) -> None:
