@@ -57,9 +57,9 @@ class Kept(msgspec.Struct, frozen=True):
 
 def is_keyed(spec: TaskSpec) -> bool:
     """Say whether a submission has to look at what is there."""
-    return (
-        spec.unique is not None or spec.debounce is not None or any(limit.on_excess == "drop" for limit in spec.limits)
-    )
+    if spec.unique is not None or spec.debounce is not None:
+        return True
+    return bool(spec.limits) and any(limit.on_excess == "drop" for limit in spec.limits)
 
 
 class KeyedSubmission:

@@ -231,7 +231,7 @@ class Ledger:
                 entry.task = task
             return
         payload = move.payload
-        if any(hold.ends == "due" for hold in task.holds):
+        if task.holds and any(hold.ends == "due" for hold in task.holds):
             payload = None  # a debounced task's payload may be replaced yet, by any server
         if payload is not None:
             if self._payload_room < len(payload):
