@@ -30,7 +30,7 @@ def test_a_run_is_explained_stage_by_stage(cli: Cli, panel: Up, tmp_path: Path) 
     """`runs explain ID` names the first reason and shows each stage that has not ended; `--stage` asks for one."""
     file = tmp_path / "pipeline.yaml"
     file.write_text(PIPELINE)
-    cli("pipelines", "create", str(file))
+    cli.inside("pipelines", "apply", str(file))
     run_id = cli.json("pipelines", "run", "cli-explained")["run_id"]
     found = cli.json("runs", "explain", run_id)
     assert (found["code"], [stage["code"] for stage in found["stages"]]) == (
@@ -39,4 +39,4 @@ def test_a_run_is_explained_stage_by_stage(cli: Cli, panel: Up, tmp_path: Path) 
     )
     assert cli.json("runs", "explain", run_id, "--stage", "second")["held_by"] == ["first"]
     assert "it waits for first" in cli.inside("runs", "explain", run_id).stdout
-    cli("runs", "cancel", run_id, "--yes")
+    cli.inside("runs", "cancel", run_id)
