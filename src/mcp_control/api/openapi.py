@@ -16,6 +16,8 @@ _NAMES: Final = {
     "agents": "Agents: enrol, register, discover, order; sessions of agents without WebSocket",
     "tasks": "Durable units of work",
     "pipelines": "Versioned graphs of stages",
+    "operations": "One verb for many tasks",
+    "dead-letters": "Tasks that failed for good",
     "runs": "Executions of pipelines",
     "artifacts": "Data between stages and out to people",
     "events": "What happened, in one order",

@@ -1,0 +1,76 @@
+"""Many tasks at once and dead letters, on the command line."""
+
+from datetime import UTC, datetime
+
+import pytest
+
+from mcp_control.cli.conditions import conditions_from
+from mcp_control.cli.errors import CliError
+from tests.cli.conftest import Cli, Up
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+def test_conditions_are_read_as_they_are_written() -> None:
+    """Every kind of condition; a time may be told as how long ago."""
+    given = [
+        "type=a",
+        "state=queued,failed",
+        "label.team=x=y",
+        "priority>=70",
+        "created<2h",
+        "ended>2026-01-01T00:00:00Z",
+    ]
+    assert conditions_from([*given, "class=critical", "code=E"], NOW) == {
+        "type": "a",
+        "state": ["queued", "failed"],
+        "labels": {"team": "x=y"},
+        "priority_min": 70,
+        "created_before": "2026-11-22T10:00:00+00:00",
+        "ended_after": "2026-01-01T00:00:00Z",
+        "error_class": "critical",
+        "code": "E",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "type", "label=x", "type>a", "priority=high", "age<2h", "priority<3", "state.x=y"]
+)
+def test_what_is_no_condition_is_refused(wrong: str) -> None:
+    """A misspelt condition would mean too many tasks."""
+    with pytest.raises(CliError):
+        conditions_from([wrong], NOW)
+
+
+def test_many_tasks_are_shown_first_and_then_cancelled(cli: Cli, panel: Up) -> None:
+    """`--dry-run` counts; without a yes nothing happens; with it all that were shown are cancelled, and the operation is listed."""
+    for _ in range(3):
+        cli.inside("tasks", "submit", "tests.many")
+    where = ("--where", "type=tests.many")
+    assert cli.json("tasks", "cancel", *where, "--dry-run")["matched"] == 3
+    cli("--no-input", "tasks", "cancel", *where, code=2)
+    assert cli.json("tasks", "pause", *where, "--yes")["changed"] == 3
+    assert cli.json("tasks", "reprioritize", "high", *where, "--yes")["changed"] == 3
+    done = cli.json("tasks", "cancel", *where, "--yes", "--reason", "test")
+    assert (done["state"], done["matched"], done["changed"]) == ("completed", 3, 3)
+    assert done["id"] in [one["id"] for one in cli.json("operations", "ls")]
+    assert cli.json("operations", "get", done["id"])["reason"] == "test"
+    assert {one["state"] for one in cli.json("tasks", "ls", "--type", "tests.many")} == {"cancelled"}
+
+
+def test_dead_letters_are_shown_replayed_and_discarded(cli: Cli, panel: Up) -> None:
+    """`dlq ls|show|replay|discard`: what is replayed or discarded is no dead letter any more."""
+    for _ in range(2):
+        cli.inside("tasks", "submit", "tests.refuse", "--label", "dlq=yes", "--wait", code=8)
+    letters = cli.json("dlq", "ls", "--label", "dlq=yes")
+    assert [one["failure"]["code"] for one in letters] == ["E_NEVER", "E_NEVER"]
+    first, second = (one["id"] for one in letters)
+    assert cli.json("dlq", "show", first)["attempts"]
+    again = cli.json("dlq", "replay", first, "--payload", '{"right": 1}')
+    assert again["retry_of"] == first
+    cli.inside("tasks", "watch", again["id"], code=8)
+    cli.inside("dlq", "replay", first, code=5)
+    cli.inside("dlq", "discard", second, "--reason", "harmless")
+    assert [one["id"] for one in cli.json("dlq", "ls", "--label", "dlq=yes")] == [again["id"]]
+    assert cli.json("dlq", "discard", "--where", "label.dlq=yes", "--yes")["changed"] == 1
+    assert cli.json("dlq", "parked") == []
