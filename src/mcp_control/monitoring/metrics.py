@@ -28,8 +28,8 @@ INVARIANTS: Final = (
     "unhandled_exception",  # an error that is no Problem reached a door
 )
 OUTCOMES: Final = ("completed", "failed", "cancelled", "expired", "rejected", "retried", "lost")
-_SHARES_SHOWN: Final = 100
 LIMITS: Final = ("wall_seconds", "attempts", "calls", "tokens", "money_micros")
+_SHARES_SHOWN: Final = 100
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "WEBSOCKET"})
 _FAST: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _LONG: Final = (0.001, 0.005, 0.025, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)

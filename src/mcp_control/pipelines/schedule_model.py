@@ -8,8 +8,8 @@ import msgspec
 
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
-from mcp_control.tasks.limit_model import Limit
 from mcp_control.tasks.budget_model import Budget
+from mcp_control.tasks.limit_model import Limit
 from mcp_control.tasks.model import Fairness, Needs, Request, RetryPolicy
 
 Overlap = Literal["allow", "skip", "queue-one", "cancel-previous"]
