@@ -1,5 +1,6 @@
 """Budgets: what is counted, what is stopped, and what goes on when a budget is raised."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from mcp_control.kernel.errors import BudgetExhausted, NotFound
 from mcp_control.tasks import budgets
 from mcp_control.tasks.budget_model import REPORTED, Account, Amounts, Budget, BudgetEdit, Spent
 from mcp_control.tasks.model import Failure, Lease, Task, TaskState
-from mcp_control.tasks.wire import Assignment, Done, Used
+from mcp_control.tasks.wire import Assignment, Done, Report, Used
 from tests.tasks.test_transitions import a_task
-from tests.tasks.world import ADMIN, Peer, World, world_at
+from tests.tasks.world import ADMIN, Peer, World, two_servers_at, world_at
 
 S = TaskState
 AMOUNT = st.integers(0, 500)
@@ -348,3 +349,27 @@ async def test_a_budget_goes_with_its_task(tmp_path: Path) -> None:
         world.clock.advance(31 * 86_400)  # type: ignore[attr-defined]
         assert await world.retention.once() == 1
         assert await world.store.get("budget", [task.id]) == [None]
+
+
+async def test_two_servers_count_what_both_hear_exactly_once(tmp_path: Path) -> None:
+    """Reports of one budget at two servers at once: nothing is lost and nothing counts twice; raised at one, it goes on at the other."""
+    async with two_servers_at(tmp_path) as (one, two):
+        first, second = await one.agent("first", "parent"), await two.agent("second", "right")
+        parent = await one.submit("parent", budget={"tokens": 1000, "on_exhausted": "pause"})
+        await _working(one, first, parent)
+        third = await one.agent("third", "left")
+        left = await _working(one, third, await one.submit("left", parent_id=parent.id))
+        right = await _working(two, second, await two.submit("right", parent_id=parent.id))
+        assert left.budget == right.budget == {"tokens": 1000}
+        for number in range(1, 26):
+            await asyncio.gather(
+                one.agents.report(third.live, Report(id=number, used=[_used(left, number, tokens=number * 7)])),
+                two.agents.report(second.live, Report(id=number, used=[_used(right, number, tokens=number * 11)])),
+            )
+        assert (await one.spending.view(ADMIN, parent.id)).used.tokens == 25 * 18
+        refused = (await two.agents.report(second.live, Report(id=99, used=[_used(right, 99, tokens=2000)]))).refused
+        assert [refusal.code for refusal in refused] == ["budget-exhausted"]
+        assert (await one.task(right.task_id)).state is S.INPUT_REQUIRED
+        await one.spending.edit(ADMIN, parent.id, BudgetEdit(add=Amounts(tokens=5000)))
+        await two.spending.once(two.clock.now())
+        assert (await _working(two, second, await two.task(right.task_id))).attempt == 2
