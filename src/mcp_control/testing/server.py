@@ -21,6 +21,7 @@ import uvloop
 
 from mcp_control.api.services import Services
 from mcp_control.app import Ready, serve
+from mcp_control.backend import Around
 from mcp_control.configuration.settings import Settings, load
 from mcp_control.monitoring.logs import configure
 from mcp_control.testing.programs import Starter
@@ -111,11 +112,14 @@ async def _token(services: Services) -> str:
 
 
 @asynccontextmanager
-async def running_server(folder: Path, **settings: object) -> AsyncIterator[RunningServer]:
+async def running_server(
+    folder: Path, *, around: Around | None = None, **settings: object
+) -> AsyncIterator[RunningServer]:
     """Run a server on this event loop; it is stopped in good order at the end.
 
     Args:
         folder: where its data goes, under `data`.
+        around: puts something around its store.
         settings: by name, with `__` for dots: `limits__body_timeout_seconds=0.2`.
     """
     started: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -123,7 +127,7 @@ async def running_server(folder: Path, **settings: object) -> AsyncIterator[Runn
     async def ready(there: Ready) -> None:
         started.set_result(there)
 
-    running = asyncio.create_task(serve(settings_for(folder / "data", settings), ready))
+    running = asyncio.create_task(serve(settings_for(folder / "data", settings), ready, around))
     await asyncio.wait((running, started), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     if not started.done():
         running.cancel()
