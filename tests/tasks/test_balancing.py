@@ -26,6 +26,8 @@ async def test_the_fastest_agent_gets_the_work(tmp_path: Path) -> None:
             await peer.start(peer.given[task.id])
             clock.advance(seconds)
             await peer.done(peer.given[task.id])
+        assert world.speeds.expected([quick.actor.id, slow.actor.id], "echo") == [0.0, 0.0]
+        assert await world.speeds.once() == 2
         for _ in range(4):
             await world.submit(needs={"balancing": "fastest"})
         await quick.until_given(5)

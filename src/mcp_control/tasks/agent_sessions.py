@@ -269,7 +269,7 @@ class AgentSessions:
                 self._let_go(session, result)
                 if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
-                    if outcome == "completed" and self.speeds is not None:
+                    if outcome == "completed" and self.speeds is not None and self.speeds.asked:
                         began = result.started_at or now
                         self.speeds.ran(actor, result.type, (now - began) / 1000)
                     if session.probing and self.tried is not None:

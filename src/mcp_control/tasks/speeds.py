@@ -18,6 +18,9 @@ class Speeds:
 
     Args:
         monotonic: seconds.
+
+    Attributes:
+        asked: whether anybody wants to know; until then nothing need be added, as it is read from the store.
     """
 
     def __init__(self, store: Store, monotonic: Callable[[], float]) -> None:
@@ -26,6 +29,7 @@ class Speeds:
         self._averages: OrderedDict[tuple[str, str], Average] = OrderedDict()
         self._read: OrderedDict[str, None] = OrderedDict()
         self._unknown: dict[str, None] = {}
+        self.asked = False
 
     def ran(self, agent_id: str, task_type: str, seconds: float) -> None:
         """Add how long an attempt took that completed."""
@@ -36,6 +40,7 @@ class Speeds:
 
     def expected(self, agents: Sequence[str], task_type: str) -> list[float]:
         """Return the seconds to expect of each agent; 0 where nothing is known yet."""
+        self.asked = True
         averages = [self._averages.get((agent_id, task_type)) for agent_id in agents]
         for agent_id, average in zip(agents, averages, strict=True):
             if average is None and agent_id not in self._read:
