@@ -132,6 +132,7 @@ async def test_a_run_waits_for_people_and_signals_over_the_death_of_its_server(b
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.long_on_cluster
 @pytest.mark.timeout(240)
 async def test_a_failed_run_undoes_what_it_did_over_the_death_of_its_server(tmp_path: Path) -> None:
     """kill -9 while a compensation runs: each is done, the last first, the run ends after them; a retry with another value completes."""

@@ -314,7 +314,8 @@ class Runs:
             decision = Decision(run=broken(run, f"{type(error).__name__}: {error}", now))
         if decision.run is run:
             return Advance(cancel=decision.cancel)
-        advance = self.propose(active, run, decision, now, closing=await self.closing(active, run, decision))
+        closing = await self.closing(active, run, decision) if active.plan.waiting else ()
+        advance = self.propose(active, run, decision, now, closing=closing)
         if active.plan.cached:
             self._proposals[id(advance)].done = _to_keep(active.plan, finished)
         return advance
