@@ -81,7 +81,7 @@ async def _checked(folder: Path) -> None:
 async def test_a_run_survives_kill_9_of_the_server(count: int, tmp_path: Path) -> None:
     """A fan-out with artifacts: the same outputs and the same counts as undisturbed, whenever the server is killed."""
     chances = random.Random(5)
-    server = ServerProcess(tmp_path / "server").start()
+    server = ServerProcess(tmp_path / "server", leases__drift_seconds=1.0).start()
     agents: list[AgentProcess] = []
     try:
         async with admin(server) as client:
@@ -115,7 +115,7 @@ async def test_a_techdeck_run_survives_kill_9_of_the_server(count: int, tmp_path
     chances = random.Random(9)
     source = tmp_path / "data.jsonl"
     generate(source, seed=3, n=400)
-    server = ServerProcess(tmp_path / "server").start()
+    server = ServerProcess(tmp_path / "server", leases__drift_seconds=1.0).start()
     agents: list[AgentProcess] = []
     try:
         async with admin(server) as client:

@@ -88,7 +88,7 @@ async def test_every_acknowledged_submit_survives_kill_9_under_load(loops: int, 
     """After each kill -9 all that was acknowledged is there once and ends completed once; agents come back by themselves."""
     moments = random.Random(11)
     names = ["one", "two"]
-    server = ServerProcess(tmp_path / "server").start()
+    server = ServerProcess(tmp_path / "server", leases__drift_seconds=1.0).start()
     agents = []
     try:
         async with admin(server) as client:
