@@ -58,6 +58,8 @@ async def _wide(folder: Path, items: int, seconds: float) -> tuple[list[int], in
     return found, events
 
 
+@pytest.mark.long_on_cluster
+@pytest.mark.usefixtures("backend")
 @pytest.mark.timeout(180)
 async def test_a_fan_out_of_bounded_width_completes_in_order(tmp_path: Path) -> None:
     """A hundred items through four stages, 64 at a time; the memory is that of the beginning."""
@@ -67,6 +69,7 @@ async def test_a_fan_out_of_bounded_width_completes_in_order(tmp_path: Path) -> 
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("backend")
 @pytest.mark.timeout(1800)
 async def test_ten_thousand_items_take_no_more_memory_than_a_few(tmp_path: Path) -> None:
     """Ten thousand items through four stages are more than 100,000 events of one run, without a cap, in flat memory."""
