@@ -31,7 +31,7 @@ RATES = st.builds(
 )
 
 
-@given(rate=RATES, asked=st.lists(st.integers(0, 3000), min_size=1, max_size=120))
+@given(rate=RATES, asked=st.lists(st.integers(0, 3000), min_size=1, max_size=50))
 def test_starts_never_exceed_burst_and_rate_in_any_time(rate: Rate, asked: list[int]) -> None:
     """Tasks begin whenever a number is free: in any time t there are at most burst + t · rate starts."""
     taken: dict[int, Taken] = {}
