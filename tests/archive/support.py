@@ -102,7 +102,7 @@ class Poller:
         """Take so many tasks, and return them by id."""
         found: dict[str, dict[str, Any]] = {}
         while len(found) < count:
-            answer = await self._client.post(f"/api/v1/agents/session/{self.instance_id}/claim?wait=5&limit={count}")
+            answer = await self._client.post(f"/api/v1/agents/session/{self.instance_id}/claim?wait=20&limit={count}")
             assert answer.status_code == 200, answer.text
             tasks = answer.json()["tasks"]
             assert tasks, "no work came"

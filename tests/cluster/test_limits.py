@@ -1,7 +1,8 @@
-"""A server that is asked to end, and one that has no file descriptors left (fault matrix, row 29), on a node of a cluster."""
+"""A node of a cluster that is asked to end, one without file descriptors, and one with little memory (fault matrix, row 29)."""
 
 import asyncio
 import json
+import re
 import resource
 import socket
 import time
@@ -9,15 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx2
+import psutil
+import pytest
 import websockets
 
 from mcp_control.testing.databases import RedisServer
-from tests.cluster.harness import port_of, running_cluster
+from tests.cluster.harness import Cluster, port_of, running_cluster
 from tests.cluster.peer import Peer, Socket
 from tests.integration.support import API, in_state, say, submit, task, until
 
 DRAIN_SECONDS = 20.0
 FILES = 64
+MEGABYTE = 1 << 20
+CAP = 260 * MEGABYTE
+FLOOD = 400  # submits at once, of a megabyte each
+ROOM = 20  # as many as the server is told to handle at once
 
 
 async def test_a_node_that_is_asked_to_end_drains_and_its_work_goes_on_elsewhere(
@@ -124,3 +131,62 @@ async def test_a_node_without_file_descriptors_refuses_and_recovers(
         async with cluster.direct(0) as fresh:
             assert (await in_state(fresh, held, "queued"))["payload"] == "kept"
             assert (await in_state(fresh, await submit(fresh, "it.nobody"), "queued"))["state"] == "queued"
+
+
+async def _flood(cluster: Cluster) -> tuple[dict[str, str], set[int]]:
+    """Send more megabytes at once than the server may have; returns what was acknowledged, by key, and what else was answered."""
+    acked: dict[str, str] = {}
+    others: set[int] = set()
+    payload = "x" * (MEGABYTE - 4096)
+
+    async def one(client: httpx2.AsyncClient, number: int) -> None:
+        body = {"type": "it.nobody", "payload": payload, "idempotency_key": f"k{number}"}
+        try:
+            answer = await client.post(f"{API}/tasks", json=body)
+        except (httpx2.TransportError, TimeoutError):
+            others.add(0)
+            return
+        if answer.status_code in (200, 201):
+            acked[f"k{number}"] = answer.json()["id"]
+        else:
+            others.add(answer.status_code)
+
+    async with cluster.direct(0, timeout=60) as client:
+        await asyncio.gather(*[one(client, number) for number in range(FLOOD)])
+    return acked, others
+
+
+def _most_memory(pid: int) -> int:
+    """Return the most bytes of memory that a process ever had."""
+    [kilobytes] = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(kilobytes) * 1024
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("control", [False, True], ids=["product", "control"])
+async def test_a_node_with_little_memory_refuses_and_loses_nothing(
+    control: bool, mongo_uri: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """A flood of large submits: what is too much gets 503, the process lives within its memory, and what was accepted is there.
+
+    A server that lets all of them in takes more than it has (control).
+    """
+    room = {"overload__max_requests": 100_000 if control else ROOM, "overload__loop_lag_seconds": 60}
+    async with running_cluster(tmp_path, mongo_uri, redis_server.url, count=1, **room) as cluster:
+        server = cluster.servers[0]
+        process = psutil.Process(server.pid)
+        before = process.memory_info().rss
+        acked, others = await _flood(cluster)
+        peak = _most_memory(server.pid)
+        say(f"{before // MEGABYTE} MiB, at most {peak // MEGABYTE}; {len(acked)} taken, others {others}")
+        if control:
+            assert peak > CAP
+            return
+        assert peak <= CAP
+        assert others == {503}
+        assert len(acked) >= ROOM / 2
+        async with cluster.direct(0) as client:
+            for task_id in acked.values():
+                assert (await task(client, task_id))["state"] == "queued"
+            assert (await in_state(client, await submit(client, "it.nobody"), "queued"))["state"] == "queued"
+        assert process.is_running()
