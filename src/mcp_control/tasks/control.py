@@ -1,5 +1,6 @@
 """TaskControl: what people ask of tasks that are there: cancel, assign, edit, pause, resume."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -85,15 +86,17 @@ class TaskControl:
         _check_text("#/reason", reason)
         before = await self._tasks.one(actor, task_id)
         after = await self._one(task_id, pausing(actor.id, reason, self._clock.now()))
-        await self.withdrawn(before)
+        await self.withdrawn([before])
         return after
 
-    async def withdrawn(self, task: Task) -> None:
-        """Take a task out of its lane that was held back; whoever let it go meanwhile put it there before this."""
-        await self._dispatcher.withdraw(task)
-        (now,) = await self._ledger.load([task.id], fresh=True)
-        if now is not None and now.waits:
-            await self._dispatcher.enqueue([now])
+    async def withdrawn(self, tasks: Sequence[Task]) -> None:
+        """Take tasks out of their lanes that wait there no more; whoever let one go meanwhile put it there before this."""
+        if not tasks:
+            return
+        await self._dispatcher.withdraw(*tasks)
+        now = await self._ledger.load([task.id for task in tasks], fresh=True)
+        if again := [task for task in now if task is not None and task.waits]:
+            await self._dispatcher.enqueue(again)
 
     async def resume(self, actor: Actor, task_id: str) -> Task:
         """Let a task go that was held back: it waits at its old place again. Raises NotFound, InvalidTransition."""

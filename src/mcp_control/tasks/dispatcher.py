@@ -29,7 +29,6 @@ _AT_ONCE: Final = 512
 _COMMITS: Final = 4
 _LOOKED_AT: Final = 16
 _NEAR: Final = ranks(1000)  # so close in rank, lanes are served one after the other rather than entry by entry
-
 Lookup = Callable[[str], Awaitable[Task | None]]
 HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
@@ -242,9 +241,10 @@ class Dispatcher:
         if depths and self._free:
             self._wake.set()
 
-    async def withdraw(self, task: Task) -> None:
-        """Take a task out of its lane. The lane's count is left too high; the next take corrects it."""
-        await self._queue.remove(task.lane, [task.id])
+    async def withdraw(self, *tasks: Task) -> None:
+        """Take tasks out of their lanes. The counts of the lanes are left too high; the next take corrects them."""
+        for lane in {task.lane for task in tasks}:
+            await self._queue.remove(lane, [task.id for task in tasks if task.lane == lane])
 
     async def run(self) -> None:
         """Dispatch until cancelled."""

@@ -317,9 +317,9 @@ class Operations:
         if operation.verb == "cancel":
             await self._settler.tell_cancelled([task.id for task in after if not task.final])
         lanes = {task.id: task.lane for task in after if not task.final and task.hold is None}
-        for task in before:
-            if task is not None and task.waits and lanes.get(task.id) != task.lane:
-                await self._control.withdrawn(task)
+        await self._control.withdrawn(
+            [task for task in before if task is not None and task.waits and lanes.get(task.id) != task.lane]
+        )
         return [result if isinstance(result, Problem) else None for result in results]
 
     def _agent(self, operation: Operation) -> Agent | None:
