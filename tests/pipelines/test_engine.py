@@ -200,7 +200,7 @@ async def test_cancel_ends_tasks_and_run(here: World) -> None:
     assert len(await here.tasks(run, states=[TaskState.CANCELLED])) == 3
     with pytest.raises(InvalidTransition) as refused:
         await here.engine.cancel(ANNA, run.id)
-    assert refused.value.data == {"state": "cancelled", "allowed": ["retry"]}
+    assert refused.value.data == {"state": "cancelled", "allowed": ["rerun_rejected", "retry"]}
 
 
 async def test_an_expression_that_cannot_be_evaluated_fails_its_stage(here: World) -> None:
