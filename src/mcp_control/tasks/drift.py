@@ -15,7 +15,7 @@ from mcp_control.tasks.ledger import Ledger
 
 _log = structlog.get_logger(__name__)
 _PAGE: Final = 1000
-_SETTLED: Final = 2.0  # seconds after which nothing that was on its way can still be
+_SETTLED: Final = 15.0  # seconds after which nothing that was on its way can still be, however busy the store is
 
 
 class DriftKeeper:
