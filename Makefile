@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 INPUT ?=
 OUTPUT ?=
 # Paths reach the recipes through the environment, so that any character in them is safe.

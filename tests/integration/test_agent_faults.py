@@ -66,7 +66,10 @@ class World:
 @asynccontextmanager
 async def world(folder: Path, **settings: object) -> AsyncIterator[World]:
     """Run a server; agents that were started are gone at the end."""
-    async with running_server(folder / "server", **{"leases__drift_seconds": 1.0, **settings}) as server, admin(server) as client:
+    async with (
+        running_server(folder / "server", **{"leases__drift_seconds": 1.0, **settings}) as server,
+        admin(server) as client,
+    ):
         made = World(folder, server, client, await enrolment(client))
         try:
             yield made

@@ -223,10 +223,14 @@ def spec_errors(spec: TaskSpec) -> list[FieldError]:
         if limit.rate is not None:
             found += rate_errors(f"{pointer}/rate", limit.rate)
         elif limit.on_excess == "drop":
-            found.append(FieldError(pointer=f"{pointer}/on_excess", code="invalid-value", detail="only a rate can drop"))
+            found.append(
+                FieldError(pointer=f"{pointer}/on_excess", code="invalid-value", detail="only a rate can drop")
+            )
         for kind in ([True] if limit.rate else []) + ([False] if limit.concurrency else []):
             if (limit.key, kind) in seen:
-                found.append(FieldError(pointer=f"{pointer}/key", code="invalid-value", detail="this key is limited twice"))
+                found.append(
+                    FieldError(pointer=f"{pointer}/key", code="invalid-value", detail="this key is limited twice")
+                )
             seen.add((limit.key, kind))
     if spec.unique is not None:
         found += _unique_errors(spec, spec.unique)

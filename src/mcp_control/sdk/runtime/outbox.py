@@ -20,7 +20,18 @@ class Outbox:
     is the rate at which the server takes them; progress and usage are replaced by newer ones, logs are bounded per task.
     """
 
-    __slots__ = ("_again", "_done", "_dropped", "_logs", "_next", "_progress", "_started", "_unacked", "_untold", "_used")
+    __slots__ = (
+        "_again",
+        "_done",
+        "_dropped",
+        "_logs",
+        "_next",
+        "_progress",
+        "_started",
+        "_unacked",
+        "_untold",
+        "_used",
+    )
 
     def __init__(self) -> None:
         self._started: dict[str, Started] = {}
@@ -73,7 +84,10 @@ class Outbox:
     def urgent(self) -> bool:
         """Whether a report should go out now."""
         return bool(
-            self._done or self._started or self._again or (not self._unacked and (self._progress or self._logs or self._used))
+            self._done
+            or self._started
+            or self._again
+            or (not self._unacked and (self._progress or self._logs or self._used))
         )
 
     @property

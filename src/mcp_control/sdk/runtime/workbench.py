@@ -348,10 +348,8 @@ class Workbench:
             work.worker.kill()
         elif work.thread is not None:
             self.abandoned += 1
-            self.said(
-                work,
-                LogLine(at=_wall_ms(), level="warning", message=_ABANDONED.message, attempt=work.assignment.attempt),
-            )
+            at, attempt = _wall_ms(), work.assignment.attempt
+            self.said(work, LogLine(at=at, level="warning", message=_ABANDONED.message, attempt=attempt))
             self._end(work, "cancelled", failure=_ABANDONED)
         elif work.task is not None:
             # One that is cancelled before its first step runs nothing of itself, not even its end.
