@@ -57,7 +57,18 @@ class AgentWatch:
         history: TaskHistory,
     ) -> None:
         wanted = settings.health
-        rules = Rules(**wanted.model_dump(exclude={"fence", "quarantine", "interval_seconds"}))
+        rules = Rules(
+            least_history=wanted.least_history,
+            slow_factor=wanted.slow_factor,
+            stuck_factor=wanted.stuck_factor,
+            stuck_seconds=wanted.stuck_seconds,
+            silent_seconds=wanted.silent_seconds,
+            flapping_losses=wanted.flapping_losses,
+            flapping_connects=wanted.flapping_connects,
+            window_seconds=wanted.window_seconds,
+            probe_seconds=wanted.probe_seconds,
+            probe_longest_seconds=wanted.probe_longest_seconds,
+        )
         verdicts = Verdicts(clock, manager.registry, rules)
         keeper = HealthKeeper(
             clock,

@@ -34,7 +34,7 @@ from tests.integration.support import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-LEASE = 2.0
+LEASE = 3.0
 # The server's grace beyond a lease, the sweep, the hand-out, and room for a machine that is busy with other tests.
 GRACE = 5.0 + 1.0 + 4.0
 

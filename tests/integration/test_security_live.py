@@ -43,6 +43,7 @@ AGENT_MAY = {
     ("POST", "/api/v1/agents/session/{instance_id}/report"),
     ("DELETE", "/api/v1/agents/session/{instance_id}"),
     ("POST", "/api/v1/artifacts"),
+    ("POST", "/api/v1/tasks/{task_id}/usage"),
     ("GET", "/api/v1/artifacts"),
     ("GET", "/api/v1/artifacts/{artifact_id}"),
     ("GET", "/api/v1/artifacts/{artifact_id}/content"),

@@ -174,7 +174,7 @@ _QUERIES: list[tuple[str, Query]] = [
     ("instance", Query(where=[Where("lease_until", "lt", 5)], order="lease_until")),
     ("artifact", Query(where=[Where("sha256", "eq", "s")])),
     ("artifact", Query(where=[Where("run", "eq", "r")], after=["x"])),
-    ("artifact", Query(where=[Where("created", "ge", 0)], order="created", descending=True, after=[5, "x"])),
+    ("artifact", Query(where=[Where("tenant", "eq", "t")], order="created", descending=True, after=[5, "x"])),
     ("blob_check", Query(where=[Where("due", "le", 5)], order="due")),
     ("user", Query(where=[Where("name", "eq", "n"), Where("tenant", "eq", "t")], limit=1)),
     ("api_token", Query(where=[Where("owner", "eq", "o")])),
