@@ -88,7 +88,7 @@ class Meter:
 
     def _spent(self, ask: dict[Measure, int] | None = None) -> Spent:
         self._number += 1
-        held = {name: total for name, total in self._held.items() if total > 0}
+        held: dict[Measure, int] = {name: total for name, total in self._held.items() if total > 0}
         return Spent(
             number=self._number,
             calls=self._used["calls"],
