@@ -46,7 +46,10 @@ async def _events(client: httpx2.AsyncClient, *types: str) -> list[tuple[str, st
 
 
 async def _leader(client: httpx2.AsyncClient) -> str | None:
-    servers = (await client.get(f"{API}/status")).json()["cluster"]["servers"]
+    answer = await client.get(f"{API}/status")
+    if answer.status_code != 200:  # one that just woke up has not yet looked at its store
+        return None
+    servers = answer.json()["cluster"]["servers"]
     return next((server["name"] for server in servers if server["leader"]), None)
 
 

@@ -49,7 +49,7 @@ AGENTS: Final = {"w0": (("echo",), 2), "w1": (("echo", "sum"), 2), "w2": (("sum"
 STEPS: Final = {
     (source, target) for rows in TRANSITIONS.values() for source, targets in rows.items() for target in targets
 }
-SAME: Final = {"task.progressed", "task.logged", "task.cancel_requested", "task.updated"}
+SAME: Final = {"task.progressed", "task.logged", "task.cancel_requested", "task.updated", "task.retried"}
 
 
 class Known:
