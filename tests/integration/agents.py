@@ -85,7 +85,7 @@ def deaf(payload: Burn, ctx: SyncContext) -> int:
     for _ in range(payload["steps"]):
         with suppress(Cancelled):
             ctx.use(tokens=payload["tokens"])
-        time.sleep(0.05)
+        time.sleep(0.05)  # the work of a step, in a thread
     return payload["steps"]
 
 

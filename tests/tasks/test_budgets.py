@@ -243,14 +243,14 @@ async def test_attempts_and_time_are_counted_by_the_server(tmp_path: Path) -> No
         }
         slow = await world.submit(budget={"wall_seconds": 10})
         given = await _working(world, peer, slow)
-        world.clock.advance(6)  # type: ignore[attr-defined]
+        world.advance(6)
         await peer.done(given, "released")
         given = await _working(world, peer, slow)
         assert given.budget == {"wall_seconds": 4.0}
-        world.clock.advance(3)  # type: ignore[attr-defined]
+        world.advance(3)
         await world.timekeeper.once()
         assert not (await world.task(slow.id)).final
-        world.clock.advance(1.5)  # type: ignore[attr-defined]
+        world.advance(1.5)
         await world.timekeeper.once()
         assert (await _failure(world, slow)).code == "budget-exhausted"
 
@@ -346,7 +346,7 @@ async def test_a_budget_goes_with_its_task(tmp_path: Path) -> None:
         task = await world.submit(budget={"tokens": 100})
         await peer.done(await _working(world, peer, task))
         assert await world.store.get("budget", [task.id]) != [None]
-        world.clock.advance(31 * 86_400)  # type: ignore[attr-defined]
+        world.advance(31 * 86_400)
         assert await world.retention.once() == 1
         assert await world.store.get("budget", [task.id]) == [None]
 

@@ -91,9 +91,9 @@ async def test_a_task_that_kills_its_agents_is_a_dead_letter_with_its_reason(tmp
         for place in range(3):
             peer = await world.agent(f"worker-{place}", lease_seconds=2.0)
             await peer.until_given(1)
-            world.clock.advance(40)  # type: ignore[attr-defined]  # the worlds of tests have a FakeClock
+            world.advance(40)
             await world.leases.once()
-            world.clock.advance(40)  # type: ignore[attr-defined]
+            world.advance(40)
             await world.leases.once()
         assert await _letters(world, code="quarantined") == [task.id]
         poison = await world.task(task.id)
@@ -119,7 +119,7 @@ async def test_a_row_that_cannot_be_decoded_is_parked_and_stops_nothing(tmp_path
         for spoilt in (waiting, due):
             await _spoil(world, spoilt.id)
     async with world_at(tmp_path) as world:
-        world.clock.advance(7200)  # type: ignore[attr-defined]  # the worlds of tests have a FakeClock
+        world.advance(7200)
         assert [one.id for one in (await world.tasks.list(ADMIN, TaskFilter())).items] == [other.id]
         await world.steering.parking.once(0)
         handled = await world.timekeeper.once()

@@ -127,6 +127,11 @@ class World:
         self.reconciler = Reconciler(store, clock, self.ledger, self.settler, self.dispatcher)
         self.retention = Retention(store, clock, keep_ms=30 * 86_400_000)
 
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass."""
+        assert isinstance(self.clock, FakeClock)
+        self.clock.advance(seconds)
+
     async def _hand_out(self, pairs: list[tuple[str, Session]]) -> None:
         await self.settler.handing.hand_out(pairs)
 
