@@ -7,7 +7,7 @@ report.
 import sys
 
 from mcp_control import Agent, Client, Pipeline, RetryPolicy, SyncContext
-from mcp_control.pipelines.model import Combine, FanOut, Gate
+from mcp_control.pipelines.definition_model import Combine, FanOut, Gate
 
 agent = Agent("three-stages", slots=4)
 

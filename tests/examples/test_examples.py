@@ -13,7 +13,7 @@ import pytest
 
 from mcp_control import Client
 from mcp_control.pipelines.definition import from_yaml
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.testing.server import ServerProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,7 +5,7 @@ from typing import Any
 import httpx2
 
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import Combine, FanOut, PipelineSpec
+from mcp_control.pipelines.definition_model import Combine, FanOut, PipelineSpec
 from mcp_control.tasks.model import RetryPolicy
 from tests.integration.support import API, until
 

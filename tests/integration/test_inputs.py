@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.input_model import Compensate
-from mcp_control.pipelines.model import PipelineSpec
 from mcp_control.testing.server import ServerProcess, databases_for
 from tests.integration.pipelines import completed, run_view, started
 from tests.integration.support import (

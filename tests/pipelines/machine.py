@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from mcp_control.pipelines.counting import open_in, outstanding, task_id
 from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Decision, Material, Start
-from mcp_control.pipelines.model import STAGE_FINAL, PipelineSpec, Run, RunState, StageRun, StageState
+from mcp_control.pipelines.definition_model import PipelineSpec
+from mcp_control.pipelines.model import STAGE_FINAL, Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import Plan, PlannedStage, compile_plan
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS
 from mcp_control.pipelines.validate import validate

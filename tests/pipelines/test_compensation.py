@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.input_model import COMPENSATION, Compensate
-from mcp_control.pipelines.model import PipelineSpec, Run, RunState
+from mcp_control.pipelines.model import Run, RunState
 from mcp_control.tasks.model import RetryPolicy, Task
 from tests.pipelines.world import ANNA, World, world
 

@@ -10,7 +10,8 @@ from msgspec.structs import replace
 from mcp_control.pipelines import control
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.decide import decide
-from mcp_control.pipelines.model import Combine, FanOut, PipelineSpec, RunState, StageState
+from mcp_control.pipelines.definition_model import Combine, FanOut, PipelineSpec
+from mcp_control.pipelines.model import RunState, StageState
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS
 from mcp_control.tasks.model import Request, TaskState
 from tests.pipelines.machine import Simulation, chooser

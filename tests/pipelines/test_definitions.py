@@ -21,7 +21,7 @@ from mcp_control.kernel.errors import (
 )
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.definition import from_data, from_json, from_yaml, parse_yaml, to_json
-from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Stage
+from mcp_control.pipelines.definition_model import Combine, FanOut, Gate, PipelineSpec, Stage
 from mcp_control.pipelines.places import located
 from mcp_control.pipelines.schema import definition_schema
 from mcp_control.pipelines.validate import further, validate

@@ -10,7 +10,8 @@ import pytest
 from mcp_control.kernel.changes import Change, Key
 from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidPipeline, InvalidTransition, NotFound
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import Combine, FanOut, Gate, PipelineSpec, Run, RunRequest, RunState
+from mcp_control.pipelines.definition_model import Combine, FanOut, Gate, PipelineSpec
+from mcp_control.pipelines.model import Run, RunRequest, RunState
 from mcp_control.security.model import Actor
 from mcp_control.tasks.model import Task, TaskState
 from tests.pipelines.world import ANNA, ORIGIN, World, world

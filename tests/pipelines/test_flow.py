@@ -13,7 +13,8 @@ from mcp_control.pipelines.adaptive import WIDTH_MAX, after, allowed
 from mcp_control.pipelines.builder import PipelineBuilder
 from mcp_control.pipelines.counting import needed, open_in
 from mcp_control.pipelines.definition import from_data, from_yaml
-from mcp_control.pipelines.model import STAGE_FINAL, Combine, FanOut, PipelineSpec, RunState, StageState, Window
+from mcp_control.pipelines.definition_model import Combine, FanOut, PipelineSpec
+from mcp_control.pipelines.model import STAGE_FINAL, RunState, StageState, Window
 from mcp_control.pipelines.validate import validate
 from mcp_control.tasks.model import Request, TaskState
 from tests.pipelines.machine import Simulation, chooser

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from mcp_control.agents.model import AgentSpec, AgentState, Capability
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import Combine
 from mcp_control.pipelines.forecast import SeenAgent, plan_run
-from mcp_control.pipelines.model import Combine
 from mcp_control.pipelines.plan import compile_plan
 from mcp_control.pipelines.plan_model import RunPlan
 from mcp_control.pipelines.simulation import Part, simulate

@@ -17,8 +17,9 @@ from mcp_control.kernel.errors import (
     VersionConflict,
 )
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.input_model import AnswerRequest, ApprovalState, ApprovalView, Param
-from mcp_control.pipelines.model import PipelineSpec, Run, RunState
+from mcp_control.pipelines.model import Run, RunState
 from mcp_control.security.model import Actor
 from tests.pipelines.world import ANNA, World, world
 

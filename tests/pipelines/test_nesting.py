@@ -6,8 +6,9 @@ import pytest
 
 from mcp_control.kernel.errors import InvalidPipeline
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import NESTED_MAX, Combine, FanOut, PipelineSpec
 from mcp_control.pipelines.healing import RunHealer
-from mcp_control.pipelines.model import NESTED_MAX, Combine, FanOut, PipelineSpec, Run, RunRequest, RunState
+from mcp_control.pipelines.model import Run, RunRequest, RunState
 from tests.pipelines.world import ANNA, ORIGIN, World, world
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from mcp_control.kernel.errors import Invalid, InvalidPipeline, InvalidTransition
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.input_model import RerunRequest
-from mcp_control.pipelines.model import PipelineSpec
 from mcp_control.pipelines.rerunning import Reruns
 from mcp_control.pipelines.validate import validate
 from tests.pipelines.world import ANNA, ORIGIN, World, world

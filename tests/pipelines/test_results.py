@@ -6,7 +6,8 @@ import msgspec
 
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import PipelineSpec, Run, RunRequest, RunState, StageState
+from mcp_control.pipelines.definition_model import PipelineSpec
+from mcp_control.pipelines.model import Run, RunRequest, RunState, StageState
 from mcp_control.pipelines.results import ResultRetention
 from mcp_control.pipelines.retention import RunRetention
 from mcp_control.storage.local.blobs import FolderBlobs

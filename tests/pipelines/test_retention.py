@@ -8,7 +8,8 @@ import pytest
 from mcp_control.artifacts.service import ArtifactFilter, Artifacts, NewArtifact
 from mcp_control.kernel.errors import NotFound
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import PipelineSpec, StageState
+from mcp_control.pipelines.definition_model import PipelineSpec
+from mcp_control.pipelines.model import StageState
 from mcp_control.pipelines.retention import RunRetention
 from mcp_control.storage.local.blobs import FolderBlobs
 from tests.pipelines.world import ANNA, world

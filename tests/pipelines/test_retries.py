@@ -8,7 +8,8 @@ import pytest
 
 from mcp_control.kernel.errors import Invalid
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import PipelineSpec, RunState
+from mcp_control.pipelines.definition_model import PipelineSpec
+from mcp_control.pipelines.model import RunState
 from tests.pipelines.world import ANNA, World, world
 
 

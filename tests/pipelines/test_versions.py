@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.kernel.errors import NotFound, PipelineInUse
 from mcp_control.pipelines.builder import PipelineBuilder
+from mcp_control.pipelines.definition_model import PipelineSpec, Stage
 from mcp_control.pipelines.difference import difference
 from mcp_control.pipelines.firing import Firing
-from mcp_control.pipelines.model import PipelineSpec, RunRequest, RunState, Stage
+from mcp_control.pipelines.model import RunRequest, RunState
 from mcp_control.pipelines.plan_model import FieldChange
 from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.schedule_model import ScheduledRun, ScheduleSpec

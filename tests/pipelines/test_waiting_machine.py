@@ -9,6 +9,7 @@ from mcp_control.pipelines import control
 from mcp_control.pipelines.counting import task_id, waited_for
 from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Material
+from mcp_control.pipelines.definition_model import Body, Metadata, PipelineSpec, Stage
 from mcp_control.pipelines.input_model import (
     COMPENSATION,
     Answer,
@@ -19,7 +20,7 @@ from mcp_control.pipelines.input_model import (
     Signal,
     WaitFor,
 )
-from mcp_control.pipelines.model import Body, Metadata, PipelineSpec, Run, RunState, Stage, StageRun, StageState
+from mcp_control.pipelines.model import Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import compile_plan
 from mcp_control.pipelines.signals import received
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS

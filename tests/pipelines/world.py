@@ -14,10 +14,11 @@ from mcp_control.kernel.changes import Query, StoredFact, Where
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.pipelines.catalogue import Catalogue
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.healing import RunHealer
 from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.pipelines.inputs import Inputs
-from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, PipelineSpec, Run, RunRequest
+from mcp_control.pipelines.model import PIPELINE_KIND, RUN_KIND, Run, RunRequest
 from mcp_control.pipelines.nesting import Nesting
 from mcp_control.pipelines.result_model import STAGE_RESULT_KIND
 from mcp_control.pipelines.results import StageResults

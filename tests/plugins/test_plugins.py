@@ -1,6 +1,6 @@
 """Plugins: found by entry point, used through hooks alone."""
 
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.plugins.hookspecs import hookimpl
 from mcp_control.plugins.manager import Plugins
 

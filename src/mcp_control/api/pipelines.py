@@ -15,7 +15,8 @@ from mcp_control.api.tasks import with_key
 from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
 from mcp_control.kernel.paging import Page
 from mcp_control.pipelines.definition import from_data, parse_yaml
-from mcp_control.pipelines.model import PipelineSpec, RunRequest
+from mcp_control.pipelines.definition_model import PipelineSpec
+from mcp_control.pipelines.model import RunRequest
 from mcp_control.pipelines.places import located
 from mcp_control.pipelines.plan_model import Difference, PlanRequest, RunPlan
 from mcp_control.pipelines.validate import ERRORS_MAX, further

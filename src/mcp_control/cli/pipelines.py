@@ -29,7 +29,7 @@ from mcp_control.cli.plans import changes, show
 from mcp_control.cli.report import ended, follow, started
 
 if TYPE_CHECKING:
-    from mcp_control.pipelines.model import Param
+    from mcp_control.pipelines.input_model import Param
     from mcp_control.pipelines.view_model import PipelineView
 
 app = typer.Typer(
@@ -309,7 +309,7 @@ def _declared_in(definition: str) -> Mapping[str, "Param"]:
     import msgspec
     import yaml
 
-    from mcp_control.pipelines.model import Param
+    from mcp_control.pipelines.input_model import Param
 
     try:
         found = yaml.safe_load(definition)

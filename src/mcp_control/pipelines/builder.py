@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from mcp_control.pipelines.input_model import Approval, Compensate, WaitFor
-from mcp_control.pipelines.model import (
+from mcp_control.pipelines.definition_model import (
     NO_NEEDS,
     Body,
     Cache,
@@ -16,11 +15,11 @@ from mcp_control.pipelines.model import (
     Gate,
     Metadata,
     Mode,
-    Param,
     PipelineSpec,
     RunWhen,
     Stage,
 )
+from mcp_control.pipelines.input_model import Approval, Compensate, Param, WaitFor
 from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Needs, RetryPolicy
 

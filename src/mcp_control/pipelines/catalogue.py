@@ -15,9 +15,10 @@ from mcp_control.kernel.errors import Conflict, InvalidPipeline, NotFound
 from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.difference import difference
 from mcp_control.pipelines.inclusion import faults
-from mcp_control.pipelines.model import Pipeline, PipelineSpec
+from mcp_control.pipelines.model import Pipeline
 from mcp_control.pipelines.plan import off_loop
 from mcp_control.pipelines.plan_model import Difference
 from mcp_control.pipelines.records import pipeline_view, read_pipeline, scoped, write_pipeline

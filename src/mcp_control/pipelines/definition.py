@@ -13,7 +13,8 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.errors import DuplicateKey, FieldError, Invalid, MalformedJson, PayloadTooLarge, TooDeep
 from mcp_control.kernel.shapes import field_errors
-from mcp_control.pipelines.model import Body, Metadata, Param, PipelineSpec, Stage
+from mcp_control.pipelines.definition_model import Body, Metadata, PipelineSpec, Stage
+from mcp_control.pipelines.input_model import Param
 
 T = TypeVar("T")
 TEXT_MAX: Final = 1 << 20

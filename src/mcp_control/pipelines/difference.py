@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.plan_model import Difference, FieldChange, StageChange
 
 _MISSING: Final = object()

@@ -7,7 +7,7 @@ import msgspec
 
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
-from mcp_control.pipelines.model import NESTED, Stage
+from mcp_control.pipelines.definition_model import NESTED, Stage
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.plan_model import OneMore, RunPlan, StagePlan
 from mcp_control.pipelines.simulation import Part, Pools, Span, simulate

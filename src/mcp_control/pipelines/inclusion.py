@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import msgspec
 
 from mcp_control.kernel.errors import FieldError
-from mcp_control.pipelines.model import NESTED, NESTED_MAX, PipelineSpec, Stage
+from mcp_control.pipelines.definition_model import NESTED, NESTED_MAX, PipelineSpec, Stage
 
 Load = Callable[[str, int | None], Awaitable[PipelineSpec | None]]
 

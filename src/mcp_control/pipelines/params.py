@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 
 from mcp_control.kernel.errors import FieldError, Invalid
-from mcp_control.pipelines.model import Param
+from mcp_control.pipelines.input_model import Param
 
 _SIZE_MAX: Final = 1 << 20
 _KINDS: Final[Mapping[str, tuple[type, ...]]] = {

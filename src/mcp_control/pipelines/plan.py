@@ -7,8 +7,8 @@ from typing import Final, ParamSpec, TypeVar
 
 import msgspec
 
+from mcp_control.pipelines.definition_model import NESTED, PipelineSpec, Stage
 from mcp_control.pipelines.expressions import Expression
-from mcp_control.pipelines.model import NESTED, PipelineSpec, Stage
 from mcp_control.pipelines.templates import Template
 
 P = ParamSpec("P")

@@ -12,6 +12,7 @@ from mcp_control.kernel.changes import Entity, Fact, IndexValue
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.pipelines.approvals import approval_id
 from mcp_control.pipelines.counting import child_id, items_in
+from mcp_control.pipelines.definition_model import Stage
 from mcp_control.pipelines.input_model import Compensation, CompensationState
 from mcp_control.pipelines.model import (
     NOT_REACHED,
@@ -21,7 +22,6 @@ from mcp_control.pipelines.model import (
     Pipeline,
     Run,
     RunState,
-    Stage,
     StageRun,
     StageState,
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 
 
 def definition_schema() -> dict[str, Any]:

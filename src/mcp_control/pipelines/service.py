@@ -20,8 +20,9 @@ from mcp_control.pipelines import control
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.listing import page
-from mcp_control.pipelines.model import RUN_FINAL, Parent, Pipeline, PipelineSpec, Run, RunRequest, RunState
+from mcp_control.pipelines.model import RUN_FINAL, Parent, Pipeline, Run, RunRequest, RunState
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped

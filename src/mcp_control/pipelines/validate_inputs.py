@@ -7,8 +7,8 @@ import msgspec
 
 from mcp_control.kernel.errors import FieldError
 from mcp_control.kernel.text import name_errors, range_errors, text_errors
+from mcp_control.pipelines.definition_model import NO_NEEDS, Stage
 from mcp_control.pipelines.input_model import SIGNAL_BYTES_MAX, Approval, WaitFor
-from mcp_control.pipelines.model import NO_NEEDS, Stage
 from mcp_control.pipelines.signals import SIGNAL_NAME
 
 _OPTIONS_MAX: Final = 20

@@ -4,8 +4,9 @@ from datetime import datetime
 
 import msgspec
 
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.input_model import CompensationState
-from mcp_control.pipelines.model import PipelineSpec, RunState, StageState
+from mcp_control.pipelines.model import RunState, StageState
 from mcp_control.tasks.budget_model import Amounts, Budget
 from mcp_control.tasks.view_model import Explanation
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import pluggy
 
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 
 PROJECT: Final = "mcp_control"
 hookspec: Final = pluggy.HookspecMarker(PROJECT)

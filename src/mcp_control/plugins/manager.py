@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 import pluggy
 
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.plugins import hookspecs
 
 GROUP: Final = "mcp_control.plugins"

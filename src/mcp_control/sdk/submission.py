@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypedDict
 import msgspec
 
 from mcp_control.pipelines.builder import PipelineBuilder
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.tasks.budget_model import Budget
 from mcp_control.tasks.model import Fairness, Needs, RetryPolicy, TaskSpec
 

@@ -6,7 +6,7 @@ Light on purpose: the server imports this module without the data libraries.
 from importlib.resources import files
 
 from mcp_control.pipelines.definition import from_yaml
-from mcp_control.pipelines.model import PipelineSpec
+from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.plugins.hookspecs import hookimpl
 
 AGENT = "mcp_control.techdeck.agent:agent"
