@@ -2,9 +2,9 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import structlog
 
@@ -14,7 +14,6 @@ from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
 from mcp_control.api.app import ControlApp
 from mcp_control.api.assembly import application, routes
-from mcp_control.api.network import NetworkServer, listening, on_signals
 from mcp_control.api.services import Cluster, Services
 from mcp_control.artifacts.service import Artifacts
 from mcp_control.backend import Around, backend
@@ -28,7 +27,7 @@ from mcp_control.kernel.loops import every
 from mcp_control.kinds import KINDS as KINDS
 from mcp_control.member import Member, led
 from mcp_control.monitoring.health import Health
-from mcp_control.monitoring.loop_lag import LoopLag, spare_collections
+from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_figures, watch_health
 from mcp_control.pipelines.capacity import Capacity
@@ -95,26 +94,6 @@ class Control:
     app: ControlApp
     services: Services
     one_time_password: str | None
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A server that answers.
-
-    Attributes:
-        url: where.
-        one_time_password: the first administrator's, when it was made now; shown once, kept nowhere.
-        services: for what the owner of the process may do, e.g. make a token.
-    """
-
-    url: str
-    one_time_password: str | None
-    services: Services
-    _stop: Callable[[], None] = field(repr=False)
-
-    def stop(self) -> None:
-        """End the server in good order."""
-        self._stop()
 
 
 @asynccontextmanager
@@ -348,53 +327,3 @@ async def _stopped(loops: list[asyncio.Task[None]]) -> None:
     for loop in loops:
         loop.cancel()
     await asyncio.gather(*loops, return_exceptions=True)
-
-
-async def serve(
-    settings: Settings, ready: Callable[[Ready], Awaitable[None]] | None = None, around: Around | None = None
-) -> int:
-    """Run a server until SIGINT, SIGTERM, `Ready.stop` or a fatal error of the store.
-
-    Args:
-        ready: called once it answers; when it raises, the server ends and the exception goes to the caller.
-        around: puts something around the store; see `composed`.
-
-    Returns:
-        The exit code of the process: 0 after an orderly end, 1 after a fatal error of the store.
-
-    Raises:
-        StoreUnavailable: the data folder cannot be used.
-        OSError: the address is taken.
-    """
-    listener = listening(settings)
-    try:
-        fate = Fate()
-        async with composed(settings, fate, around) as control:
-            server = NetworkServer(control.app, settings, control.services.end)
-
-            def stop() -> None:
-                server.should_exit = True
-
-            def stop_now() -> None:
-                server.should_exit = server.force_exit = True
-
-            fate.stop = stop_now
-            spare_collections()
-            with on_signals(stop):
-                running = asyncio.create_task(server.serve([listener]))
-                try:
-                    answering = asyncio.create_task(server.answering.wait())
-                    await asyncio.wait((answering, running), return_when=asyncio.FIRST_COMPLETED)
-                    answering.cancel()
-                    if ready is not None:
-                        scheme = "http" if settings.tls_cert is None else "https"
-                        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-                        url = f"{scheme}://{host}:{listener.getsockname()[1]}"
-                        await ready(Ready(url, control.one_time_password, control.services, stop))
-                    await asyncio.shield(running)
-                finally:
-                    stop()
-                    await running
-        return 0 if fate.problem is None else 1
-    finally:
-        listener.close()

@@ -8,8 +8,8 @@ import httpx2
 import pytest
 import websockets
 
-from mcp_control.app import Ready, serve
 from mcp_control.kernel.errors import StoreUnavailable
+from mcp_control.server import Ready, serve
 from mcp_control.testing.server import ServerProcess, running_server, settings_for
 from tests.integration.support import settled
 

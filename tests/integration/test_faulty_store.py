@@ -11,7 +11,7 @@ import httpx2
 import msgspec
 import pytest
 
-from mcp_control.app import Ready, serve
+from mcp_control.server import Ready, serve
 from mcp_control.storage.ports import Store
 from mcp_control.testing.faulty_store import Fault, FaultyStore
 from mcp_control.testing.server import START_SECONDS, RunningServer, settings_for

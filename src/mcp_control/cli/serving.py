@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from mcp_control.app import Ready, serve
 from mcp_control.cli.errors import FAILED, CliError
 from mcp_control.cli.local_agents import LocalAgent, LocalAgents
 from mcp_control.cli.output import say, write_json
@@ -23,6 +22,7 @@ from mcp_control.kernel.errors import Invalid, Problem, StoreUnavailable
 from mcp_control.monitoring.logs import configure
 from mcp_control.plugins.manager import Plugins
 from mcp_control.sdk.profiles import Profile, Profiles, normal_url
+from mcp_control.server import Ready, serve
 
 AGENTS_SECONDS: Final = 20.0
 _NOT_IN_NAMES: Final = re.compile(r"[^A-Za-z0-9._-]")

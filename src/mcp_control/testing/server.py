@@ -20,10 +20,10 @@ from typing import Any, Final, Self
 import uvloop
 
 from mcp_control.api.services import Services
-from mcp_control.app import Ready, serve
 from mcp_control.backend import Around
 from mcp_control.configuration.settings import Settings, load
 from mcp_control.monitoring.logs import configure
+from mcp_control.server import Ready, serve
 from mcp_control.testing.programs import Starter
 
 START_SECONDS = 20.0
