@@ -15,6 +15,8 @@ from mcp_control.coordination.identity import identity_of
 from mcp_control.coordination.leadership import Leadership
 from mcp_control.coordination.model import Node
 from mcp_control.coordination.nodes import Nodes
+from mcp_control.kernel.breaker import Breaker
+from mcp_control.kernel.breaker_rules import BreakerStatus
 from mcp_control.kernel.changes import Kind
 from mcp_control.kernel.clock import Clock, SystemClock
 from mcp_control.kernel.errors import Problem
@@ -48,6 +50,7 @@ class Backend:
         writable: says whether the store takes writes, as far as this server knows.
         bus: None for a single server, which has nobody to talk to.
         leadership, nodes, resilient: None for a single server; `resilient` also without Redis.
+        breakers: those around what this server calls.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Backend:
         self.leadership: Leadership | None = None
         self.nodes: Nodes | None = None
         self.resilient: ResilientQueue | None = None
+        self.breakers: list[Breaker] = []
         self._open: Callable[[Sequence[Kind], Committed], Awaitable[None]] = store.open
 
     @property
@@ -80,6 +84,10 @@ class Backend:
         if self._blobs is None:
             raise RuntimeError("the store is not open")
         return self._blobs
+
+    def statuses(self) -> list[BreakerStatus]:
+        """Say how the breakers stand around what this server calls."""
+        return [one.status() for one in self.breakers]
 
     def queue_state(self) -> str:
         """Say where waiting tasks are taken from: `memory`, `redis` or `store`."""
@@ -132,11 +140,10 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     from mcp_control.storage.claims import StoreQueue
     from mcp_control.storage.mongo.blobs import GridFsBlobs
     from mcp_control.storage.mongo.store import MongoStore
-    from mcp_control.storage.redis.breaker import Breaker
     from mcp_control.storage.redis.bus import RedisBus
     from mcp_control.storage.redis.cache import RedisCache
     from mcp_control.storage.redis.connection import connect
-    from mcp_control.storage.redis.link import RedisLink
+    from mcp_control.storage.redis.link import RedisLink, breaker
     from mcp_control.storage.redis.queue import RedisQueue
     from mcp_control.storage.redis.resilient import ResilientQueue
 
@@ -172,7 +179,7 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
     made.waiting = lambda: mongo.waiting
     made.writable = lambda: mongo.writable
     made.elections = lambda: mongo.elections
-    nodes = made.nodes = Nodes(store, clock, me, seconds, mongo.session_ids, mongo.end_sessions)
+    nodes = made.nodes = Nodes(store, clock, me, seconds, mongo.session_ids, mongo.end_sessions, made.statuses)
     leadership = made.leadership = Leadership(store, clock, server, seconds)
 
     async def lead(_: int) -> None:
@@ -192,7 +199,8 @@ def _clustered(settings: Settings, name: str, fatal: Fatal, around: Around | Non
             # Two clusters may use one Redis: what one says must mean nothing to the other.
             namespace = f"{settings.redis.namespace}:{await identity_of(store, ids)}"
             client = connect(settings.redis.url.get_secret_value())
-            link = RedisLink(client, namespace, Breaker(clock), seconds=settings.redis.timeout_seconds)
+            made.breakers.append(breaker(clock))
+            link = RedisLink(client, namespace, made.breakers[-1], seconds=settings.redis.timeout_seconds)
             stack.push_async_callback(link.close)
             made.resilient = ResilientQueue(RedisQueue(client, namespace), claims, link, clock)
             stack.push_async_callback(made.resilient.close)

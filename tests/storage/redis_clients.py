@@ -4,16 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from mcp_control.kernel.clock import SystemClock
-from mcp_control.storage.redis.breaker import Breaker
 from mcp_control.storage.redis.connection import connect
-from mcp_control.storage.redis.link import RedisLink
+from mcp_control.storage.redis.link import RedisLink, breaker
 
 _open: list[AsyncIterator[None]] = []
 
 
 async def linked(url: str, namespace: str, *, seconds: float = 5.0) -> RedisLink:
     """Return a link with so much patience; the product's is 0.05 s."""
-    link = RedisLink(connect(url), namespace, Breaker(SystemClock()), seconds=seconds)
+    link = RedisLink(connect(url), namespace, breaker(SystemClock()), seconds=seconds)
     closing = _closing(link)
     await anext(closing)
     _open.append(closing)

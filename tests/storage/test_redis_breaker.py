@@ -4,11 +4,12 @@ import asyncio
 import traceback
 
 import pytest
+from msgspec.structs import replace
 
+from mcp_control.kernel.breaker import Breaker, BreakerOpen
 from mcp_control.kernel.clock import SystemClock
-from mcp_control.storage.redis.breaker import Breaker
 from mcp_control.storage.redis.connection import connect, disconnect
-from mcp_control.storage.redis.link import RedisLink, RedisTrouble
+from mcp_control.storage.redis.link import POLICY, RedisLink, RedisTrouble, breaker
 from mcp_control.testing.clock import FakeClock
 from mcp_control.testing.databases import RedisServer, free_ports
 from tests.storage.redis_clients import linked
@@ -16,65 +17,31 @@ from tests.storage.redis_clients import linked
 SECRET = "hunter/2@#"
 
 
-def test_three_failures_in_a_row_open_it() -> None:
-    """A success in between begins the count anew; the third in a row opens it, and calls are refused and counted."""
+def test_three_failures_in_a_row_open_it_and_no_call_is_the_probe() -> None:
+    """Redis is left alone after the third, calls are refused whatever the time, and pauses grow from 1 to 5 s."""
     clock = FakeClock()
-    breaker = Breaker(clock)
-    assert [breaker.failed(), breaker.failed()] == [False, False]
-    breaker.succeeded()
-    assert [breaker.failed(), breaker.failed(), breaker.allows()] == [False, False, True]
-    clock.advance(5)
-    assert breaker.failed()
-    assert (breaker.state, breaker.since, breaker.opened, breaker.allows(), breaker.refused) == (
-        "open",
-        clock.now(),
-        1,
-        False,
-        1,
-    )
-
-
-def test_one_probe_after_a_second_then_pauses_of_up_to_five() -> None:
-    """No probe before its time, one at a time, and each failure doubles the pause up to 5 s."""
-    clock = FakeClock()
-    breaker = Breaker(clock)
+    around = Breaker("redis", clock, POLICY, chance=lambda: 0.0)
     for _ in range(3):
-        breaker.failed()
+        assert around.state == "closed"
+        around.failed()
     pauses = []
     for _ in range(5):
-        pauses.append(breaker.wait())
-        clock.advance(breaker.wait() - 0.001)
-        assert not breaker.probe()
-        clock.advance(0.001)
-        assert breaker.probe()
-        assert (breaker.state, breaker.probe(), breaker.allows()) == ("half-open", False, False)
-        breaker.probed(False)
+        pauses.append(around.wait())
+        clock.advance(around.wait())
+        with pytest.raises(BreakerOpen):
+            around.enter()
+        around.failed(around.probe())
     assert pauses == [1, 2, 4, 5, 5]
-
-
-def test_a_probe_that_succeeds_closes_it_and_the_next_pause_is_short_again() -> None:
-    """It forgets its failures, and late answers of calls from before change nothing while it is open."""
-    clock = FakeClock()
-    breaker = Breaker(clock)
-    for _ in range(3):
-        breaker.failed()
-    breaker.succeeded()
-    assert breaker.state == "open"
-    for success in (False, True):
-        clock.advance(breaker.wait())
-        assert breaker.probe()
-        breaker.probed(success)
-    assert (breaker.state, breaker.failures, breaker.since) == ("closed", 0, clock.now())
-    assert [breaker.failed() for _ in range(3)] == [False, False, True]
-    assert breaker.wait() == 1
+    clock.advance(around.wait())
+    around.succeeded(around.probe())
+    assert (around.state, around.failures, around.opened, around.refused) == ("closed", 0, 1, 5)
 
 
 @pytest.mark.parametrize("control", [False, True], ids=["product", "control"])
 async def test_three_calls_at_most_wait_for_a_redis_that_hangs(control: bool, redis_server: RedisServer) -> None:
     """Row 19: after three slow calls the others are refused at once; without the breaker every one of them waits (control)."""
-    link = RedisLink(
-        connect(redis_server.url), "n", Breaker(SystemClock(), failures=100 if control else 3), seconds=0.05
-    )
+    policy = replace(POLICY, failures=100) if control else POLICY
+    link = RedisLink(connect(redis_server.url), "n", breaker(SystemClock(), policy), seconds=0.05)
     tried: list[int] = []
 
     async def ask() -> object:

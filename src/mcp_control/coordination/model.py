@@ -4,6 +4,7 @@ from typing import Final
 
 import msgspec
 
+from mcp_control.kernel.breaker_rules import BreakerStatus
 from mcp_control.kernel.changes import Field, Index, Kind
 
 
@@ -34,6 +35,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         software: version of the server.
         until: wall milliseconds on the store's clock; a server that has not been heard of by then is gone.
         sessions: ids of its sessions with the database, to be ended when it is gone.
+        breakers: those around what it calls.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     started_at: int
     until: int
     sessions: list[bytes] = []
+    breakers: list[BreakerStatus] = []
 
 
 IDENTITY_KIND: Final = Kind(name="identity")

@@ -8,6 +8,7 @@ import structlog
 from msgspec.structs import replace
 
 from mcp_control.coordination.model import NODE_KIND, Node
+from mcp_control.kernel.breaker_rules import BreakerStatus
 from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
@@ -27,6 +28,7 @@ class Nodes:
         seconds: how long an entry lives without being renewed; call `once` at least three times in it.
         sessions: returns the ids of the database sessions whose transactions would be left behind by a kill.
         end: ends database sessions of servers that are gone.
+        breakers: says how the breakers of this server stand.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Nodes:
         seconds: float,
         sessions: Callable[[], Sequence[bytes]],
         end: Callable[[Sequence[bytes]], Awaitable[None]],
+        breakers: Callable[[], list[BreakerStatus]] = list,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -44,6 +47,7 @@ class Nodes:
         self._seconds = seconds
         self._sessions = sessions
         self._end = end
+        self._breakers = breakers
         self.heard_at = clock.monotonic()
 
     @property
@@ -60,7 +64,7 @@ class Nodes:
         """Say that this server is there. Raises Problem of the store."""
         asked = self._clock.monotonic()
         until = self._clock.now() + round(self._seconds * 1000)
-        me = replace(self._me, until=until, sessions=list(self._sessions()))
+        me = replace(self._me, until=until, sessions=list(self._sessions()), breakers=self._breakers())
         outcome = (await self._store.commit([Change(writes=[_entity(me)])]))[0]
         if isinstance(outcome, Conflict):
             # Taken for gone by the leader, or an earlier write of unknown outcome.

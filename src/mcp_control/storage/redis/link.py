@@ -6,7 +6,9 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from mcp_control.storage.redis.breaker import Breaker
+from mcp_control.kernel.breaker import Breaker, BreakerOpen
+from mcp_control.kernel.breaker_rules import Policy, Verdict
+from mcp_control.kernel.clock import Clock
 from mcp_control.storage.redis.connection import FAILURES, RedisClient, disconnect
 
 T = TypeVar("T")
@@ -17,6 +19,13 @@ _LATE: Final = 0.2
 _GRANTED: Final = 20
 _CANCEL_SECONDS: Final = 0.1
 _AT_ONCE: Final = 32
+POLICY: Final = Policy(failures=3, open_seconds=1.0, longest_seconds=5.0, probe_seconds=10.0, by_calls=False)
+"""Nobody's call is the probe, so nobody waits for a Redis that hangs."""
+
+
+def breaker(clock: Clock, policy: Policy = POLICY) -> Breaker:
+    """Return the breaker of a link."""
+    return Breaker("redis", clock, policy, fallback="the store, and each server by itself")
 
 
 class RedisTrouble(Exception):
@@ -48,19 +57,18 @@ class RedisLink:
 
     async def call(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do some work with the client and return what it returns. Raises RedisTrouble."""
-        if not self.breaker.allows():
-            raise RedisTrouble("left alone after failures")
         try:
-            async with _Within(self._seconds), self._room:
-                result = await work()
+            with self.breaker.guard(_judged):
+                async with _Within(self._seconds), self._room:
+                    return await work()
+        except BreakerOpen as refused:
+            raise RedisTrouble(str(refused)) from refused
         except FAILURES as error:
-            if self.breaker.failed():
+            if self.breaker.state != "closed" and self._available.is_set():
                 _log.warning("redis-unavailable", error=type(error).__name__, detail=str(error))
                 self._available.clear()
                 self._healing = asyncio.create_task(self._heal(), name="redis-probe")
             raise RedisTrouble(f"{type(error).__name__}: {error}") from error
-        self.breaker.succeeded()
-        return result
 
     async def available(self) -> None:
         """Wait until calls are allowed."""
@@ -74,24 +82,29 @@ class RedisLink:
     async def _heal(self) -> None:
         while self.breaker.state != "closed":
             await asyncio.sleep(self.breaker.wait())
-            if self.breaker.probe():
-                self.breaker.probed(await self._probe())
+            if permit := self.breaker.probe():
+                try:
+                    await self._probe()
+                except FAILURES as error:
+                    self.breaker.failed(permit, error)
+                else:
+                    self.breaker.succeeded(permit)
         _log.info("redis-available")
         self._available.set()
 
-    async def _probe(self) -> bool:
-        try:
-            async with asyncio.timeout(_PROBE_SECONDS):
-                await self._write()  # connects, and finds the master or the nodes
-            async with _Within(self._seconds):
-                await self._write()
-        except FAILURES:
-            return False
-        return True
+    async def _probe(self) -> None:
+        async with asyncio.timeout(_PROBE_SECONDS):
+            await self._write()  # connects, and finds the master or the nodes
+        async with _Within(self._seconds):
+            await self._write()
 
     async def _write(self) -> None:
         """A write: a Redis that is full answers everything else."""
         await self.client.set(self._probe_key, b"1", px=1000)
+
+
+def _judged(error: BaseException) -> Verdict:
+    return "failed" if isinstance(error, FAILURES) else "unknown"
 
 
 async def stop(task: "asyncio.Task[None] | None") -> None:
