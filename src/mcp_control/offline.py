@@ -1,14 +1,18 @@
 """Stores apart from a server: what backups, restores and moves open. Part of the composition root."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from mcp_control.coordination.model import NODE_KIND
+import msgspec
+
+from mcp_control import __version__
+from mcp_control.coordination.model import NODE_KIND, Node
 from mcp_control.kernel.errors import StoreUnavailable
+from mcp_control.kinds import KINDS
 from mcp_control.storage.local.blobs import FolderBlobs
 from mcp_control.storage.mongo.archive import MongoArchive, opened
 from mcp_control.storage.mongo.blobs import GridFsBlobs
@@ -18,6 +22,7 @@ from mcp_control.storage.sqlite.archive import SqliteArchive
 SQLITE: Final = "sqlite"
 MONGODB: Final = "mongodb"
 _ALIVE: Final = (NODE_KIND.name, "until")
+_decode: Final = msgspec.msgpack.Decoder(Node).decode
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Place:
         archive: the store.
         blobs: opens its blobs for reading, beside a server.
         own_blobs: opens its blobs for writing, while no server uses the store.
+        contract: returns the names of what this version declares no more, and drops it when called with True. None where the start of a
+            server does it. Raises StoreUnavailable while a server of another version is there, or was the last to start.
     """
 
     kind: str
@@ -39,6 +46,7 @@ class Place:
     archive: Archive
     blobs: Callable[[], AbstractAsyncContextManager[Blobs]]
     own_blobs: Callable[[], AbstractAsyncContextManager[Blobs]]
+    contract: Callable[[bool], Coroutine[Any, Any, list[str]]] | None = None
 
 
 def in_folder(data: Path) -> Place:
@@ -70,13 +78,24 @@ def in_database(uri: str) -> Place:
         async with opened(uri) as (_, database):
             yield GridFsBlobs(database)
 
+    archive = MongoArchive(uri, alive=_ALIVE)
+
+    async def contract(drop: bool) -> list[str]:
+        nodes = [_decode(hot) for hot in await archive.alive()]
+        if others := sorted(f"{node.name} ({node.software})" for node in nodes if node.software != __version__):
+            raise StoreUnavailable(
+                f"servers of other versions than this one ({__version__}) are there: {', '.join(others)}; replace them first"
+            )
+        return await archive.contract(KINDS, drop=drop)
+
     return Place(
         kind=MONGODB,
         name=_without_credentials(uri),
         start="MONGODB_URI=… mcpctl up",
-        archive=MongoArchive(uri, alive=_ALIVE),
+        archive=archive,
         blobs=blobs,
         own_blobs=blobs,
+        contract=contract,
     )
 
 

@@ -5,16 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
+import pymongo
 import pytest
 
 from mcp_control.app import KINDS
 from mcp_control.archive.backup import verify
 from mcp_control.archive.migrate import FLEETING, migrate
+from mcp_control.cli.errors import CONFLICT, USAGE
+from mcp_control.coordination.model import Node
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.offline import Place, in_database, in_folder
 from mcp_control.storage.mongo.store import MongoStore
 from mcp_control.testing.server import running_server
-from tests.archive.support import content, create, credential, fence, poller, quiet, restored
+from tests.archive.support import content, create, credential, fence, mcpctl, poller, quiet, restored
+
+BEFORE = Node(id="before", name="elder", software="0.0.9", started_at=0, until=1 << 50)
 
 
 async def filled(folder: Path) -> dict[str, Any]:
@@ -186,3 +192,26 @@ async def test_a_store_moves_while_its_server_works(tmp_path: Path, mongo_uri: s
     assert ("task", late) in entities
     async with there.blobs() as blobs:
         assert b"".join([chunk async for chunk in blobs.read(artifact["sha256"])]) == b"late bytes"
+
+
+async def test_what_an_earlier_version_left_goes_when_its_last_server_has_gone(tmp_path: Path, mongo_uri: str) -> None:
+    """`contract-store` names it and removes it beside servers of this version; never beside others, and only when told to."""
+    environ = {"MONGODB_URI": mongo_uri, "MCP_CONTROL_DATA": str(tmp_path)}
+    async with running_server(tmp_path / "one", mongo__uri=mongo_uri):
+        with pymongo.MongoClient[dict[str, Any]](mongo_uri) as client:
+            database = client.get_default_database()
+            database["task"].create_index("i.old", name="task_old:old")
+            database["node"].insert_one(
+                {"_id": "before", "v": 1, "i": {"until": 1 << 50}, "h": msgspec.msgpack.encode(BEFORE)}
+            )
+            refused = await mcpctl("contract-store", "--json", "--yes", code=CONFLICT, **environ)
+            assert "elder (0.0.9)" in refused
+            database["node"].delete_one({"_id": "before"})
+            seen = await mcpctl("contract-store", "--dry-run", "--json", **environ)
+            assert (seen["surplus"], seen["removed"]) == (["task.task_old:old"], [])
+            await mcpctl("contract-store", "--no-input", code=USAGE, **environ)
+            assert "task_old:old" in database["task"].index_information()
+            done = await mcpctl("contract-store", "--yes", "--json", **environ)
+            assert done["removed"] == ["task.task_old:old"]
+            assert "task_old:old" not in database["task"].index_information()
+    await mcpctl("contract-store", "--store", f"sqlite:{tmp_path}", code=USAGE)

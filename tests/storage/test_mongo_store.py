@@ -14,6 +14,7 @@ from pymongo import MongoClient
 from mcp_control.app import KINDS
 from mcp_control.kernel.changes import Change, Field, Index, Key, Kind, Query, StoredFact, Where
 from mcp_control.kernel.errors import Conflict, Duplicate, StoreUnavailable
+from mcp_control.storage.mongo.archive import MongoArchive
 from mcp_control.storage.mongo.client import connect, findings
 from mcp_control.storage.mongo.documents import Shape, conditions, phases
 from mcp_control.storage.mongo.store import MongoStore
@@ -228,11 +229,13 @@ async def test_indexes_are_added_at_open_and_dropped_on_demand(mongo_uri: str) -
         first = Change([thing("a", tenant="t", name="n")])
         assert await old.commit([first]) == [None]
         assert isinstance((await old.commit([Change([thing("b", tenant="t", name="n")])]))[0], Duplicate)
-        assert sorted(await stores[0].contract()) == [
-            "thing.thing_name:tenant,name:unique",
-            "thing.thing_state:tenant,state,id",
-        ]
-        assert await stores[1].contract() == []
+        archive = MongoArchive(mongo_uri, alive=("node", "until"))
+        surplus = ["thing.thing_name:tenant,name:unique", "thing.thing_state:tenant,state,id"]
+        with pytest.raises(StoreUnavailable, match="not of this version"):
+            await archive.contract((THING, OTHER), drop=True)
+        assert sorted(await archive.contract((newer, OTHER), drop=False)) == surplus
+        assert sorted(await archive.contract((newer, OTHER), drop=True)) == surplus
+        assert await archive.contract((newer, OTHER), drop=True) == []
         assert await stores[2].commit([Change([thing("c", tenant="t", name="n")])]) == [None]
         for store in stores:
             await store.close()

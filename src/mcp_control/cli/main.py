@@ -93,6 +93,7 @@ app.command("demo")(demo)
 app.command("status")(system.status)
 app.command("login")(profiles.login)
 app.command("migrate-store")(migrate.migrate_store)
+app.command("contract-store")(migrate.contract_store)
 runs.app.command("export")(bundles.export)
 runs.app.command("import")(bundles.take_in)
 for noun in (

@@ -1,11 +1,11 @@
-"""`mcpctl migrate-store`: the store of a product to another place, while it is in use."""
+"""`mcpctl migrate-store`: the store of a product to another place, while it is in use. `mcpctl contract-store`: without what is old."""
 
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcp_control.cli.backup import Ticker, finished, need_server
+from mcp_control.cli.backup import Store, Ticker, finished, found, need_server
 from mcp_control.cli.errors import USAGE, CliError
 from mcp_control.cli.options import Json, confirm, seconds
 from mcp_control.cli.output import View, say
@@ -90,4 +90,26 @@ def migrate_store(
         "late": moved.late,
         "start": new.start,
     }
+    View.of(None, as_json, "").one(told, tuple(told))
+
+
+def contract_store(
+    store: Store = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove from MongoDB the indexes and parts that only servers of an earlier version use, once the last of them has gone.
+
+    Refused while a server of another version than this program runs, or was the last to start. Asks first, unless --yes. A data folder
+    needs none of this: its server does it at the start.
+    """
+    place = found(store, None)
+    if place.contract is None:
+        raise CliError(f"{place.name} needs none of this: its server does it at the start", USAGE)
+    ticker = Ticker()
+    names = finished(place.contract(False), ticker)
+    if names and not dry_run:
+        confirm(f"Remove {', '.join(names)} from {place.name}?")
+        names = finished(place.contract(True), ticker)
+    told = {"store": place.name, "removed": [] if dry_run else names, "surplus": names if dry_run else []}
     View.of(None, as_json, "").one(told, tuple(told))

@@ -70,12 +70,26 @@ class MongoArchive:
             await self._check_resting(client, database)
             yield
 
+    async def alive(self) -> list[bytes]:
+        """Return what servers that are there say of themselves: their hot bytes."""
+        async with opened(self._uri) as (client, database):
+            kind, _ = self._alive
+            return [document["h"] async for document in database[kind].find(await self._living(client), {"h": 1})]
+
+    async def contract(self, kinds: Sequence[Kind], *, drop: bool) -> list[str]:
+        """See `schema.contract`."""
+        async with opened(self._uri) as (_, database):
+            return await schema.contract(database, [Shape(kind) for kind in kinds], drop=drop)
+
     async def _check_resting(self, client: Client, database: Database) -> None:
-        now: datetime = (await client.admin.command("hello"))["localTime"].replace(tzinfo=UTC)
-        kind, field = self._alive
-        count = await database[kind].count_documents({f"i.{field}": {"$gt": round(now.timestamp() * 1000)}})
+        kind, _ = self._alive
+        count = await database[kind].count_documents(await self._living(client))
         if count:
             raise StoreUnavailable(f"the database {database.name} is in use by {count} server(s); stop them first")
+
+    async def _living(self, client: Client) -> Document:
+        now: datetime = (await client.admin.command("hello"))["localTime"].replace(tzinfo=UTC)
+        return {f"i.{self._alive[1]}": {"$gt": round(now.timestamp() * 1000)}}
 
 
 @asynccontextmanager

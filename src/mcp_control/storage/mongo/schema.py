@@ -141,25 +141,37 @@ async def end_load(database: Database) -> None:
     await database[META].delete_one({"_id": INCOMPLETE})
 
 
-async def contract(database: Database, shapes: Sequence[Shape]) -> list[str]:
-    """Drop what no declaration names any more, and return the names. For when no older server runs any longer.
+async def contract(database: Database, shapes: Sequence[Shape], *, drop: bool) -> list[str]:
+    """Return the names of what no declaration names any more, and drop it where that is said. For when no older server runs any longer.
 
     That is indexes, and the parts of kinds that have none any more: both cost or keep something for ever. An index field that is gone is
     read by nobody and leaves a document with its next write; a part that is gone, of a kind that has others, goes with its entity. So
     documents are not rewritten. Kinds that nobody declares are left alone: a plugin may come back.
+
+    Raises:
+        StoreUnavailable: the last server that started here was of another version: its declarations are not these.
     """
-    dropped: list[str] = []
+    known = {document["_id"]: document async for document in database[META].find({})}
+    for shape in shapes:
+        stored = known.get(f"kind:{shape.name}", {}).get("declared")
+        if stored is None or msgspec.json.decode(stored, type=Kind) != shape.kind:
+            raise StoreUnavailable(
+                f"the last server that started on the database {database.name} was not of this version: it declares {shape.name} otherwise"
+            )
+    found: list[str] = []
     there = set(await database.list_collection_names())
     for shape in shapes:
         if not shape.cold and shape.parts in there:
-            await database.drop_collection(shape.parts)
-            dropped.append(shape.parts)
+            if drop:
+                await database.drop_collection(shape.parts)
+            found.append(shape.parts)
         wanted = {"_id_", *map(index_name, shape.kind.indexes)}
-        async for found in await database[shape.name].list_indexes():
-            if found["name"] not in wanted:
-                await database[shape.name].drop_index(found["name"])
-                dropped.append(f"{shape.name}.{found['name']}")
-    return dropped
+        async for index in await database[shape.name].list_indexes():
+            if index["name"] not in wanted:
+                if drop:
+                    await database[shape.name].drop_index(index["name"])
+                found.append(f"{shape.name}.{index['name']}")
+    return found
 
 
 async def _create_collection(database: Database, name: str) -> None:

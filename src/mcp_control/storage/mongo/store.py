@@ -298,11 +298,6 @@ class MongoStore:
         there: datetime = answer["localTime"].replace(tzinfo=UTC)  # the driver leaves the zone out
         return (there.timestamp() - sent_wall - half) * 1000
 
-    async def contract(self) -> list[str]:
-        """Drop what this version no longer declares, for when no server of an older one runs; see `schema.contract`. Returns the names."""
-        self._open_writer()
-        return await self._read(lambda session: schema.contract(self._database, [*self._shapes.values()]))
-
     # --- inside ---------------------------------------------------------------------------------------------------
 
     def _open_writer(self) -> GroupCommit:
