@@ -178,7 +178,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         settler = Settler(
             ledger, sessions, dispatcher, clock, ids, await generation_of(store), peers, point_ms, history.expected
         )
-        stack.push_async_callback(settler.handing.close)
+        stack.push_async_callback(settler.handing.background.close)
         spending = Spending(store, ledger, settler, clock)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history, spending)
         steering = Steering.of(store, clock, ids, manager, ledger, settler, dispatcher, tasks, spending, hearing)
@@ -198,10 +198,11 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
         )
         kept = StageResults(store, clock, manager.registry.registered, round(settings.retention.runs_days * 86_400_000))
-        stack.push_async_callback(kept.close)
+        stack.push_async_callback(kept.background.close)
         engine = PipelineEngine(store, clock, ids, settler, catalogue, shared, Capacity(manager).free, kept)
         settler.follower = engine
-        stack.push_async_callback(Nesting(store, clock, engine).close)
+        nested = Nesting(store, clock, engine).background
+        stack.push_async_callback(nested.close)
         firing = Firing(store, clock, engine, settler)
         limit = settings.limits.max_artifact_bytes
         artifacts = Artifacts(store, base.blobs, clock, ids, max_bytes=limit, shared=shared)
@@ -232,7 +233,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         health = Health()
 
         watch_health(health, base, plugins, metrics, lease_keeper)
-        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, steering.parking)
+        beside = (settler.handing.background, kept.background, nested)
+        watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, steering.parking, beside)
         metrics.watch_lanes(figures.lanes)
         services = Services(
             settings=settings,

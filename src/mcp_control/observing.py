@@ -1,11 +1,13 @@
 """What the health report and the metrics show of a running server."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from mcp_control.agents.model import AgentState
 from mcp_control.agents.service import AgentManager
 from mcp_control.backend import Backend
 from mcp_control.events.broadcaster import Broadcaster
+from mcp_control.kernel.background import Background
 from mcp_control.monitoring.health import OK, Finding, Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.plugins.manager import Plugins
@@ -55,6 +57,7 @@ def watch_figures(
     reconciler: Reconciler,
     lease_keeper: LeaseKeeper,
     parking: Parking,
+    beside: Sequence[Background],
 ) -> None:
     """Show what is read when the figures are."""
     metrics.watch_total(
@@ -70,5 +73,10 @@ def watch_figures(
     metrics.watch("subscriptions", "open event subscriptions", lambda: broadcaster.subscribers)
     metrics.watch("leading", "whether this server does what only one should do", lambda: base.leading)
     metrics.watch_total("facts", "facts recorded", lambda: broadcaster.newest)
+    metrics.watch_total(
+        "background_failures",
+        "work beside the calls that failed; each is in the log",
+        lambda: sum(background.failures for background in beside),
+    )
     metrics.watch_total("orphans", "tasks whose holder had ended without them", lambda: reconciler.orphans)
     metrics.watch_total("clock_holds", "times a clock jump made leases hold longer", lambda: lease_keeper.holds)

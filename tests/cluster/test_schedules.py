@@ -42,6 +42,6 @@ async def test_two_leaders_on_one_database_fire_each_slot_once(mongo_uri: str) -
             assert sorted(ours) == sorted(fire.target for fire in fires)
     finally:
         for here in worlds:
-            await here.settler.handing.close()
+            await here.settler.handing.background.close()
         for store in stores:
             await store.close()

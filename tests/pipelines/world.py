@@ -1,6 +1,5 @@
 """A real store, the real task component and the engine, with a clock that moves when told; agents are played by the test."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -124,9 +123,11 @@ class World:
 
     async def settled(self) -> None:
         """Wait until the task component has done what it does in the background."""
-        # What they run there is their own affair; that it ends is ours.
-        while under_way := [*self.settler.handing._background, *self.nesting._background, *self.kept._background]:
-            await asyncio.gather(*under_way)
+        every = (self.settler.handing.background, self.nesting.background, self.kept.background)
+        # One may begin work of another: all have to be at rest in the same moment.
+        while any(each.busy for each in every):
+            for each in every:
+                await each.idle()
 
     async def run(self, run: Run) -> Run:
         """Return the run as the engine knows it."""
@@ -165,8 +166,8 @@ async def world(folder: Path) -> AsyncIterator[World]:
     try:
         yield made
     finally:
-        await made.kept.close()
-        await made.nesting.close()
-        await made.settler.handing.close()
+        await made.kept.background.close()
+        await made.nesting.background.close()
+        await made.settler.handing.background.close()
         await store.close()
     assert not problems

@@ -272,7 +272,7 @@ async def world_at(folder: Path, clock: Clock | None = None, store: Store | None
     finally:
         running.cancel()
         letting.cancel()
-        await world.settler.handing.close()
+        await world.settler.handing.background.close()
         await inner.close()
 
 
@@ -303,6 +303,6 @@ async def two_servers_at(folder: Path, clock: Clock | None = None) -> AsyncItera
         for each in running:
             each.cancel()
         for world in (one, two):
-            await world.settler.handing.close()
+            await world.settler.handing.background.close()
         await bus.close()
         await store.close()

@@ -5,14 +5,12 @@ resumes and cancels them, and tells the outer run how they ended. Nothing else i
 asks again.
 """
 
-import asyncio
-from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import structlog
 from msgspec.structs import replace
 
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
 from mcp_control.pipelines import control
@@ -29,7 +27,6 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import Links, Request, Task, TaskState
 
-_log = structlog.get_logger(__name__)
 _AT_ONCE: Final = 500
 _TOLD: Final = "the run it is part of"
 _ENDS: Final = {
@@ -41,40 +38,28 @@ _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Nesting:
-    """Keeps inner runs as the outer ones want them."""
+    """Keeps inner runs as the outer ones want them.
+
+    Attributes:
+        background: where it does that; its owner closes it. What fails there, the healer tends to again.
+    """
 
     def __init__(self, store: Store, clock: Clock, engine: PipelineEngine) -> None:
         self._store = store
         self._clock = clock
         self._engine = engine
         self._pending: set[str] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self.background = Background("nested-runs")
         engine.moved = self.moved
 
     def moved(self, run: Run, plan: Plan | None) -> None:
         """Hear that a run was changed; `plan` None where it has ended."""
         if run.final:
             if run.parent is not None:
-                self._later(self._report(run))
+                self.background.begin(self._report(run))
         elif plan is not None and plan.nested and run.id not in self._pending:
             self._pending.add(run.id)
-            self._later(self.tend(run.tenant, run.id))
-
-    def _later(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._done)
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("pipelines.nested_run_waits", error=repr(error))  # the healer tends to it again
-
-    async def close(self) -> None:
-        """End what is under way."""
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+            self.background.begin(self.tend(run.tenant, run.id))
 
     async def tend(self, tenant: str, run_id: str) -> None:
         """Make the runs inside a run what it wants them to be. Raises StoreUnavailable and the like; nothing is lost then."""

@@ -1,15 +1,14 @@
 """Keeping results of tasks for later runs with the same input. What cannot be kept or found is computed: nothing depends on it."""
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import structlog
 
 from mcp_control.agents.matching import misfit
 from mcp_control.agents.model import Agent
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict
@@ -21,7 +20,6 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.records import read as read_task
 
-_log = structlog.get_logger(__name__)
 _AT_ONCE: Final = 200
 _NAME: Final = STAGE_RESULT_KIND.name
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -34,6 +32,9 @@ class StageResults:
     Args:
         agents: returns the agents of a tenant.
         keep_ms: how long an ended run is kept; a run that used a result of another holds it for twice as long.
+
+    Attributes:
+        background: where results are kept; its owner closes it.
     """
 
     def __init__(self, store: Store, clock: Clock, agents: Callable[[str], Sequence[Agent]], keep_ms: int) -> None:
@@ -41,7 +42,7 @@ class StageResults:
         self._clock = clock
         self._agents = agents
         self._keep_ms = keep_ms
-        self._background: set[asyncio.Task[None]] = set()
+        self.background = Background("results")
 
     def codes(self, tenant: str, plan: Plan) -> dict[str, tuple[str, ...]]:
         """Return by stage which versions of its code agents declare; stages with a cache alone are looked at."""
@@ -74,25 +75,9 @@ class StageResults:
     def later(self, tenant: str, plan: Plan, run_id: str, done: Sequence[str], used: Sequence[str]) -> None:
         """Keep the results of these tasks, and hold the runs whose results were used, when there is time for it."""
         if done:
-            self._run(self._keep(tenant, plan, done))
+            self.background.begin(self._keep(tenant, plan, done))
         if used:
-            self._run(self._hold(run_id, used))
-
-    def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("pipelines.result_not_kept", error=repr(error))
-
-    async def close(self) -> None:
-        """End what is under way."""
-        for task in list(self._background):
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+            self.background.begin(self._hold(run_id, used))
 
     async def _keep(self, tenant: str, plan: Plan, done: Sequence[str]) -> None:
         codes = {

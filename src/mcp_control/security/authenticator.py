@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change
 from mcp_control.kernel.errors import InvalidToken, Problem, Unauthenticated
 from mcp_control.security import opaque
@@ -38,7 +39,7 @@ class Authenticator:
         self._store = store
         self._tokens = tokens
         self._verified = verified
-        self._writing: set[asyncio.Task[None]] = set()
+        self._writing = Background("tokens-used")
 
     def known(self, header: str, now: int) -> Actor | None:
         """Return the actor of a header that was verified within the last seconds, without waiting."""
@@ -127,9 +128,7 @@ class Authenticator:
         if token.last_used_at is not None and now - token.last_used_at < _USED_EVERY_MS:
             return
         used = msgspec.structs.replace(token, version=token.version + 1, last_used_at=now)
-        writing = asyncio.create_task(self._write(used))
-        self._writing.add(writing)
-        writing.add_done_callback(self._writing.discard)
+        writing = self._writing.begin(self._write(used))
         # A store that takes its time with writes, or takes none, must not keep anybody from what they came for.
         await asyncio.wait([writing], timeout=_NOTE_SECONDS)
 

@@ -14,6 +14,7 @@ import structlog
 from mcp_control.agents.matching import Demand
 from mcp_control.agents.reserving import Load
 from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.errors import Problem
 from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 from mcp_control.tasks.choosing import Chooser
@@ -82,7 +83,7 @@ class Dispatcher:
         self._free: dict[Session, None] = {}
         self._wake = asyncio.Event()
         self._room = asyncio.Semaphore(_COMMITS)
-        self._running: set[asyncio.Task[None]] = set()
+        self._giving = Background("dispatch")
         sessions.watch(self)
 
     def opened(self, session: Session) -> None:
@@ -260,8 +261,7 @@ class Dispatcher:
                     await asyncio.sleep(_PAUSE_SECONDS)
                     self._wake.set()
         finally:
-            for task in self._running:
-                task.cancel()
+            self._giving.cancel()
 
     def _wait(self, lane: Lane) -> None:
         """Note that something waits in a lane in which nothing did."""
@@ -347,9 +347,7 @@ class Dispatcher:
             await self._put_back(lane, entries[len(chosen) :])
         if self.shares.keyed:
             self.shares.served(lane.line, len(pairs), self._monotonic())
-        running = asyncio.create_task(self._give(pairs))
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
+        self._giving.begin(self._give(pairs))
         return len(pairs)
 
     def _taken(self, lane: Lane, entries: Sequence[Queued], wanted: int, ceiling: int) -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from typing import Final, Protocol
 
 import structlog
 
 from mcp_control.agents.reserving import load_of
 from mcp_control.agents.sessions import Session, Sessions
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
@@ -60,6 +60,9 @@ class Budgets(Protocol):
 class Handing:
     """Creates tasks, assigns them, sends them.
 
+    Attributes:
+        background: for what happens beside the calls; its owner closes it.
+
     Args:
         give_back: queues tasks again that an instance will not come back for.
         generation: of the fences of new tasks. The id of a stage's task is derived from its run, so after a restore it may name a task
@@ -90,7 +93,7 @@ class Handing:
         self._point_ms = point_ms
         self._expected = expected
         self._order = 0
-        self._background: set[asyncio.Task[None]] = set()
+        self.background = Background("handing")
         self.gates: Gates | None = None
         self.budgets: Budgets | None = None
 
@@ -159,7 +162,7 @@ class Handing:
                 session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
             elif chosen.leaving:
                 # It left while this was committed and will not come back for them.
-                self.later(self._give_back(chosen.instance.id, [task.id for task, _ in tasks]))
+                self.background.begin(self._give_back(chosen.instance.id, [task.id for task, _ in tasks]))
         if queued:
             await self._dispatcher.enqueue(queued)
 
@@ -211,7 +214,7 @@ class Handing:
                 moves.append(move)
                 given.append((task, found[1], session))
             if drawing:
-                self.later(self._hand_out_drawing(drawing))
+                self.background.begin(self._hand_out_drawing(drawing))
             outcomes = await self._ledger.commit([Group([move]) for move in moves]) if moves else []
         except Exception as error:
             _log.warning("tasks.hand_out_failed", error=repr(error), tasks=len(pairs))
@@ -265,7 +268,7 @@ class Handing:
         Slots reserved for them stay so until then: the agent may hold them after all.
         """
         if ids:
-            self.later(self._recover(list(ids), list(reserved)))
+            self.background.begin(self._recover(list(ids), list(reserved)))
 
     async def _recover(self, ids: list[str], reserved: list[tuple[Session, str]]) -> None:
         while True:
@@ -308,21 +311,3 @@ class Handing:
                 self._dispatcher.unreserve(session, task.id)
                 if task.attempts[-1].outcome == "budget":
                     session.send([Cancel(task_ids=[task.id], reason=CODE)])
-
-    def later(self, work: Coroutine[None, None, None]) -> None:
-        """Run something in the background; it is ended by `close`."""
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("tasks.background_failed", error=repr(error))
-
-    async def close(self) -> None:
-        """End what runs in the background."""
-        for task in list(self._background):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task

@@ -1,16 +1,15 @@
 """LimitManager: the verbs for rules of limits that every door calls, and what keeps limits going."""
 
-import asyncio
 import builtins
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 import structlog
 from msgspec.structs import replace
 
 from mcp_control.events.log import fact
+from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change, Fact, Key, Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import Conflict, FieldError, Invalid, NotFound, Problem
@@ -77,19 +76,16 @@ class LimitManager:
         self.limits.attach(settler.handing, dispatcher)
         tasks.keyed = KeyedSubmission(store, clock, ledger, settler, dispatcher, self.limits)
         metrics.watch_total("leaked_holds", "holds whose task had ended without them", lambda: self.limits.leaked)
-        self._running: set[asyncio.Task[None]] = set()
+        self._background = Background("limits")
 
     async def start(self) -> None:
         """Learn the rules, and begin to let tasks through."""
         await self._rules.load()
-        self._later(self.limits.run())
+        self._background.begin(self.limits.run())
 
     async def stop(self) -> None:
         """End what runs in the background."""
-        for task in list(self._running):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        await self._background.close()
 
     def loops(self) -> builtins.list[tuple[str, float, Once]]:
         """Return name, pace in seconds and what to do on one server: what nobody heard of, and what should not be there."""
@@ -98,15 +94,7 @@ class LimitManager:
     def heard(self, facts: Sequence[StoredFact]) -> None:
         """Hear that a rule was changed, by whatever server. Called with all facts, on the loop."""
         if concerns(facts):
-            self._later(self._changed())
-
-    def _later(self, work: Awaitable[None]) -> None:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+            self._background.begin(self._changed())
 
     async def _changed(self) -> None:
         """Take in the rules as they are now, and look at everything that waits."""

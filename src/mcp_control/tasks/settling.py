@@ -263,7 +263,7 @@ class Settler:
                     _set(entry.future, self._after(after))
                 await self.handing.begin(started)
                 if advance.cancel:
-                    self.handing.later(self._cancel(advance.cancel))
+                    self.handing.background.begin(self._cancel(advance.cancel))
             else:
                 for task, _, session in started:
                     if session is not None:
@@ -301,7 +301,7 @@ class Settler:
             [self.handing.create(new, now, tenant, actor) for new in advance.submit], advance.writes, advance.facts
         )
         if advance.cancel:
-            self.handing.later(self._cancel(advance.cancel))
+            self.handing.background.begin(self._cancel(advance.cancel))
 
     async def _take_back(self, instance_id: str, ids: Sequence[str]) -> None:
         now = self._clock.now()

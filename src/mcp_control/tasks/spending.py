@@ -285,4 +285,4 @@ class Spending:
         """Hear of a task that ended: what its last attempt took is charged, where that did not come with the agent's report."""
         _, added, held = budgets.booked(task, None, self._clock.now(), over=True)
         if added or held:
-            self._settler.handing.later(self._charging.charge([Step(Move(task), over=True)]))
+            self._settler.handing.background.begin(self._charging.charge([Step(Move(task), over=True)]))
