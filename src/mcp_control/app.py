@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from mcp_control import __version__
+from mcp_control.agents.breakers import Breakers
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.api.admission import Gate, Limits
@@ -29,7 +30,7 @@ from mcp_control.member import Member, led
 from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
-from mcp_control.observing import watch_figures, watch_health
+from mcp_control.observing import watch_breakers, watch_figures, watch_health
 from mcp_control.pipelines.capacity import Capacity
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.explaining import RunExplainer
@@ -236,6 +237,8 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         beside = (settler.handing.background, kept.background, nested)
         watch_figures(metrics, base, broadcaster, manager, reconciler, lease_keeper, steering.parking, beside)
         metrics.watch_lanes(figures.lanes)
+        breakers = Breakers(store, name, base.server, base.statuses, base.nodes, manager)
+        watch_breakers(metrics, breakers)
         services = Services(
             settings=settings,
             version=__version__,
@@ -253,6 +256,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             accounts=accounts,
             credentials=credentials,
             agents=manager,
+            breakers=breakers,
             tasks=tasks,
             steering=steering,
             spending=spending,
@@ -307,6 +311,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             *watch.every_server,
             ("statistics", 2.0, lambda now: history.once(now, leading=base.leading)),
             ("shares", 1.0, lambda now: shares.once(now, leading=base.leading)),
+            ("breakers", 1.0, breakers.once),
         ]
         if shared:
             member = Member(

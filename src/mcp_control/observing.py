@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from mcp_control.agents.breakers import Breakers
 from mcp_control.agents.model import AgentState
 from mcp_control.agents.service import AgentManager
 from mcp_control.backend import Backend
 from mcp_control.events.broadcaster import Broadcaster
 from mcp_control.kernel.background import Background
+from mcp_control.kernel.breaker_rules import STATES
 from mcp_control.monitoring.health import OK, Finding, Health
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.plugins.manager import Plugins
@@ -47,6 +49,13 @@ def watch_health(health: Health, base: Backend, plugins: Plugins, metrics: Metri
     health.add("plugins", complete, critical=False)
     if base.resilient is not None:
         health.add("redis", redis, critical=False)
+
+
+def watch_breakers(metrics: Metrics, breakers: Breakers) -> None:
+    """Show how the circuit breakers stand."""
+    metrics.watch_states(
+        "breakers", "circuit breakers of this server and the agents connected to it, by state", STATES, breakers.counts
+    )
 
 
 def watch_figures(

@@ -5,6 +5,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from mcp_control.agents.breaker_news import news_of
 from mcp_control.agents.model import Agent, Beat, Instance
 from mcp_control.agents.records import read_instance, write_instance
 from mcp_control.agents.registry import TRIES, Registry
@@ -127,17 +128,19 @@ class Instances:
         for _ in range(TRIES):
             now = self._clock.now()
             before = session.instance
+            facts = news_of(session.agent, before, beat, now)
+            told = beat if beat.breakers is not None else replace(beat, breakers=before.beat.breakers)
             moved = beat.tick != before.beat.tick or not beat.running
             instance = replace(
                 before,
                 lease_until=now + before.lease_ms,
-                beat=beat,
+                beat=told,
                 beat_at=now,
                 tick_at=now if moved or not before.tick_at else before.tick_at,
             )
             saved, entity = write_instance(instance)
             try:
-                await self._registry.commit(Change(writes=[entity]))
+                await self._registry.commit(Change(writes=[entity], facts=facts))
             except Conflict:
                 stored = await self.read(before.id)
                 if stored is None or stored.ended_at is not None:

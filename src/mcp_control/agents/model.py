@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from mcp_control.kernel.breaker_rules import State, Statuses
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
 
@@ -60,6 +61,7 @@ class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         slots: tasks it works on at once, 1 to 10,000.
+        limits: of some task types, how many it works on at once, fewer than it has slots. Like `slots`, of each of its instances.
         lease_seconds: how long its session lives without a heartbeat, 2 to 3,600.
         endpoints: addresses by name, for people and for push; never opened by the server on its own.
     """
@@ -70,6 +72,7 @@ class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     labels: dict[str, str] = {}
     resources: Resources = Resources()
     slots: int = 1
+    limits: dict[str, int] = {}
     lease_seconds: float = 30.0
     endpoints: dict[str, str] = {}
     description: str = ""
@@ -139,6 +142,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         free_slots: slots without a task.
         running: ids of the tasks in hand.
         draining: it takes nothing new and will leave.
+        breakers: how those stand that guard what its handlers call; None: as it said last.
     """
 
     tick: int = 0
@@ -148,6 +152,7 @@ class Beat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     free_slots: int = 0
     running: list[str] = []
     draining: bool = False
+    breakers: Statuses | None = None
 
 
 class Instance(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -200,6 +205,7 @@ class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     resources: Resources
     slots: int
+    limits: dict[str, int]
     free_slots: int
     running: int
     instances: int
@@ -218,6 +224,34 @@ class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime
     last_beat_at: datetime | None
     etag: str
+
+
+class BreakerView(msgspec.Struct, frozen=True, kw_only=True):
+    """A circuit breaker: who has it, around what, and how it stands.
+
+    Attributes:
+        owner: name of the server or agent.
+        instance: id of the server's or the agent's process.
+        name: what it guards.
+        since: when it last opened, or closed again.
+        failures: failed calls in a row.
+        opened: how often it opened since the process began.
+        probe_at: when the next call goes through as a probe; null while it is closed.
+        error: the kind of the last failure.
+        fallback: what is done instead of a call.
+    """
+
+    owner: str
+    owner_kind: Literal["server", "agent"]
+    instance: str
+    name: str
+    state: State
+    since: datetime
+    failures: int
+    opened: int
+    probe_at: datetime | None
+    error: str
+    fallback: str
 
 
 AGENT_KIND: Final = Kind(

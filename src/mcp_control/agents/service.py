@@ -217,8 +217,7 @@ class AgentManager:
     def view(self, agent: Agent) -> AgentView:
         """Return an agent as callers see it, with the state its sessions show right now."""
         sessions = self.sessions.of_agent(agent.id)
-        here = {session.instance.id for session in sessions}
-        remote = [instance for instance in self._remote.get(agent.id, ()) if instance.id not in here]
+        here, remote = self._instances(agent.id)
         # An agent that polls is not busy because it is between two polls.
         free = sum(max(0, session.slots - session.taken) for session in sessions if session.accepting)
         running = sum(len(session.held) for session in sessions)
@@ -230,7 +229,18 @@ class AgentManager:
         state = agent.state
         if state in (AgentState.ONLINE, AgentState.BUSY) and (sessions or remote):
             state = AgentState.ONLINE if free else AgentState.BUSY
-        return view_agent(agent, state, free, running, [*(session.instance for session in sessions), *remote])
+        return view_agent(agent, state, free, running, [*here, *remote])
+
+    def running(self, agent_id: str) -> Sequence[Instance]:
+        """Return the live instances of an agent, wherever they are connected; those of other servers as of the last `look`."""
+        here, remote = self._instances(agent_id)
+        return [*here, *remote]
+
+    def _instances(self, agent_id: str) -> tuple[Sequence[Instance], Sequence[Instance]]:
+        """Return those connected to this server, and those connected to others."""
+        here = [session.instance for session in self.sessions.of_agent(agent_id)]
+        ids = {instance.id for instance in here}
+        return here, [instance for instance in self._remote.get(agent_id, ()) if instance.id not in ids]
 
     async def edit(self, actor: Actor, agent_id: str, edit: AgentEdit, version: int) -> Agent:
         """Change what a person may change. Raises VersionConflict unless `version` is the current one."""

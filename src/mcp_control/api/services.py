@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from mcp_control.agents.breakers import Breakers
 from mcp_control.agents.service import AgentManager
 from mcp_control.api.admission import Gate
 from mcp_control.api.open_sockets import OpenSockets
@@ -80,6 +81,7 @@ class Services:
     accounts: Accounts
     credentials: Credentials
     agents: AgentManager
+    breakers: Breakers
     tasks: TaskOrchestrator
     steering: Steering
     spending: Spending

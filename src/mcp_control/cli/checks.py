@@ -64,6 +64,7 @@ def _server(told: Callable[[Exception], CliError | None]) -> Iterator[Check]:
             yield Check("server reachable", "ok", f"{url}, {took * 1000:.1f} ms")
             yield _clock(alive.headers.get("date", ""))
             status = client.status()
+            waiting = list(client.breakers.iter(state="open"))
     except Exception as error:
         found = told(error)
         if found is None:
@@ -73,6 +74,11 @@ def _server(told: Callable[[Exception], CliError | None]) -> Iterator[Check]:
     yield Check("access", "ok", "the profile's token is accepted")
     for problem in status.get("problems", ()):
         yield Check("server health", "fail", str(problem), "`mcpctl status` shows more")
+    for one in waiting:
+        seen = f"{one.owner} leaves {one.name} alone since {one.since:%Y-%m-%d %H:%M:%S} UTC, after {one.failures} failures ({one.error})"
+        yield Check(
+            "breaker", "warn", seen, f"see why {one.name} fails; `mcpctl breakers ls` shows when it is tried again"
+        )
 
 
 def _clock(date: str) -> Check:

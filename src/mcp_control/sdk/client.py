@@ -17,6 +17,7 @@ from mcp_control.sdk import calls
 from mcp_control.sdk.agents import Agents, AsyncAgents
 from mcp_control.sdk.approvals import Approvals, AsyncApprovals
 from mcp_control.sdk.artifacts import Artifacts, AsyncArtifacts
+from mcp_control.sdk.breakers import AsyncBreakers, Breakers
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
@@ -66,6 +67,7 @@ class Client:
         self.schedules = Schedules(self)
         self.limits = Limits(self)
         self.shares = Shares(self)
+        self.breakers = Breakers(self)
         self.artifacts = Artifacts(self)
         self.agents = Agents(self)
 
@@ -168,6 +170,7 @@ class AsyncClient:
         self.schedules = AsyncSchedules(self)
         self.limits = AsyncLimits(self)
         self.shares = AsyncShares(self)
+        self.breakers = AsyncBreakers(self)
         self.artifacts = AsyncArtifacts(self)
         self.agents = AsyncAgents(self)
 
