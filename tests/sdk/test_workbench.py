@@ -8,7 +8,8 @@ import pytest
 
 from mcp_control import Agent
 from mcp_control.sdk.runtime.outbox import Outbox
-from mcp_control.sdk.runtime.workbench import StopReason, Workbench
+from mcp_control.sdk.runtime.work import StopReason
+from mcp_control.sdk.runtime.workbench import Workbench
 from mcp_control.tasks.wire import Assignment
 
 

@@ -1,35 +1,24 @@
-"""The attempts in hand: started, watched, stopped. Their news go to the outbox.
-
-Why an attempt is stopped decides what is told of it:
-
-    cancel    the server asked: `cancelled`, or its result if that was nearer
-    gone      it belongs to somebody else: nothing
-    lease     the lease could not be renewed: handed back, should the server still count it as ours
-    drain     the agent ends: handed back
-    timeout   the attempt took too long: a temporary failure
-    budget    nothing is left of its budget, and the server has ended it: nothing
-"""
+"""The attempts in hand: started, watched, stopped. Their news go to the outbox."""
 
 import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 
-from mcp_control.sdk.context import Context, Sink, StopFlag, SyncContext
+from mcp_control.sdk.context import Context, Sink, SyncContext
 from mcp_control.sdk.errors import Cancelled
-from mcp_control.sdk.handlers import Handler, capped, encode_result, failure_from, invalid_payload
+from mcp_control.sdk.handlers import Handler, encode_result, failure_from, invalid_payload
 from mcp_control.sdk.runtime.outbox import Outbox
-from mcp_control.sdk.runtime.processes import ProcessPool, WorkerProcess
+from mcp_control.sdk.runtime.processes import ProcessPool
+from mcp_control.sdk.runtime.work import Outcome, StopReason, Work, told
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import Assignment, Done
 
-StopReason = Literal["cancel", "gone", "lease", "drain", "timeout", "budget"]
-Outcome = Literal["completed", "failed", "cancelled"]
 _NULL: Final = msgspec.Raw(b"null")
 _WEIGHT: Final = {"": 0, "timeout": 1, "cancel": 2, "drain": 3, "lease": 4, "budget": 5, "gone": 6}
 _ABANDONED: Final = Failure(
@@ -47,38 +36,6 @@ class Clients(Protocol):
     def asynchronous(self) -> Any:
         """Return the async client."""
         ...
-
-
-class Work:
-    """One attempt in hand."""
-
-    __slots__ = ("_flag", "assignment", "handler", "stop", "task", "thread", "timer", "worker")
-
-    def __init__(self, assignment: Assignment, handler: Handler[Any, Any]) -> None:
-        self.assignment = assignment
-        self.handler = handler
-        self.stop: StopReason | Literal[""] = ""
-        self.task: asyncio.Task[None] | None = None
-        self.thread: threading.Thread | None = None
-        self.worker: WorkerProcess | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self._flag: StopFlag | None = None
-
-    @property
-    def flag(self) -> StopFlag:
-        """What tells the handler to stop; made when somebody looks at it."""
-        if self._flag is None:
-            self._flag = StopFlag()
-            if self.stop:
-                self._flag.set(self.stop)
-        return self._flag
-
-    def tell(self, reason: str) -> None:
-        """Set the flag where the handler can see it."""
-        if self._flag is not None:
-            self._flag.set(reason)
-        if self.worker is not None:
-            self.worker.stop(reason)
 
 
 class _LoopSink:
@@ -372,27 +329,8 @@ class Workbench:
         if work.stop in ("gone", "budget"):
             self._outbox.forget(assignment.task_id)
         else:
-            self._outbox.done(_told(work, outcome, result, failure))
+            self._outbox.done(told(work, outcome, result, failure))
         self._wake()
-
-
-def _told(work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | None) -> Done:
-    """Return what to tell of an attempt that has ended, in view of why it was stopped, if it was."""
-    assignment = work.assignment
-    if outcome == "completed":
-        return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="completed", result=result)
-    if work.stop in ("lease", "drain"):
-        return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="released")
-    if work.stop == "cancel":
-        return Done(
-            task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="cancelled", failure=failure
-        )
-    if work.stop == "timeout":
-        failure = Failure(cause="timeout", code="timeout", message="the attempt took longer than it may")
-        outcome = "failed"
-    if outcome == "failed" and failure is not None:
-        failure = capped(failure, work.handler.retries, assignment.attempt)
-    return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome=outcome, failure=failure)
 
 
 def _wall_ms() -> int:
