@@ -4,7 +4,7 @@ import asyncio
 
 from structlog.testing import capture_logs
 
-from mcp_control.kernel.loops import every
+from mcp_control.kernel.loops import Wake, every
 from mcp_control.testing.clock import FakeClock
 
 
@@ -121,3 +121,39 @@ async def test_stop_does_not_wait_for_ever() -> None:
     await asyncio.wait_for(begun.wait(), 10)
     await asyncio.wait_for(loop.stop(grace=0), 10)
     assert len(cancelled) == 1
+
+
+async def test_a_loop_that_is_woken_is_idle_when_it_has_done_what_it_was_asked() -> None:
+    """Not idle from the moment it is set; what is set while it works is one more round, however often; idle after that."""
+    wake, rounds, go_on = Wake(), list[int](), asyncio.Semaphore(0)
+    worked = asyncio.Event()
+
+    async def work() -> None:
+        while True:
+            await wake.wait()
+            rounds.append(len(rounds))
+            worked.set()
+            await go_on.acquire()
+
+    async def until_round(count: int) -> None:
+        while len(rounds) < count:
+            worked.clear()
+            await worked.wait()
+
+    loop = asyncio.create_task(work())
+    assert wake.idle
+    wake.set()
+    assert not wake.idle
+    async with asyncio.timeout(10):
+        await until_round(1)
+        assert not wake.idle
+        wake.set()
+        wake.set()
+        go_on.release()
+        await until_round(2)
+        assert not wake.idle
+        go_on.release()
+        await asyncio.sleep(0)
+    assert wake.idle
+    assert rounds == [0, 1]
+    loop.cancel()

@@ -78,13 +78,11 @@ class Limited(RuleBasedStateMachine):
     async def _calm(self) -> None:
         """Let what runs in the background come to rest."""
         await self.world.limits.revisit()
-        still = 0
-        last: object = None
-        while still < 6:
-            await asyncio.sleep(0.001)
-            now = [(task.id, task.version) for task in await self._all()]
-            still = still + 1 if now == last else 0
-            last = now
+        await self.world.until(self._at_rest, 20)
+
+    async def _at_rest(self) -> bool:
+        world = self.world
+        return world.limits.idle and world.dispatcher.idle and not world.settler.handing.background.busy
 
     def teardown(self) -> None:
         """Everything that is there gets through in the end, and leaves nothing behind."""

@@ -17,6 +17,32 @@ _JITTER: Final = 0.1
 _SLOWEST: Final = 5.0  # seconds: what failed comes back within ten after the fault has gone
 
 
+class Wake:
+    """Tells one loop that there is something to do. However often it is set while the loop works, that is one round more."""
+
+    __slots__ = ("_event", "_working")
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._working = False
+
+    def set(self) -> None:
+        """There is something to do."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Say that what was asked for so far is done, and wait for more."""
+        self._working = False
+        await self._event.wait()
+        self._event.clear()
+        self._working = True
+
+    @property
+    def idle(self) -> bool:
+        """Whether the loop has done what it was asked for."""
+        return not (self._working or self._event.is_set())
+
+
 class Loop:
     """A running loop. After errors it waits longer, up to five seconds, and returns to its pace with the first success.
 

@@ -16,6 +16,7 @@ from mcp_control.agents.reserving import Load
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.errors import Problem
+from mcp_control.kernel.loops import Wake
 from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.fairness import Line, Shares, allot, grade_of
@@ -33,10 +34,6 @@ _NEAR: Final = ranks(1000)  # so close in rank, lanes are served one after the o
 Lookup = Callable[[str], Awaitable[Task | None]]
 HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
-
-
-def _rank(task: Task) -> int:
-    return task.rank
 
 
 def queued(task: Task) -> Queued:
@@ -81,7 +78,7 @@ class Dispatcher:
         self._lanes: dict[str, Lane] = {}
         self._waiting: dict[str, Lane] = {}
         self._free: dict[Session, None] = {}
-        self._wake = asyncio.Event()
+        self._wake = Wake()
         self._room = asyncio.Semaphore(_COMMITS)
         self._giving = Background("dispatch")
         sessions.watch(self)
@@ -208,7 +205,7 @@ class Dispatcher:
         if not self._peers.alone:
             self._peers.lanes(
                 Depth(lane=task.lane, waiting=1, rank=task.rank, first=task.id)
-                for task in {task.lane: task for task in sorted(tasks, key=_rank, reverse=True)}.values()
+                for task in {task.lane: task for task in sorted(tasks, key=lambda each: -each.rank)}.values()
             )
 
     async def look(self) -> None:
@@ -247,12 +244,16 @@ class Dispatcher:
         for lane in {task.lane for task in tasks}:
             await self._queue.remove(lane, [task.id for task in tasks if task.lane == lane])
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that it has heard of is done: what still waits has to."""
+        return self._wake.idle and not self._giving.busy
+
     async def run(self) -> None:
         """Dispatch until cancelled."""
         try:
             while True:
                 await self._wake.wait()
-                self._wake.clear()
                 try:
                     while await self._pass():
                         pass

@@ -18,6 +18,7 @@ from mcp_control.kernel.changes import Change, Fact, Key, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
 from mcp_control.kernel.ids import IdSource
+from mcp_control.kernel.loops import Wake
 from mcp_control.storage.ports import LANE_END, Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.gating import admit, wait_at
@@ -89,7 +90,7 @@ class Limits:
         self._handing: Handing | None = None
         self._dispatcher: Dispatcher | None = None
         self._dirty: dict[str, None] = {}
-        self._wake = asyncio.Event()
+        self._wake = Wake()
         self._rooms: OrderedDict[str, Room] = OrderedDict()
         self._looking: list[set[str]] = []
         self._wanted: dict[str, int] = {}
@@ -154,12 +155,16 @@ class Limits:
 
         self._timers[name] = (at, asyncio.get_running_loop().call_later(delay, due))
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that it has heard of is done: what still waits has to."""
+        return self._wake.idle
+
     async def run(self) -> None:
         """Let tasks through until cancelled."""
         try:
             while True:
                 await self._wake.wait()
-                self._wake.clear()
                 while self._dirty:
                     names = list(islice(self._dirty, _GATES))
                     for name in names:
