@@ -5,8 +5,9 @@ from typing import Final
 
 from msgspec.structs import replace
 
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
-from mcp_control.pipelines.expressions import ExpressionError, Raw, Scope
+from mcp_control.pipelines.expressions import Raw, Scope
 from mcp_control.pipelines.model import STAGE_FINAL, Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import Plan, PlannedStage
 

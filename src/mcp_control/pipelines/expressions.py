@@ -9,52 +9,46 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import cel
 import msgspec
 
-LENGTH_MAX: Final = 1000
+from mcp_control.kernel.expressions import (
+    DATA_MAX,
+    FUNCTIONS,
+    TEXT,
+    ExpressionError,
+    Program,
+    check_length,
+    short,
+    unknown_name,
+)
+
 MACROS_MAX: Final = 4
 MACRO_VALUES_MAX: Final = 1000
-DATA_MAX: Final = 256 << 10
 ROOTS: Final = frozenset({"params", "stages", "run", "item", "index", "items", "failures", "output"})
 ALL: Final = "*"  # a step that stands for every element of a list
 
 Raw = bytes  # or `msgspec.Raw`, which the type checker holds to be bytes
 Step = str | int
 
-_FUNCTIONS: Final = frozenset(
-    [
-        "size",
-        "contains",
-        "startsWith",
-        "endsWith",
-        "matches",
-        "int",
-        "uint",
-        "double",
-        "string",
-        "bool",
-        "bytes",
-        "type",
-        "dyn",
-        "has",
-        "max",
-        "min",
-        "timestamp",
-        "duration",
-        "getFullYear",
-        "getMonth",
-        "getDate",
-        "getDayOfMonth",
-        "getDayOfWeek",
-        "getDayOfYear",
-        "getHours",
-        "getMinutes",
-        "getSeconds",
-        "getMilliseconds",
-    ]
-)
-_TEXT: Final = re.compile(r"""("{3}.*?"{3}|'{3}.*?'{3}|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')""", re.DOTALL)
+_FUNCTIONS: Final = FUNCTIONS | {
+    "bytes",
+    "type",
+    "dyn",
+    "max",
+    "min",
+    "timestamp",
+    "duration",
+    "getFullYear",
+    "getMonth",
+    "getDate",
+    "getDayOfMonth",
+    "getDayOfWeek",
+    "getDayOfYear",
+    "getHours",
+    "getMinutes",
+    "getSeconds",
+    "getMilliseconds",
+}
 _PATH: Final = re.compile(
     r"""\s*([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*|\[\d{1,9}\]|\[\*\]|\["[^"\\]*"\]|\['[^'\\]*'\])*)\s*""", re.ASCII
 )
@@ -70,10 +64,6 @@ _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _array: Final = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _value: Final = msgspec.json.Decoder().decode
 _encode: Final = msgspec.json.Encoder().encode
-
-
-class ExpressionError(Exception):
-    """An expression cannot be used or evaluated; the message says why, for the person who wrote it."""
 
 
 class Scope:
@@ -159,10 +149,9 @@ class Expression:
         self.source = unwrapped(source)
         if not self.source:
             raise ExpressionError("the expression is empty")
-        if len(self.source) > LENGTH_MAX:
-            raise ExpressionError(f"an expression has at most {LENGTH_MAX} characters")
+        check_length(self.source)
         self._path: tuple[Step, ...] | None = None
-        self._program: cel.Program | None = None
+        self._program: Program | None = None
         self._root = ""
         match = _PATH.fullmatch(self.source)
         if match and match[1] not in _KEYWORDS:
@@ -173,7 +162,7 @@ class Expression:
     def _plain(self, match: re.Match[str]) -> None:
         self._root = match[1]
         if self._root not in ROOTS:
-            raise ExpressionError(_unknown_name(self._root))
+            raise ExpressionError(unknown_name(self._root, ROOTS))
         path = tuple(
             int(number) if number else ALL if every else name or double or single
             for name, number, every, double, single in _STEP.findall(match[2])
@@ -191,18 +180,7 @@ class Expression:
         self._path = path
 
     def _cel(self) -> None:
-        try:
-            program = cel.compile(self.source)
-        except Exception as error:
-            raise ExpressionError(f"syntax error: {_short(error)}") from error
-        bare = _TEXT.sub('""', self.source)
-        bound = _check_macros(bare)
-        names = set(program.variables()) - bound
-        for name in sorted(names - ROOTS):
-            raise ExpressionError(_unknown_name(name))
-        for function in program.functions():
-            if function[0].isalpha() and function not in _FUNCTIONS:
-                raise ExpressionError(f"there is no function `{function}`")
+        program = Program(self.source, ROOTS, _FUNCTIONS, _check_macros)
         stages: set[str] = set()
         params: set[str] = set()
         for root, dotted, double, single in _REFERENCE.findall(self._without_values()):
@@ -215,13 +193,13 @@ class Expression:
             else:
                 raise ExpressionError("a stage is named as in `stages.<id>.output` or `stages.<id>.state`")
         self._program = program
-        self.roots = frozenset(names)
+        self.roots = program.names
         self.stages = frozenset(stages)
         self.params = frozenset(params)
 
     def _without_values(self) -> str:
         """The source without its string literals, except those that are an index."""
-        parts = _TEXT.split(self.source)
+        parts = TEXT.split(self.source)
         for at in range(1, len(parts), 2):
             if not (parts[at - 1].rstrip().endswith("[") and parts[at + 1].lstrip().startswith("]")):
                 parts[at] = '""'
@@ -237,7 +215,7 @@ class Expression:
             try:
                 return _encode(self._run(scope))
             except (TypeError, ValueError, OverflowError) as error:
-                raise ExpressionError(f"`{self.source}` gives what JSON cannot say: {_short(error)}") from error
+                raise ExpressionError(f"`{self.source}` gives what JSON cannot say: {short(error)}") from error
         path = self._path
         try:
             if self._root == "stages":
@@ -277,12 +255,7 @@ class Expression:
             raise ExpressionError(
                 f"`{self.source}`: macros look at up to {MACRO_VALUES_MAX} values; a path with [*] has no limit"
             )
-        try:
-            return self._program.execute(given)
-        except KeyError as error:
-            raise ExpressionError(f"`{self.source}`: there is no {error}") from error
-        except Exception as error:
-            raise ExpressionError(f"`{self.source}`: {_short(error)}") from error
+        return self._program.run(given)
 
 
 def unwrapped(source: str) -> str:
@@ -370,12 +343,3 @@ def _count(value: object) -> int:
 
 def _size(text: Raw) -> int:
     return len(memoryview(text))
-
-
-def _short(error: Exception) -> str:
-    text = str(error).partition("ERROR: <input>:")[2] or str(error)
-    return text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
-
-
-def _unknown_name(name: str) -> str:
-    return f"there is no `{name[:64]}`; expressions know {', '.join(sorted(ROOTS))}"

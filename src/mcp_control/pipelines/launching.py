@@ -6,13 +6,14 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.adaptive import allowed
 from mcp_control.pipelines.closing import complete, failures_of, items_of
 from mcp_control.pipelines.control import as_millis
 from mcp_control.pipelines.counting import added, items_in, numbers, open_in, spoiled, told_by
 from mcp_control.pipelines.decision import Missing, Start
 from mcp_control.pipelines.draft import OPEN, Draft
-from mcp_control.pipelines.expressions import Expression, ExpressionError, Raw, Scope, elements, join
+from mcp_control.pipelines.expressions import Expression, Raw, Scope, elements, join
 from mcp_control.pipelines.model import NOT_REACHED, NOT_WANTED, STAGE_FINAL, RunState, StageRun, StageState, Window
 from mcp_control.pipelines.plan import PlannedStage
 from mcp_control.pipelines.result_model import key_of

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines import control
 from mcp_control.pipelines.counting import child_id, outstanding, spoiled
 from mcp_control.pipelines.definition_model import NESTED_MAX
-from mcp_control.pipelines.expressions import ExpressionError
 from mcp_control.pipelines.model import Parent, Run, RunRequest, RunState, StageState
 from mcp_control.pipelines.plan import Plan
 from mcp_control.pipelines.runs import Active

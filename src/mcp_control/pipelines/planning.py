@@ -9,9 +9,10 @@ from msgspec.structs import replace
 from mcp_control.agents.service import AgentManager
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import FieldError, Invalid
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.definition_model import PipelineSpec
-from mcp_control.pipelines.expressions import Expression, ExpressionError, Scope
+from mcp_control.pipelines.expressions import Expression, Scope
 from mcp_control.pipelines.forecast import SeenAgent, plan_run
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop

@@ -10,7 +10,8 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.pipelines.expressions import Expression, ExpressionError, Raw, Scope, kind_of
+from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.pipelines.expressions import Expression, Raw, Scope, kind_of
 
 _OPEN: Final = re.compile(r"(\$\$\{\{)|\$\{\{(.*?)\}\}", re.DOTALL)
 _encode: Final = msgspec.json.Encoder().encode

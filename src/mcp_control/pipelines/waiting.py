@@ -4,11 +4,12 @@ import msgspec
 from msgspec.structs import replace
 
 from mcp_control.kernel.clock import to_datetime
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.closing import complete
 from mcp_control.pipelines.control import as_millis
 from mcp_control.pipelines.decision import Missing
 from mcp_control.pipelines.draft import Draft
-from mcp_control.pipelines.expressions import ExpressionError, Raw
+from mcp_control.pipelines.expressions import Raw
 from mcp_control.pipelines.input_model import Answer, Approval, Given, Received, Signal, WaitFor
 from mcp_control.pipelines.model import StageState
 from mcp_control.pipelines.plan import PlannedStage

@@ -10,8 +10,9 @@ import structlog
 from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Entity, Query, StoredFact
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.storage.ports import Store
-from mcp_control.tasks.limit_expressions import ExpressionError, LimitExpression
+from mcp_control.tasks.limit_expressions import LimitExpression
 from mcp_control.tasks.limit_model import AT_ONCE_MAX, RULE_KIND, Gate, LimitRule
 from mcp_control.tasks.limiting import KEY_MAX, gate_name
 from mcp_control.tasks.model import Task, TaskSpec

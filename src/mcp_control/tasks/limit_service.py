@@ -13,6 +13,7 @@ from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change, Fact, Key, Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import Conflict, FieldError, Invalid, NotFound, Problem
+from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import label_errors, name_errors, range_errors
@@ -23,7 +24,7 @@ from mcp_control.storage.ports import LANE_END, Store
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.keyed import KeyedSubmission
 from mcp_control.tasks.ledger import Ledger
-from mcp_control.tasks.limit_expressions import ExpressionError, LimitExpression
+from mcp_control.tasks.limit_expressions import LimitExpression
 from mcp_control.tasks.limit_model import AT_ONCE_MAX, HOLD_KIND, RULE_KIND, LimitRule, LimitSpec, LimitUse, LimitView
 from mcp_control.tasks.limit_rules import (
     CONCURRENCY_ROOTS,
