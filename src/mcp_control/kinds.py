@@ -11,6 +11,7 @@ from mcp_control.pipelines.result_model import STAGE_RESULT_KIND
 from mcp_control.pipelines.schedule_model import KINDS as SCHEDULE_KINDS
 from mcp_control.security.records import KINDS as SECURITY_KINDS
 from mcp_control.tasks.budget_model import BUDGET_KIND
+from mcp_control.tasks.group_model import GROUP_KIND
 from mcp_control.tasks.limit_model import KINDS as LIMIT_KINDS
 from mcp_control.tasks.model import GENERATION_KIND, LOG_KIND, TASK_KIND
 from mcp_control.tasks.operation_model import OPERATION_KIND
@@ -24,6 +25,7 @@ KINDS: Final = (
     LOG_KIND,
     BUDGET_KIND,
     OPERATION_KIND,
+    GROUP_KIND,
     GENERATION_KIND,
     PIPELINE_KIND,
     RUN_KIND,

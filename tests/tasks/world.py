@@ -23,6 +23,7 @@ from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.group_model import GROUP_KIND
 from mcp_control.tasks.history import TaskHistory
 from mcp_control.tasks.janitors import LeaseKeeper, Reconciler, Retention, Timekeeper
 from mcp_control.tasks.keyed import KeyedSubmission
@@ -49,6 +50,7 @@ KINDS = (
     TASK_KIND,
     LOG_KIND,
     OPERATION_KIND,
+    GROUP_KIND,
     AGENT_KIND,
     INSTANCE_KIND,
     STATISTIC_KIND,
@@ -144,6 +146,7 @@ class World:
         self.manager.registry.heard(facts)
         self.tasks.heard(facts)
         self.steering.operations.heard(facts)
+        self.steering.groups.heard(facts)
 
     async def hint(self, hint: Hint) -> None:
         """Hear what another server says in passing."""

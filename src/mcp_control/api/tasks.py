@@ -98,6 +98,7 @@ class TasksQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     state: TaskState | None = None
     type: str | None = None
     run: str | None = None
+    group: str | None = None
     agent: str | None = None
     label: list[str] = msgspec.field(default_factory=list)
     order: Literal["asc", "desc"] = "desc"
@@ -203,6 +204,7 @@ async def list_tasks(call: Call) -> Reply:
         state=query.state,
         type=query.type,
         run=query.run,
+        group=query.group,
         agent=query.agent,
         labels=labels_of(query.label),
         oldest_first=query.order == "asc",

@@ -111,12 +111,26 @@ class DeadLetters:
         allow(actor, "tasks.retry", task_id)
         return await self._tried(actor, task_id, origin, self._ids.new("task"), _AS_IT_WAS, dead=False)
 
-    async def again(self, actor: Actor, task_id: str, origin: Origin, new_id: str, *, dead: bool) -> Submitted:
-        """Do what `retry` (or, with `dead`, `replay`) does, for an operation; the id makes it happen once."""
-        return await self._tried(actor, task_id, origin, new_id, _AS_IT_WAS, dead=dead)
+    async def again(
+        self, actor: Actor, task_id: str, origin: Origin, new_id: str, *, dead: bool, rejoin: bool
+    ) -> Submitted:
+        """Do what `retry` (or, with `dead`, `replay`) does, for an operation; the id makes it happen once.
+
+        Args:
+            rejoin: the new task takes the place of the old one in its group.
+        """
+        return await self._tried(actor, task_id, origin, new_id, _AS_IT_WAS, dead=dead, rejoin=rejoin)
 
     async def _tried(
-        self, actor: Actor, task_id: str, origin: Origin, new_id: str, edit: ReplayEdit, *, dead: bool
+        self,
+        actor: Actor,
+        task_id: str,
+        origin: Origin,
+        new_id: str,
+        edit: ReplayEdit,
+        *,
+        dead: bool,
+        rejoin: bool = False,
     ) -> Submitted:
         for _ in range(_TRIES):
             (known,) = await self._ledger.load([new_id], fresh=True)
@@ -130,11 +144,18 @@ class DeadLetters:
                 payload = bytes(edit.payload)
             spec = spec_again(task, payload, await self._spending.own(task), edit)
             check(spec, now)
-            links = Links(retry_of=task.id, root_id=task.links.root_id, depth=task.links.depth)
+            links = Links(
+                retry_of=task.id,
+                root_id=task.links.root_id,
+                depth=task.links.depth,
+                group_id=task.links.group_id if rejoin else None,
+            )
             above = [owner for owner in task.draws if owner != task.id]
             new = NewTask(id=new_id, spec=spec, links=links, origin=origin, draws=above)
             created = self._settler.handing.create(new, now, actor.tenant, actor.id)
             marked = replace(task, retried_as=new_id)
+            if rejoin:
+                marked = replace(marked, links=replace(task.links, group_id=None))
             fact = task_fact("task.retried", marked, actor.id, now, retried_as=new_id)
             try:
                 await self._settler.handing.launch([created], [write(marked)[1]], [fact])

@@ -86,6 +86,7 @@ class Ledger:
     Attributes:
         finished: called with the id of every task that became final by this server, after the commit.
         drew: called with those among them that draw from budgets.
+        joined: called with the group of those among them that are members of one.
         unreadable: rows that cannot be decoded, by id; to whoever asks for them they are not there, until they are parked.
 
     Args:
@@ -104,6 +105,7 @@ class Ledger:
         self.finished: list[Callable[[str], None]] = []
         self.holds: HoldWatcher | None = None
         self.drew: Callable[[Task], None] = lambda _: None
+        self.joined: Callable[[str], None] = lambda _: None
 
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
         """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
@@ -222,6 +224,8 @@ class Ledger:
             self.forget([task.id])
             if task.draws:
                 self.drew(task)
+            if task.links.group_id is not None:
+                self.joined(task.links.group_id)
             for hear in self.finished:
                 hear(task.id)
             return

@@ -21,6 +21,7 @@ class TaskFilter(msgspec.Struct, frozen=True, kw_only=True):
     state: TaskState | None = None
     type: str | None = None
     run: str | None = None
+    group: str | None = None
     agent: str | None = None
     labels: Mapping[str, str] = {}
     oldest_first: bool = False
@@ -33,6 +34,8 @@ async def page(
     where: list[Where] = []
     if wanted.run is not None:
         where.append(Where("run", "eq", wanted.run))
+    if wanted.group is not None:
+        where.append(Where("group_id", "eq", wanted.group))
     if wanted.agent is not None:
         where.append(Where("agent", "eq", wanted.agent))
     if wanted.state is not None:

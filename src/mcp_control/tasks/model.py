@@ -123,6 +123,7 @@ class Links(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=T
     depth: int = 0
     retry_of: str | None = None
     context_id: str | None = None
+    group_id: str | None = None
     references: list[str] = []
 
 
@@ -348,6 +349,7 @@ TASK_KIND: Final = Kind(
         Field("finished", "int"),
         Field("waiting"),
         Field("gate"),
+        Field("group_id"),
     ),
     indexes=(
         Index("task_waiting", ("waiting", "id"), shared=True),
@@ -361,6 +363,8 @@ TASK_KIND: Final = Kind(
         Index("task_due", ("due", "id")),
         Index("task_finished", ("finished", "id")),
         Index("task_gate", ("gate", "id")),
+        Index("task_group", ("group_id", "id")),
+        Index("task_group_state", ("group_id", "state", "id")),
     ),
     cold=("payload", "result"),
 )

@@ -53,6 +53,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         pending: what is being done now. It is written down before it is done, so that after a crash it is done, and counted, once.
         matched, changed, refused: tasks it was to be done with, was done with, could not be done with.
         limit: how many it may be done with at most.
+        rejoin: what is tried again takes the place of the old task in its group.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: int | None = None
     agent: str | None = None
     limit: int | None = None
+    rejoin: bool = False
     created_at: int
     created_by: str
     finished_at: int | None = None

@@ -285,7 +285,9 @@ class Operations:
         while room > 0:
             tasks, following = await self._page(operation.tenant, operation.where, operation.created_at + 1, cursor)
             for task in tasks:
-                if meant(operation, task) and matches(operation.where, task):
+                # What it makes itself is not there when it begins, however its id sorts.
+                mine = task.origin.request_id == operation.id
+                if not mine and meant(operation, task) and matches(operation.where, task):
                     pending.append(task.id)
                     if len(pending) == room:
                         return pending, task.id
@@ -335,7 +337,9 @@ class Operations:
             origin = Origin(protocol="operation", request_id=operation.id, principal=operation.created_by)
             # The same task for the same operation: done again after a crash, it is there already.
             new_id = derived_id("task", operation.id, task_id)
-            await self._dead_letters.again(actor, task_id, origin, new_id, dead=operation.verb == "replay")
+            await self._dead_letters.again(
+                actor, task_id, origin, new_id, dead=operation.verb == "replay", rejoin=operation.rejoin
+            )
         except Problem as problem:
             if problem.status >= 500:
                 raise

@@ -48,6 +48,7 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
         "unique_key": unique_key(after),
         "due": due_at(after, CANCEL_GRACE_MS),
         "finished": after.finished_at if after.state in FINAL_STATES else None,
+        "group_id": after.links.group_id,
     }
     if after.waits:
         index["waiting"] = waiting_value(after.lane, after.rank)
@@ -89,6 +90,8 @@ def task_fact(kind: str, task: Task, actor: str, now: int, **more: object) -> Fa
         data["stage"] = links.stage
         if links.item is not None:
             data["item"] = links.item
+    if links.group_id is not None:
+        data["group_id"] = links.group_id
     if task.reason:
         data["reason"] = task.reason
     if task.failure is not None:
@@ -207,6 +210,7 @@ def view(
         parent_id=links.parent_id,
         retry_of=links.retry_of,
         context_id=links.context_id,
+        group_id=links.group_id,
         log_lines=task.log_lines,
         usage=None if task.usage is None else amounts(task.usage.total),
         budgets=task.draws,

@@ -22,6 +22,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     Attributes:
         state: any of these; none given are all that the verb can do something with.
         run: of this run.
+        group: a member of this group.
         agent: held, or last held, by the agent of this id.
         created_after, created_before: RFC 3339 with a zone; the bounds are left out.
         ended_after, ended_before: when it became final.
@@ -32,6 +33,7 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     state: list[TaskState] = []
     type: str | None = None
     run: str | None = None
+    group: str | None = None
     agent: str | None = None
     labels: dict[str, str] = {}
     created_after: datetime | None = None
@@ -55,6 +57,7 @@ def selection_errors(pointer: str, wanted: Selection) -> list[FieldError]:
     for name, text in (
         ("type", wanted.type),
         ("run", wanted.run),
+        ("group", wanted.group),
         ("agent", wanted.agent),
         ("code", wanted.code),
     ):
@@ -82,6 +85,8 @@ def conditions(wanted: Selection, tenant: str, before: int) -> list[Where]:
     where = [Where("tenant", "eq", tenant), Where("id", "lt", make_id("task", max(0, before), bytes(16)))]
     if wanted.run is not None:
         where.append(Where("run", "eq", wanted.run))
+    if wanted.group is not None:
+        where.append(Where("group_id", "eq", wanted.group))
     if wanted.agent is not None:
         where.append(Where("agent", "eq", wanted.agent))
     if wanted.type is not None:
@@ -99,6 +104,7 @@ def matches(wanted: Selection, task: Task) -> bool:
         (not wanted.state or task.state in wanted.state)
         and wanted.type in (None, task.type)
         and wanted.run in (None, task.links.run_id)
+        and wanted.group in (None, task.links.group_id)
         and (wanted.agent is None or (lease is not None and lease.agent_id == wanted.agent))
         and all(task.labels.get(name) == value for name, value in wanted.labels.items())
         and _between(task.created_at, wanted.created_after, wanted.created_before)

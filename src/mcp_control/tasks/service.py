@@ -97,24 +97,16 @@ class TaskOrchestrator:
         allow(actor, "tasks.submit")
         now = self._clock.now()
         results: builtins.list[Submitted | Problem] = [NotFound()] * len(specs)
+        vetted = await self.vet(actor, specs, origin, now)
         started: builtins.list[tuple[Task, bytes, Session | None]] = []
         groups: builtins.list[Group] = []
         places: builtins.list[int] = []
         warnings: builtins.list[builtins.list[str]] = []
-        if hurried := {spec.type for spec in specs if spec.deadline is not None}:
-            await self._history.learn(actor.tenant, hurried)
-        parents = [spec.parent_id for spec in specs if spec.parent_id is not None]
-        lineage = await self._spending.lineage(actor.tenant, parents) if parents else {}
-        for place, spec in enumerate(specs):
-            above = NO_LINEAGE if spec.parent_id is None else lineage.get(spec.parent_id, NO_LINEAGE)
-            try:
-                check(spec, now)
-                if above.accounts:
-                    await self._affordable(actor, spec, origin, above)
-                warned = self._routable(actor.tenant, spec) + self._late(actor.tenant, spec, now)
-            except Problem as problem:
-                results[place] = problem
+        for place, (spec, found) in enumerate(zip(specs, vetted, strict=True)):
+            if isinstance(found, Problem):
+                results[place] = found
                 continue
+            above, warned = found
             new = NewTask(id=self._ids.new("task"), spec=spec, links=above.links, origin=origin, draws=above.draws)
             if is_keyed(spec):
                 results[place] = await self._submit_keyed(actor, new, warned)
@@ -148,6 +140,26 @@ class TaskOrchestrator:
             )
         await self._settler.handing.begin(accepted)
         return results
+
+    async def vet(
+        self, actor: Actor, specs: Sequence[TaskSpec], origin: Origin, now: int
+    ) -> builtins.list[tuple[Lineage, builtins.list[str]] | Problem]:
+        """Return for each submission what it inherits from the task it is done for, with warnings, or why it is not accepted."""
+        if hurried := {spec.type for spec in specs if spec.deadline is not None}:
+            await self._history.learn(actor.tenant, hurried)
+        parents = [spec.parent_id for spec in specs if spec.parent_id is not None]
+        lineage = await self._spending.lineage(actor.tenant, parents) if parents else {}
+        found: builtins.list[tuple[Lineage, builtins.list[str]] | Problem] = []
+        for spec in specs:
+            above = NO_LINEAGE if spec.parent_id is None else lineage.get(spec.parent_id, NO_LINEAGE)
+            try:
+                check(spec, now)
+                if above.accounts:
+                    await self._affordable(actor, spec, origin, above)
+                found.append((above, self._routable(actor.tenant, spec) + self._late(actor.tenant, spec, now)))
+            except Problem as problem:
+                found.append(problem)
+        return found
 
     async def _submit_keyed(self, actor: Actor, new: NewTask, warned: builtins.list[str]) -> Submitted | Problem:
         assert self.keyed is not None

@@ -1,4 +1,4 @@
-"""What people steer tasks with, put together: single verbs, dead letters, operations, and what keeps their traces small."""
+"""What people steer tasks with, put together: single verbs, dead letters, operations, groups, and what keeps their traces small."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.control import TaskControl
 from mcp_control.tasks.dead_letters import DeadLetters
 from mcp_control.tasks.dispatcher import Dispatcher
+from mcp_control.tasks.groups import Groups
 from mcp_control.tasks.ledger import Ledger
 from mcp_control.tasks.operations import Operations
 from mcp_control.tasks.parking import Parking
@@ -31,6 +32,7 @@ class Steering:
     control: TaskControl
     dead_letters: DeadLetters
     operations: Operations
+    groups: Groups
     parking: Parking
 
     @classmethod
@@ -51,14 +53,17 @@ class Steering:
         control = TaskControl(clock, manager, ledger, settler, dispatcher, tasks)
         dead_letters = DeadLetters(store, clock, ids, ledger, settler, spending)
         operations = Operations(store, clock, ids, manager, ledger, settler, control, dead_letters)
-        hearing.append(operations.heard)
-        return cls(control, dead_letters, operations, Parking(store, clock, ledger))
+        groups = Groups(store, clock, ids, ledger, settler, tasks)
+        hearing += [operations.heard, groups.heard]
+        return cls(control, dead_letters, operations, groups, Parking(store, clock, ledger))
 
     def leading(self, keep: Retention) -> list[tuple[str, float, Once]]:
         """Return what the server that leads does again and again: name, pace in seconds, what."""
         tasks_ms = round(keep.tasks_days * _DAY_MS)
         return [
             ("operations", 0.25, self.operations.once),
+            ("groups", 1.0, self.groups.keeper.once),
             ("parking", 1.0, self.parking.once),
             ("operations-retention", keep.interval_seconds, lambda now: self.operations.forget(now - tasks_ms)),
+            ("groups-retention", keep.interval_seconds, lambda now: self.groups.forget(now - tasks_ms)),
         ]

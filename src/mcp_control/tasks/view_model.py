@@ -54,6 +54,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     parent_id: str | None = None
     retry_of: str | None = None
     context_id: str | None = None
+    group_id: str | None = None
     log_lines: int = 0
     usage: Amounts | None = None
     budgets: list[str] = []
