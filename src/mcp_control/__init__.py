@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SdkError,
         TaskFailed,
         Temporary,
+        Unavailable,
         Unreachable,
         WaitTimeout,
     )
@@ -46,6 +47,7 @@ _WHERE: Final = {
             "SdkError",
             "TaskFailed",
             "Temporary",
+            "Unavailable",
             "Unreachable",
             "WaitTimeout",
         ),
@@ -71,6 +73,7 @@ __all__ = [
     "TaskFailed",
     "TaskSpec",
     "Temporary",
+    "Unavailable",
     "Unreachable",
     "WaitTimeout",
     "__version__",

@@ -52,3 +52,10 @@ def die(payload: dict[str, Any]) -> None:
 def refuse(payload: dict[str, Any]) -> None:
     """Fail for good."""
     raise Permanent("no such thing", code="no-such-thing")
+
+
+@template.task("proc.call", executor="process")
+def call(payload: dict[str, Any], ctx: SyncContext) -> str:
+    """Call a peer that does not answer."""
+    with ctx.breaker("peer", failures=1, open_for=60.0):
+        raise ConnectionError("refused")

@@ -182,6 +182,30 @@ def test_backoff_lies_between_zero_and_its_ceiling(
     assert wait == round(ceiling * chance * 1000)
 
 
+@given(seconds=st.floats(-1, 1e9), chance=st.floats(0, 1, exclude_max=True), failures=st.integers(0, 2))
+def test_a_failure_that_asks_for_patience_costs_no_attempt(seconds: float, chance: float, failures: int) -> None:
+    """However often it happens the task is tried again, not before it was asked for, little later, and within a day and a quarter."""
+    task = a_task(retry=RetryPolicy(max_attempts=3), failures=failures)
+    for _ in range(5):
+        task = apply("fail", apply("assign", task), NOW, chance, Failure(code="breaker-open", retry_after=seconds))
+        assert (task.state, task.reason, task.failures) == (S.SCHEDULED, "retrying", failures)
+        asked = min(max(seconds, 0), 86_400) * 1000
+        assert task.not_before is not None
+        assert asked - 1 <= task.not_before - NOW <= asked * 1.25 + 1
+        task = apply("promote", task)
+
+
+@pytest.mark.parametrize(
+    ("failure", "attempts"),
+    [(Failure(retry_after=1.0), 1), (Failure(retry_after=1.0, error_class="permanent"), 3)],
+    ids=["started once", "permanent"],
+)
+def test_patience_saves_no_task_that_may_not_be_tried_again(failure: Failure, attempts: int) -> None:
+    """With one attempt allowed it might have been started, and a permanent error stays one."""
+    task = apply("fail", apply("assign", a_task(retry=RetryPolicy(max_attempts=attempts))), failure=failure)
+    assert (task.state, task.failures) == (S.FAILED, 1)
+
+
 def test_a_task_that_may_start_once_is_not_given_out_again() -> None:
     """With one attempt allowed, a lost lease fails the task: it may have been started, and must not be started twice."""
     lost = apply("lose", apply("assign", a_task(retry=RetryPolicy(max_attempts=1))))

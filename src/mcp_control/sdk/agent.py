@@ -256,7 +256,7 @@ class Agent:
 
         def pool() -> ProcessPool:
             if not pools:
-                pools.append(ProcessPool(self.slots, profile.url, enrolment.credential))
+                pools.append(ProcessPool(self.slots, profile.url, enrolment.credential, bench.guards))
             return pools[0]
 
         bench = Workbench(self.handlers, outbox, session.wake, clients, pool, self._cancel_grace)

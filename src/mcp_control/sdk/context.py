@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar
 import msgspec
 
 from mcp_control.sdk.errors import Cancelled
+from mcp_control.sdk.guards import AsyncGuarded, Counts, Guarded, Guards
 from mcp_control.sdk.usage import Meter, Money, Reservation, counted
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import LogLine
@@ -178,7 +179,7 @@ class BaseContext:
         cancelled: set when the attempt must stop; ten seconds later it is stopped.
     """
 
-    def __init__(self, assignment: Assignment, sink: Sink, cancelled: StopFlag) -> None:
+    def __init__(self, assignment: Assignment, sink: Sink, cancelled: StopFlag, guards: Guards | None = None) -> None:
         self.task_id = assignment.task_id
         self.type = assignment.type
         self.attempt = assignment.attempt
@@ -195,6 +196,7 @@ class BaseContext:
         self._sink = sink
         self._assignment = assignment
         self._metered: Meter | None = None
+        self._guards = guards or Guards()
 
     def progress(self, fraction: float, message: str = "") -> None:
         """Report how far the attempt is, 0 to 1, with a sentence. Cheap to call often: only the newest is sent."""
@@ -235,6 +237,9 @@ class BaseContext:
         """
         return Tracked(self, source, total, message)
 
+    def _stopped_for(self) -> str:
+        return self.cancelled.reason
+
     def check(self) -> None:
         """Raise `Cancelled` when the attempt must stop."""
         if self.cancelled.is_set():
@@ -245,9 +250,14 @@ class Context(BaseContext):
     """The context of a coroutine: `artifacts` and `client` are awaited."""
 
     def __init__(
-        self, assignment: Assignment, sink: Sink, cancelled: StopFlag, client: "Callable[[], AsyncClient]"
+        self,
+        assignment: Assignment,
+        sink: Sink,
+        cancelled: StopFlag,
+        client: "Callable[[], AsyncClient]",
+        guards: Guards | None = None,
     ) -> None:
-        super().__init__(assignment, sink, cancelled)
+        super().__init__(assignment, sink, cancelled, guards)
         self._make = client
         self._lease_token = assignment.lease_token
         self._asking = asyncio.Lock()
@@ -263,6 +273,27 @@ class Context(BaseContext):
         async with self._asking:
             granted = await self._meter.reserve_async(self.client, amounts)
         return Reservation(self._meter, amounts, granted)
+
+    def breaker(
+        self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None
+    ) -> AsyncGuarded:
+        """Guard a call of yours: `async with ctx.breaker("mail"): ...`, or `await ctx.breaker("mail").call(...)`.
+
+        One breaker for each name in the agent's process. While it is open its block is not entered: it raises Unavailable, and the task
+        is tried again when the peer may be, which costs no attempt. After the pause one call goes through; it closes it, or the next
+        pause is twice as long, up to five minutes.
+
+        Args:
+            name: of the peer, 1 to 64 characters; at most 20 in an agent.
+            failures: failed calls in a row that open it.
+            open_for: seconds until the first probe.
+            counts: says which errors are failures of the peer. By default all but answers of 4xx (408, 425 and 429 are) and `Permanent`.
+                A cancellation counts when the attempt took too long, else not.
+
+        Raises:
+            ValueError: too many names, or numbers that make no sense.
+        """
+        return AsyncGuarded(self._guards.get(name, failures, open_for), self._stopped_for, counts)
 
     @property
     def client(self) -> "AsyncClient":
@@ -283,8 +314,15 @@ class Context(BaseContext):
 class SyncContext(BaseContext):
     """The context of a function in a thread or process: `artifacts` and `client` block."""
 
-    def __init__(self, assignment: Assignment, sink: Sink, cancelled: StopFlag, client: "Callable[[], Client]") -> None:
-        super().__init__(assignment, sink, cancelled)
+    def __init__(
+        self,
+        assignment: Assignment,
+        sink: Sink,
+        cancelled: StopFlag,
+        client: "Callable[[], Client]",
+        guards: Guards | None = None,
+    ) -> None:
+        super().__init__(assignment, sink, cancelled, guards)
         self._make = client
         self._lease_token = assignment.lease_token
 
@@ -297,6 +335,13 @@ class SyncContext(BaseContext):
         self.check()
         amounts = counted(calls, tokens, money)
         return Reservation(self._meter, amounts, self._meter.reserve(self.client, amounts))
+
+    def breaker(self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None) -> Guarded:
+        """Guard a call of yours: `with ctx.breaker("mail"): ...`, or `ctx.breaker("mail").call(...)`; see `Context.breaker`.
+
+        In a worker process the breaker is that process's own.
+        """
+        return Guarded(self._guards.get(name, failures, open_for), self._stopped_for, counts)
 
     @property
     def client(self) -> "Client":

@@ -11,6 +11,7 @@ SdkError
 ├── DigestMismatch     a downloaded artifact does not have the bytes it should have
 └── TaskAborted        raised inside handlers
     ├── Temporary  Permanent  Critical    the attempt failed, with this error class
+    │   └── Unavailable                    Temporary: later, at no cost
     └── Cancelled                          the attempt stopped because it was told to
 """
 
@@ -167,6 +168,26 @@ class TaskAborted(SdkError):
 
 class Temporary(TaskAborted):
     """It may work next time; the task is tried again under its retry policy."""
+
+
+class Unavailable(Temporary):
+    """What the handler needs is not to be had for a while, as while a breaker is open.
+
+    The task is tried again after `retry_after` seconds, and the attempt costs none of the task's. Where only one is allowed, it fails.
+    """
+
+    code = "unavailable"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        retry_after: float,
+        code: str | None = None,
+        data: dict[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, data=data)
+        self.retry_after = retry_after
 
 
 class Permanent(TaskAborted):

@@ -8,7 +8,7 @@ from typing import Any, Final, Generic, Literal, ParamSpec, TypeVar
 
 import msgspec
 
-from mcp_control.sdk.errors import Permanent, TaskAborted
+from mcp_control.sdk.errors import Permanent, TaskAborted, Unavailable
 from mcp_control.tasks.model import Failure
 
 P = ParamSpec("P")
@@ -116,7 +116,11 @@ def failure_from(error: BaseException) -> Failure:
     text = str(error)[:MESSAGE_LIMIT]
     if isinstance(error, TaskAborted):
         return Failure(
-            error_class=error.error_class, code=error.code, message=text or type(error).__name__, data=error.data
+            error_class=error.error_class,
+            code=error.code,
+            message=text or type(error).__name__,
+            data=error.data,
+            retry_after=error.retry_after if isinstance(error, Unavailable) else None,
         )
     trace = "".join(traceback.format_exception(error))
     if len(trace) > TRACEBACK_LIMIT:
@@ -131,7 +135,7 @@ def invalid_payload(error: Exception) -> Failure:
 
 
 def capped(failure: Failure, retries: int | None, attempt: int) -> Failure:
-    """Make a temporary failure permanent when the handler's own number of retries is used up."""
-    if retries is None or failure.error_class != "temporary" or attempt <= retries:
+    """Make a temporary failure permanent when the handler's own number of retries is used up; asking for patience costs none."""
+    if retries is None or failure.error_class != "temporary" or attempt <= retries or failure.retry_after is not None:
         return failure
     return msgspec.structs.replace(failure, error_class="permanent")

@@ -30,6 +30,7 @@ from mcp_control.tasks.verbs import losing, releasing
 from mcp_control.tasks.wire import (
     Ack,
     BeatAck,
+    Done,
     Hello,
     Refusal,
     Report,
@@ -240,7 +241,7 @@ class AgentSessions:
             for told in entries:
                 decide = deciding(told, actor, now, self._chance)
                 intents.append(Intent(task_id, _noting(decide, changed, len(intents))))
-                ends.append(told.done.outcome if told.done is not None else "")
+                ends.append(_ended(told.done))
                 if told.done is not None and self._ledger.leased(task_id, told.lease_token):
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
                     freed.append((task_id, session.let_go(task_id)))
@@ -368,6 +369,13 @@ class AgentSessions:
     def _current(self, session: Session) -> None:
         if self._manager.sessions.get(session.instance.id) is not session:
             raise LeaseSuperseded("this session is over")
+
+
+def _ended(done: Done | None) -> str:
+    """Return how an attempt ended, for the figures of its agent; that what it needs is not to be had is no failure of it."""
+    if done is None:
+        return ""
+    return "postponed" if done.failure is not None and done.failure.retry_after is not None else done.outcome
 
 
 def _lost_on_its_way(task: Task, since: int) -> bool:

@@ -141,7 +141,10 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
-    """Why an attempt or a task failed. `error_class` decides on retries, `cause` says where it came from."""
+    """Why an attempt or a task failed. `error_class` decides on retries, `cause` says where it came from.
+
+    `retry_after`, seconds, of a temporary one: what it needs is not to be had until then, so the attempt costs none of the task's.
+    """
 
     error_class: ErrorClass = "temporary"
     cause: Cause = "app"
@@ -149,6 +152,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
     message: str = ""
     traceback: str = ""
     data: dict[str, object] | None = None
+    retry_after: float | None = None
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

@@ -1,6 +1,11 @@
 """When a failed attempt is tried again."""
 
+from typing import Final
+
 from mcp_control.tasks.model import Failure, RetryPolicy
+
+LATEST_SECONDS: Final = 86_400.0
+_SPREAD: Final = 0.25
 
 
 def backoff_ms(policy: RetryPolicy, failures: int, chance: float) -> int:
@@ -20,3 +25,18 @@ def backoff_ms(policy: RetryPolicy, failures: int, chance: float) -> int:
 def may_retry(policy: RetryPolicy, failures: int, failure: Failure) -> bool:
     """Say whether another attempt follows: only temporary errors, and only while attempts are left."""
     return failure.error_class == "temporary" and failures < policy.max_attempts
+
+
+def postponed(policy: RetryPolicy, failure: Failure) -> bool:
+    """Say whether an attempt is to be made later at no cost; not where a task may be started only once (promise G5)."""
+    return failure.retry_after is not None and failure.error_class == "temporary" and policy.max_attempts > 1
+
+
+def later_ms(failure: Failure, chance: float) -> int:
+    """Return how long to wait at the wish of a failure, in milliseconds: never less, at most a quarter more, so that a herd spreads.
+
+    Args:
+        chance: a random number in [0, 1).
+    """
+    seconds = min(max(failure.retry_after or 0.0, 0.0), LATEST_SECONDS)
+    return round(seconds * (1 + _SPREAD * chance) * 1000)

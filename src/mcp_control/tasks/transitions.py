@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from mcp_control.kernel.errors import InvalidTransition
 from mcp_control.tasks.limiting import wait_at_first
 from mcp_control.tasks.model import FINAL_STATES, Attempt, Failure, Lease, Request, Task, TaskState
-from mcp_control.tasks.retry import backoff_ms, may_retry
+from mcp_control.tasks.retry import backoff_ms, later_ms, may_retry, postponed
 
 S = TaskState
 _HELD: Final = (S.ASSIGNED, S.RUNNING)
@@ -154,6 +154,7 @@ def complete(task: Task, now: int) -> Task:
 def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "failed") -> Task:
     """End an attempt with an error: scheduled again after a backoff while the policy allows it, else failed for good.
 
+    A failure that asks for patience (`retry_after`) is no failure of the task: it is not counted, and tried again at that time.
     A task that someone asked to cancel is not tried again: it ends cancelled where another attempt would have followed.
 
     Args:
@@ -162,8 +163,9 @@ def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "
     """
     _check(task, "fail")
     attempts = _end_attempt(task, outcome, now, failure)
-    failures = task.failures + 1
-    again = may_retry(task.retry, failures, failure)
+    later = postponed(task.retry, failure)
+    failures = task.failures + (not later)
+    again = later or may_retry(task.retry, failures, failure)
     if again and task.cancel is not None:
         return replace(
             task,
@@ -181,7 +183,7 @@ def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "
             message=task.cancel.reason,
         )
     if again:
-        wait = backoff_ms(task.retry, failures, chance)
+        wait = later_ms(failure, chance) if later else backoff_ms(task.retry, failures, chance)
         return replace(
             task,
             state=S.SCHEDULED,

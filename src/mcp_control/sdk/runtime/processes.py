@@ -8,9 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 from mcp_control.sdk.context import Sink
+from mcp_control.sdk.guards import Guards
 from mcp_control.sdk.handlers import Handler
 from mcp_control.sdk.runtime.worker import (
     Ended,
+    Guarding,
     Moved,
     Ready,
     Run,
@@ -29,7 +31,8 @@ from mcp_control.tasks.wire import Assignment
 class WorkerProcess:
     """One process and the pipe to it. It is started fresh (spawn), so it inherits neither threads nor locks."""
 
-    def __init__(self, url: str, credential: str) -> None:
+    def __init__(self, url: str, credential: str, guards: Guards) -> None:
+        self._guards = guards
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=main, args=(theirs, url, credential), name="mcp-control-worker")
@@ -96,6 +99,8 @@ class WorkerProcess:
                 elif isinstance(news, Spending):
                     if self._sink is not None:
                         self._sink.used(news.spent)
+                elif isinstance(news, Guarding):
+                    self._guards.heard(self, news.breakers)
                 elif isinstance(news, Ready):
                     self._ready.set_result(None)
                 elif self._ended is not None and not self._ended.done():
@@ -107,6 +112,7 @@ class WorkerProcess:
         if not self.alive:
             return
         self.alive = False
+        self._guards.forget(self)
         self._loop.remove_reader(self._pipe.fileno())
         self._pipe.close()
         self._process.join(1)
@@ -125,7 +131,8 @@ class WorkerProcess:
 class ProcessPool:
     """At most `size` processes; a killed one is replaced when next needed."""
 
-    def __init__(self, size: int, url: str, credential: str) -> None:
+    def __init__(self, size: int, url: str, credential: str, guards: Guards) -> None:
+        self._guards = guards
         self._url = url
         self._credential = credential
         self._room = asyncio.Semaphore(size)
@@ -141,7 +148,7 @@ class ProcessPool:
                 return worker
             self._all.discard(worker)
         try:
-            worker = WorkerProcess(self._url, self._credential)
+            worker = WorkerProcess(self._url, self._credential, self._guards)
         except BaseException:
             self._room.release()
             raise

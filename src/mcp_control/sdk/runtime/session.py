@@ -12,8 +12,10 @@ from contextlib import suppress
 from typing import Any, Final
 
 import structlog
+from msgspec.structs import replace
 
 from mcp_control.agents.model import AgentSpec, Beat
+from mcp_control.kernel.breaker_rules import BreakerStatus
 from mcp_control.sdk.runtime.figures import Figures, boottime
 from mcp_control.sdk.runtime.links import SUPERSEDED, Link, LinkLost, LinkRefused
 from mcp_control.sdk.runtime.outbox import Outbox
@@ -85,6 +87,8 @@ class Session:
         self._bench: Workbench | None = None
         self._retiring: asyncio.Task[None] | None = None
         self._failures = 0
+        self._breakers: list[BreakerStatus] = []  # as the server knows them
+        self._told_breakers: list[BreakerStatus] = []  # as the heartbeat under way tells them
         self.instance_id: str | None = None
         self.agent_id: str | None = None
         self.connected = asyncio.Event()
@@ -204,6 +208,7 @@ class Session:
         self._beat_ms = min(welcome.beat_ms, max(1, welcome.lease_ms // 3))
         self._deadline = opened_at + LEASE_SHARE * welcome.lease_ms / 1000
         self._beat_sent_at = None
+        self._breakers = []
         held = self.bench.works
         gone = [task_id for task_id in held if not resumed or task_id not in welcome.resumed]
         if gone:
@@ -289,6 +294,7 @@ class Session:
             self._lease_ms = ack.lease_ms
             self._deadline = self._beat_sent_at + LEASE_SHARE * ack.lease_ms / 1000
             self._beat_sent_at = None
+            self._breakers = self._told_breakers
         if ack.gone:
             self.bench.stop(ack.gone, "gone")
         if ack.cancel:
@@ -331,7 +337,11 @@ class Session:
                 raise LinkLost("the last heartbeat was not answered")
             sent_at = boottime()
             self._beat_sent_at = sent_at
-            await link.send(Heartbeat(beat=self._beat()))
+            beat = self._beat()
+            self._told_breakers = self.bench.guards.statuses()
+            if self._told_breakers != self._breakers:
+                beat = replace(beat, breakers=self._told_breakers)
+            await link.send(Heartbeat(beat=beat))
 
     async def _watch_lease(self) -> None:
         while True:

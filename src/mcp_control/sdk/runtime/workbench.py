@@ -11,6 +11,7 @@ import msgspec
 
 from mcp_control.sdk.context import Context, Sink, SyncContext
 from mcp_control.sdk.errors import Cancelled
+from mcp_control.sdk.guards import Guards
 from mcp_control.sdk.handlers import Handler, encode_result, failure_from, invalid_payload
 from mcp_control.sdk.runtime.outbox import Outbox
 from mcp_control.sdk.runtime.processes import ProcessPool
@@ -93,6 +94,7 @@ class Workbench:
         works: attempts in hand by task id.
         tick: raised whenever something moves.
         abandoned: threads that were given up and still run; each keeps its slot.
+        guards: the circuit breakers around what handlers call.
     """
 
     def __init__(
@@ -116,6 +118,7 @@ class Workbench:
         self.works: dict[str, Work] = {}
         self.tick = 0
         self.abandoned = 0
+        self.guards = Guards()
 
     def accept(self, assignments: Sequence[Assignment]) -> None:
         """Start attempts. One that is in hand already, under the same lease, is not started twice."""
@@ -227,7 +230,8 @@ class Workbench:
             except msgspec.MsgspecError as error:
                 return self._end(work, "failed", failure=invalid_payload(error))
             if handler.wants_context:
-                context = Context(work.assignment, _LoopSink(self, work), work.flag, self._clients.asynchronous)
+                sink = _LoopSink(self, work)
+                context = Context(work.assignment, sink, work.flag, self._clients.asynchronous, self.guards)
                 result = await handler.function(payload, context)
             else:
                 result = await handler.function(payload)
@@ -239,7 +243,7 @@ class Workbench:
 
     def _run_thread(self, work: Work) -> None:
         sink = _ThreadSink(self, work, self._from_thread)
-        context = SyncContext(work.assignment, sink, work.flag, self._clients.sync)
+        context = SyncContext(work.assignment, sink, work.flag, self._clients.sync, self.guards)
         # A thread of its own, and a daemon: one that never ends must not keep others, or the exit, waiting.
         work.thread = threading.Thread(
             target=self._thread, args=(work, context), daemon=True, name=f"task-{work.assignment.task_id}"

@@ -14,8 +14,10 @@ from typing import Any, Final
 
 import msgspec
 
+from mcp_control.kernel.breaker_rules import BreakerStatus
 from mcp_control.sdk.context import StopFlag, SyncContext
 from mcp_control.sdk.errors import Cancelled
+from mcp_control.sdk.guards import Guards
 from mcp_control.sdk.handlers import Handler, encode_result, failure_from, invalid_payload
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
@@ -59,6 +61,12 @@ class Spending(msgspec.Struct, frozen=True, tag="spending"):
     spent: Spent
 
 
+class Guarding(msgspec.Struct, frozen=True, tag="guarding"):
+    """Worker to agent: how its circuit breakers stand."""
+
+    breakers: list[BreakerStatus]
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """Worker to agent: the attempt has ended; `result` is JSON."""
 
@@ -69,7 +77,7 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
 
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_order: Final = msgspec.msgpack.Decoder(Run | Stop).decode
-decode_news: Final = msgspec.msgpack.Decoder(Ready | Moved | Said | Spending | Ended).decode
+decode_news: Final = msgspec.msgpack.Decoder(Ready | Moved | Said | Spending | Guarding | Ended).decode
 encode_assignment: Final = msgspec.json.Encoder().encode
 _decode_assignment: Final = msgspec.json.Decoder(Assignment).decode
 
@@ -102,6 +110,7 @@ def main(connection: Connection, url: str, credential: str) -> None:
     runs: queue.SimpleQueue[tuple[Run, StopFlag]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, runs), daemon=True, name="agent-pipe").start()
     sink = _PipeSink(connection)
+    guards = Guards(lambda statuses: sink.send(Guarding(statuses)))
     clients: list[Any] = []
 
     def client() -> Any:
@@ -114,7 +123,7 @@ def main(connection: Connection, url: str, credential: str) -> None:
     sink.send(Ready())
     while True:
         run, flag = runs.get()
-        sink.send(_attempt(run, flag, sink, client))
+        sink.send(_attempt(run, flag, sink, client, guards))
 
 
 def _listen(connection: Connection, runs: "queue.SimpleQueue[tuple[Run, StopFlag]]") -> None:
@@ -131,7 +140,7 @@ def _listen(connection: Connection, runs: "queue.SimpleQueue[tuple[Run, StopFlag
         os.killpg(os.getpgrp(), signal.SIGKILL) if os.getpgrp() == os.getpid() else os._exit(1)
 
 
-def _attempt(run: Run, flag: StopFlag, sink: _PipeSink, client: Any) -> Ended:
+def _attempt(run: Run, flag: StopFlag, sink: _PipeSink, client: Any, guards: Guards) -> Ended:
     assignment = _decode_assignment(run.assignment)
     os.environ["MCP_FENCE"] = assignment.fence
     os.environ["MCP_TASK_ID"] = assignment.task_id
@@ -142,7 +151,7 @@ def _attempt(run: Run, flag: StopFlag, sink: _PipeSink, client: Any) -> Ended:
         except msgspec.MsgspecError as error:
             return Ended("failed", failure=invalid_payload(error))
         result = (
-            handler.function(payload, SyncContext(assignment, sink, flag, client))
+            handler.function(payload, SyncContext(assignment, sink, flag, client, guards))
             if handler.wants_context
             else handler.function(payload)
         )
