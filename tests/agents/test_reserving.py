@@ -3,9 +3,10 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 
-from mcp_control.agents.model import Agent, AgentSpec, Instance, Resources
-from mcp_control.agents.reserving import Account, Load, fits, load_of, short_of
+from mcp_control.agents.model import Agent, AgentSpec, Capability, Instance, Resources
+from mcp_control.agents.reserving import Account, Load, Types, fits, limits_of, load_of, short_of
 from mcp_control.agents.sessions import Session, Sessions
 
 LOADS = st.builds(
@@ -32,6 +33,7 @@ class Reserving(RuleBasedStateMachine):
             id="inst_1", version=1, agent_id="agent_1", started_at=0, lease_ms=1000, lease_until=1000
         )
         self.truth: dict[str, Load | None] = {}
+        self.types: dict[str, str] = {}
         self.number = 0
         self.connect()
 
@@ -39,17 +41,29 @@ class Reserving(RuleBasedStateMachine):
         """Open a session, as after a reconnect or on another server: leases come from the store, the rest from before."""
         session = Session(self.agent, self.instance, 6, lambda _: None, None)
         for task_id, load in list(self.truth.items())[::2]:
-            session.hold(task_id, load)
+            session.hold(task_id, load, self.types[task_id])
         self.sessions.add(session)
         self.session = session
 
-    @rule(load=LOADS)
-    def reserve(self, load: Load | None) -> None:
-        """Give the instance a task where it has room for it."""
-        if self.session.room(load) > 0:
+    @rule(load=LOADS, task_type=st.sampled_from(["a", "b"]))
+    def reserve(self, load: Load | None, task_type: str) -> None:
+        """Give the instance a task where it has room for it: never more of a type than the agent says."""
+        room = self.session.room(load, task_type)
+        limit = limits_of(self.agent.spec).get(task_type, 6)
+        held = sum(self.types[task_id] == task_type for task_id in self.truth)
+        assert room <= max(0, limit - held)
+        if room > 0:
             self.number += 1
-            self.session.hold(f"task_{self.number}", load)
+            self.session.hold(f"task_{self.number}", load, task_type)
             self.truth[f"task_{self.number}"] = load
+            self.types[f"task_{self.number}"] = task_type
+
+    @rule(limits=st.sampled_from([{}, {"a": 1}, {"a": 3}, {"a": 2, "b": 1}]))
+    def limit(self, limits: dict[str, int]) -> None:
+        """The agent limits other types than before, or none."""
+        offered = [Capability(name=name, limit=limit) for name, limit in limits.items()]
+        self.agent = replace(self.agent, spec=replace(self.agent.spec, capabilities=offered))
+        self.sessions.refresh(self.agent)
 
     @precondition(lambda self: self.truth)
     @rule(data=st.data())
@@ -57,6 +71,7 @@ class Reserving(RuleBasedStateMachine):
         """End a task, and say so twice."""
         task_id = data.draw(st.sampled_from(sorted(self.truth)))
         load = self.truth.pop(task_id)
+        del self.types[task_id]
         assert self.session.let_go(task_id) == load
         assert self.session.let_go(task_id) is None
 
@@ -65,7 +80,7 @@ class Reserving(RuleBasedStateMachine):
     def hold_again(self, data: st.DataObject) -> None:
         """Hear a second time that a task is held."""
         task_id = data.draw(st.sampled_from(sorted(self.truth)))
-        self.session.hold(task_id, self.truth[task_id])
+        self.session.hold(task_id, self.truth[task_id], self.types[task_id])
 
     @rule()
     def reconnect(self) -> None:
@@ -102,6 +117,17 @@ def test_what_is_short_is_what_keeps_a_task_out(load: Load | None, left: Load) -
     assert more * load.slots > left.slots or any(
         getattr(load, name) and more * getattr(load, name) > getattr(left, name) for name in ("cpu", "memory_mb", "gpu")
     )
+
+
+def test_what_was_held_before_there_were_limits_counts_for_every_type() -> None:
+    """A limit holds from the moment it is there: tasks of unknown type may be of the limited one, and stop counting when they end."""
+    types = Types({"a": 2})
+    assert types.left("a", held=1) == 1
+    types.take("task_2", "a")
+    types.take("task_2", "a")
+    assert (types.left("a", held=2), types.left("b", held=2)) == (0, None)
+    types.give("task_2")
+    assert types.left("a", held=0) == 2
 
 
 def test_an_ordinary_task_has_no_load() -> None:

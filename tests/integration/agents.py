@@ -1,6 +1,6 @@
 """Agents for these tests, one process each: `python -m tests.integration.agents NAME [option=value ...]`.
 
-Options: slots, lease, drain, transport, and `kind=deck` for the agent that does techdeck's tasks.
+Options: slots, limit (TYPE:N), lease, drain, transport, and `kind=deck` for the agent that does techdeck's tasks.
 """
 
 import asyncio
@@ -144,6 +144,7 @@ def build(name: str, options: dict[str, str]) -> Agent:
     agent = Agent(
         name,
         slots=int(options.get("slots", "4")),
+        limits={task_type: int(limit) for task_type, _, limit in [options.get("limit", "").partition(":")] if limit},
         lease_seconds=float(options.get("lease", "30")),
         drain_seconds=float(options.get("drain", "5")),
         transport=options.get("transport", "auto"),  # type: ignore[arg-type]  # checked by the agent

@@ -132,3 +132,52 @@ async def test_of_many_submissions_at_once_one_gets_the_key(tmp_path: Path) -> N
                 for _ in range(3)
             ]
             assert codes == [201, 201, 429]
+
+
+async def test_the_limit_of_an_agent_holds_through_kill_9_of_the_server(tmp_path: Path) -> None:
+    """An agent that takes two of a type at once holds two, also when another server lets it in; its other slots take other work."""
+    server = ServerProcess(tmp_path / "server").start()
+    try:
+        async with admin(server) as client:
+            token = await enrolment(client)
+            with AgentProcess(tmp_path, "worker", server.url, token, slots=6, limit="it.hold:2"):
+                await agents_online(client, ["worker"])
+                shown = (await client.get(f"{API}/agents/worker")).json()
+                limits = {one["name"]: one.get("limit") for one in shown["capabilities"]}
+                assert (limits["it.hold"], limits["it.echo"]) == (2, None)
+                hold = {"until": str(tmp_path / "end"), "journal": str(tmp_path / "journal")}
+                tasks = [await submit(client, "it.hold", hold) for _ in range(5)]
+
+                async def held() -> list[str]:
+                    states = [(await task(client, one))["state"] for one in tasks]
+                    return [one for one, state in zip(tasks, states, strict=True) if state == "running"]
+
+                async def two() -> bool:
+                    return len(await held()) == 2
+
+                await until(two, 10, "two run")
+                await asyncio.to_thread(server.kill)
+                await asyncio.to_thread(server.start)
+                await agents_online(client, ["worker"])
+                other = await submit(client, "it.echo", 1)
+
+                async def done() -> bool:
+                    return (await task(client, other))["state"] == "completed"
+
+                await until(done, 20, "other work goes on beside")
+
+                async def said() -> bool:
+                    running = await held()
+                    waiting = next(one for one in tasks if one not in running)
+                    told = (await client.get(f"{API}/tasks/{waiting}/explain")).json()
+                    return told["code"] == "agents-full-for-type" and set(told["held_by"]) == set(running)
+
+                await until(said, 20, "those that wait say who holds the agent")
+                assert len(await held()) == 2
+                await asyncio.to_thread(Path(hold["until"]).touch)
+                assert await all_final(client, 30) == {"completed": 6}
+    finally:
+        server.stop()
+    found = await read_store(tmp_path / "server" / "data")
+    of_type = [stored for stored in found.facts if stored.fact.subject in tasks]
+    assert most_at_once(of_type) == 2

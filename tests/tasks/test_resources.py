@@ -7,6 +7,7 @@ import pytest
 
 from mcp_control.agents.model import Resources
 from mcp_control.agents.reserving import Load
+from mcp_control.kernel.errors import Invalid
 from mcp_control.tasks.drift import DriftKeeper
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.testing.clock import FakeClock
@@ -69,12 +70,45 @@ async def test_a_reconnect_keeps_what_is_reserved(tmp_path: Path) -> None:
         task = await world.submit(needs={"slots": 2, "resources": {"gpu": 1}})
         await peer.until_given()
         await peer.connect(task.id)
-        assert (peer.live.free, peer.live.room(Load(gpu=1))) == (2, 0)
+        assert (peer.live.free, peer.live.room(Load(gpu=1), "echo")) == (2, 0)
         await world.agents.disconnected(peer.live)
         await peer.connect(task.id)
-        assert (peer.live.free, peer.live.room(Load(gpu=1))) == (2, 0)
+        assert (peer.live.free, peer.live.room(Load(gpu=1), "echo")) == (2, 0)
         await peer.done(peer.given[task.id])
-        assert (peer.live.free, peer.live.room(Load(gpu=1))) == (4, 1)
+        assert (peer.live.free, peer.live.room(Load(gpu=1), "echo")) == (4, 1)
+
+
+async def test_an_agent_gets_no_more_of_a_type_than_it_says_and_other_work_beside(tmp_path: Path) -> None:
+    """Two of the limited type run, the third waits and says why; what has no limit takes the other slots, and an end makes room."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent("worker", "t", "other", slots=4, limits={"t": 2})
+        tasks = [await world.submit("t") for _ in range(4)]
+        others = [await world.submit("other") for _ in range(2)]
+        await peer.until_given(4)
+        assert await _given(world, tasks) == [True, True, False, False]
+        assert await _given(world, others) == [True, True]
+        await peer.done(peer.given[others[0].id])
+        why = await world.tasks.explain(ADMIN, tasks[2].id)
+        assert (why.code, set(why.held_by)) == ("agents-full-for-type", {task.id for task in tasks[:2]})
+        assert "takes 2 at once" in why.message
+        await peer.connect(*(task.id for task in tasks[:2]), others[1].id)
+        assert await _given(world, tasks) == [True, True, False, False], "also after a reconnect"
+        await peer.done(peer.given[tasks[0].id])
+        await peer.until_given(5)
+        assert await _given(world, tasks[1:]) == [True, True, False]
+        await peer.done(peer.given[tasks[1].id])
+        await peer.until_given(6)
+        for task in tasks[2:]:
+            await peer.done(peer.given[task.id])
+        assert peer.live.free == 3
+
+
+async def test_a_limit_of_nothing_is_refused(tmp_path: Path) -> None:
+    """A registration that limits a type to none at all is refused with its place."""
+    async with world_at(tmp_path) as world:
+        with pytest.raises(Invalid) as refused:
+            await world.agent("worker", "t", limits={"t": 0})
+        assert [error.pointer for error in refused.value.errors] == ["#/capabilities/0/limit"]
 
 
 def _keeper(world: World, broken: list[str]) -> DriftKeeper:

@@ -179,11 +179,14 @@ class World:
         slots: int = 1,
         lease_seconds: float = 30.0,
         resources: Resources | None = None,
+        limits: dict[str, int] | None = None,
     ) -> "Peer":
         """Register an agent and connect an instance of it."""
         spec = AgentSpec(
             name=name,
-            capabilities=[Capability(name=task_type) for task_type in types or ("echo",)],
+            capabilities=[
+                Capability(name=task_type, limit=(limits or {}).get(task_type)) for task_type in types or ("echo",)
+            ],
             slots=slots,
             lease_seconds=lease_seconds,
             resources=resources or Resources(),

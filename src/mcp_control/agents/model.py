@@ -39,13 +39,18 @@ AgentKind = Literal["worker", "ai_agent", "script", "http", "mcp_server", "a2a_a
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Something an agent can do: a name (task types are capability names) and a version, with optional JSON Schemas."""
+    """Something an agent can do: a name (task types are capability names) and a version, with optional JSON Schemas.
+
+    Attributes:
+        limit: how many tasks of this type each instance of the agent works on at once, 1 to 10,000; None is as many as it has slots.
+    """
 
     name: str
     version: str = "1"
     description: str = ""
     input_schema: dict[str, object] | None = None
     output_schema: dict[str, object] | None = None
+    limit: int | None = None
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
@@ -61,7 +66,6 @@ class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Attributes:
         slots: tasks it works on at once, 1 to 10,000.
-        limits: of some task types, how many it works on at once, fewer than it has slots. Like `slots`, of each of its instances.
         lease_seconds: how long its session lives without a heartbeat, 2 to 3,600.
         endpoints: addresses by name, for people and for push; never opened by the server on its own.
     """
@@ -72,7 +76,6 @@ class AgentSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     labels: dict[str, str] = {}
     resources: Resources = Resources()
     slots: int = 1
-    limits: dict[str, int] = {}
     lease_seconds: float = 30.0
     endpoints: dict[str, str] = {}
     description: str = ""
@@ -205,7 +208,6 @@ class AgentView(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     resources: Resources
     slots: int
-    limits: dict[str, int]
     free_slots: int
     running: int
     instances: int

@@ -88,6 +88,8 @@ def _capability_errors(spec: AgentSpec) -> list[FieldError]:
         pointer = f"#/capabilities/{place}"
         found += name_errors(f"{pointer}/name", capability.name)
         found += text_errors(f"{pointer}/description", capability.description, 2000)
+        if capability.limit is not None:
+            found += range_errors(f"{pointer}/limit", capability.limit, 1, 10_000)
         if capability.name in seen:
             found.append(
                 FieldError(pointer=f"{pointer}/name", code="duplicate", detail="this capability is named twice")

@@ -3,11 +3,12 @@
 A task that asks for nothing special has no `Load`, and a session that holds none of the others has no `Account`: they pay nothing.
 """
 
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import msgspec
 
-from mcp_control.agents.model import Resources
+from mcp_control.agents.model import AgentSpec, Resources
 
 Scarce = Literal["slots", "cpu", "memory_mb", "gpu"]
 _NOTHING: Final = Resources()
@@ -85,6 +86,52 @@ class Account:
     def left(self, there: Load) -> Load:
         """Return what is left of everything but slots."""
         return Load(there.slots, there.cpu - self._cpu, there.memory_mb - self._memory_mb, there.gpu - self._gpu)
+
+
+class Types:
+    """How many tasks of each type an instance holds whose agent limits some of them.
+
+    A task that was there before the agent had limits may be of any type: until it ends it counts for each, so that no limit is exceeded.
+    """
+
+    __slots__ = ("_counts", "_types", "limits")
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self.limits = limits
+        self._types: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+
+    def take(self, task_id: str, task_type: str) -> None:
+        """Count a task; the same task twice counts once."""
+        if task_id not in self._types:
+            self._types[task_id] = task_type
+            self._counts[task_type] = self._counts.get(task_type, 0) + 1
+
+    def give(self, task_id: str) -> None:
+        """Count a task no more."""
+        task_type = self._types.pop(task_id, None)
+        if task_type is not None:
+            self._counts[task_type] -= 1
+            if not self._counts[task_type]:
+                del self._counts[task_type]
+
+    def take_over(self, other: "Types") -> None:
+        """Count what is counted for another session of the same instance, too."""
+        for task_id, task_type in other._types.items():
+            self.take(task_id, task_type)
+
+    def left(self, task_type: str, held: int) -> int | None:
+        """Return how many more tasks of a type it may have that holds so many tasks in all; None where the type has no limit."""
+        limit = self.limits.get(task_type)
+        if limit is None:
+            return None
+        unknown = max(0, held - len(self._types))
+        return max(0, limit - self._counts.get(task_type, 0) - unknown)
+
+
+def limits_of(spec: AgentSpec) -> dict[str, int]:
+    """Return the types of which each instance of an agent takes only so many at once."""
+    return {capability.name: capability.limit for capability in spec.capabilities if capability.limit is not None}
 
 
 def fits(load: Load, left: Load) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from mcp_control.agents.model import Agent, Instance
-from mcp_control.agents.reserving import Account, Load, capacity, fits
+from mcp_control.agents.reserving import Account, Load, Types, capacity, fits, limits_of
 
 Frame = object
 
@@ -27,6 +27,7 @@ class Session:
     Attributes:
         held: ids of the tasks whose lease this instance has; changed by `hold` and `let_go`.
         account: what those take that take more than a slot; None as long as none has.
+        types: how many it holds of each type; None for an agent that limits none.
         allowance: how many further tasks it takes right now beside its free slots; None for a socket, which takes as many as it has slots.
             A long poll sets it while it waits.
         accepting: whether it may be given work at all.
@@ -52,6 +53,7 @@ class Session:
         "send",
         "slots",
         "stalled",
+        "types",
     )
 
     def __init__(
@@ -69,6 +71,7 @@ class Session:
         self.allowance = allowance
         self.held: set[str] = set()
         self.account: Account | None = None
+        self.types: Types | None = None
         self.parted: Callable[[], None] | None = None
         self.leaving = False
         self.stalled = False
@@ -98,9 +101,11 @@ class Session:
         """Slots that its tasks take."""
         return len(self.held) if self.account is None else len(self.held) + self.account.extra
 
-    def room(self, load: Load | None) -> int:
-        """Return how many tasks that take this much it can take now."""
+    def room(self, load: Load | None, task_type: str) -> int:
+        """Return how many tasks of this type that take this much it can take now."""
         free = self.free
+        if self.types is not None and (more := self.types.left(task_type, len(self.held))) is not None:
+            free = min(free, more)
         if load is None or free <= 0:
             return free
         left = capacity(self.slots, self.agent.spec.resources)
@@ -110,9 +115,11 @@ class Session:
         most = fits(load, Load(self.slots - self.taken, left.cpu, left.memory_mb, left.gpu))
         return min(most, free)
 
-    def hold(self, task_id: str, load: Load | None) -> None:
-        """Count a task as held, with what it takes."""
+    def hold(self, task_id: str, load: Load | None, task_type: str | None = None) -> None:
+        """Count a task as held, with what it takes; one whose type is not known here counts for all that are limited."""
         self.held.add(task_id)
+        if self.types is not None and task_type is not None:
+            self.types.take(task_id, task_type)
         self._tried = self.probing
         if load is not None:
             if self.account is None:
@@ -122,6 +129,8 @@ class Session:
     def let_go(self, task_id: str) -> Load | None:
         """Count a task as held no more; returns what it took."""
         self.held.discard(task_id)
+        if self.types is not None:
+            self.types.give(task_id)
         return None if self.account is None else self.account.give(task_id)
 
     def try_again(self) -> bool:
@@ -136,6 +145,8 @@ class Session:
     def take_over(self, before: "Session") -> None:
         """Hold what an earlier session of the same instance held."""
         self.held |= before.held
+        if self.types is not None and before.types is not None:
+            self.types.take_over(before.types)
         if before.account is not None:
             if self.account is None:
                 self.account = Account()
@@ -144,6 +155,13 @@ class Session:
     def refresh(self, agent: Agent) -> None:
         """Take over a newer value of the agent and what follows for accepting work."""
         self.agent = agent
+        limits = limits_of(agent.spec)
+        if not limits:
+            self.types = None
+        elif self.types is None:
+            self.types = Types(limits)
+        else:
+            self.types.limits = limits
         ordered_off = agent.drain is not None or agent.quarantine is not None or agent.retired_at is not None
         self.accepting = not (ordered_off or self.leaving or self.stalled)
         self._tried = self._tried and self.probing

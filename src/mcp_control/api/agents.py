@@ -184,7 +184,7 @@ async def _ordered(call: Call, verb: Literal["drain", "quarantine", "retire", "r
 
 _SPEC_EXAMPLE: Final = {
     "name": "worker-1",
-    "capabilities": [{"name": "echo", "version": "1"}],
+    "capabilities": [{"name": "echo", "version": "1", "limit": 2}],
     "slots": 4,
     "labels": {"zone": "a"},
 }

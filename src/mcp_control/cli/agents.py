@@ -10,7 +10,7 @@ import typer
 from mcp_control.cli import tether
 from mcp_control.cli.connection import agent_name, connect
 from mcp_control.cli.errors import USAGE, CliError
-from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, confirm, pairs, seconds
+from mcp_control.cli.options import Fields, Json, Labels, Limit, Out, confirm, counts, pairs, seconds
 from mcp_control.cli.output import View, say, write_json
 
 if TYPE_CHECKING:
@@ -85,6 +85,12 @@ def start(
         int | None,
         typer.Option("--slots", min=1, help="Tasks at once, instead of the agent's own number.", show_default=False),
     ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--type-limit", metavar="TYPE=N", help="Tasks of one type at once; repeatable.", show_default=False
+        ),
+    ] = None,
     drain_seconds: Annotated[
         float | None,
         typer.Option("--drain-seconds", min=0, help="How long SIGTERM lets tasks in hand go on.", show_default=False),
@@ -105,6 +111,7 @@ def start(
         agent.name = name
     if slots is not None:
         agent.slots = slots
+    agent.limits |= counts("--type-limit", limits)
     if drain_seconds is not None:
         agent.drain_seconds = drain_seconds
     if not structlog.is_configured():  # by the agent's own module

@@ -83,6 +83,17 @@ def pairs(given: list[str] | None) -> dict[str, str]:
     return found
 
 
+def counts(option: str, given: list[str] | None) -> dict[str, int]:
+    """Return whole numbers from NAME=N arguments. Raises CliError."""
+    found: dict[str, int] = {}
+    for text in given or ():
+        name, _, value = text.rpartition("=")
+        if not name or not value.isdecimal():
+            raise CliError(f"{text!r} is no number of something", USAGE, f"write {option} NAME=N")
+        found[name] = int(value)
+    return found
+
+
 def json_argument(text: str, what: str) -> Any:
     """Return the value of a JSON argument: JSON itself, `@file`, or `-` for standard input. Raises CliError."""
     return json.loads(json_bytes(text, what))

@@ -49,6 +49,7 @@ class Agent:
         name: str,
         *,
         slots: int = 1,
+        limits: Mapping[str, int] | None = None,
         labels: Mapping[str, str] | None = None,
         resources: Resources | None = None,
         lease_seconds: float = 30.0,
@@ -65,6 +66,7 @@ class Agent:
         Args:
             name: its identity; starting the same name again resumes it. Several processes may run under one name on one machine.
             slots: attempts at once.
+            limits: of some task types, how many attempts at once, fewer than there are slots. The same as `limit` at a handler.
             labels: what tasks may ask for by `needs.labels`.
             resources: what the agent has, for tasks that ask for it.
             lease_seconds: how long the server waits for a sign of life before it gives the work to others, 2 to 3,600.
@@ -78,6 +80,7 @@ class Agent:
         """
         self.name = name
         self.slots = slots
+        self.limits = dict(limits or {})
         self.labels = dict(labels or {})
         self.resources = resources or Resources()
         self.lease_seconds = lease_seconds
@@ -101,6 +104,7 @@ class Agent:
         executor: Executor | None = None,
         timeout: float | None = None,
         retries: int | None = None,
+        limit: int | None = None,
         description: str = "",
     ) -> Callable[[Callable[P, R]], Handler[P, R]]:
         """Register a function `(payload)` or `(payload, ctx)` as the handler of a task type.
@@ -114,6 +118,7 @@ class Agent:
             executor: `async` for coroutines; `thread` (the default for plain functions) or `process` (for CPU-heavy work).
             timeout: seconds one attempt may take, where the task itself has no limit.
             retries: attempts after the first one at most, where the task's own policy allows more.
+            limit: attempts of this type at once, in each process of the agent; the server sends no more.
             description: by default the first line of the docstring.
 
         Raises:
@@ -131,7 +136,10 @@ class Agent:
                 retries=retries,
                 description=description,
             )
-            return self.add(handler)
+            added = self.add(handler)
+            if limit is not None:
+                self.limits[name] = limit
+            return added
 
         return register
 
@@ -148,7 +156,8 @@ class Agent:
         return AgentSpec(
             name=self.name,
             capabilities=[
-                Capability(name=h.name, version=h.version, description=h.description) for h in self.handlers.values()
+                Capability(name=h.name, version=h.version, description=h.description, limit=self.limits.get(h.name))
+                for h in self.handlers.values()
             ],
             labels=self.labels,
             resources=self.resources,

@@ -99,7 +99,7 @@ class AgentSessions:
         held = await self.held_by(instance.id)
         session.leaving = hello.beat.draining
         for task in held:
-            session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
+            session.hold(task.id, load_of(task.needs.slots, task.needs.resources), task.type)
         session.refresh(agent)
         known = set(hello.beat.running)
         send(
@@ -219,7 +219,8 @@ class AgentSessions:
             self._missing[instance_id] = gone
         unheard = [task_id for task_id in stored if task_id not in session.held]
         for task_id in unheard:
-            session.hold(task_id, load_of(stored[task_id].needs.slots, stored[task_id].needs.resources))
+            task = stored[task_id]
+            session.hold(task_id, load_of(task.needs.slots, task.needs.resources), task.type)
         if session.allowance is not None:
             since = self._clock.now() - max(_ON_ITS_WAY_MS, session.instance.lease_ms // 3)
             unheard += [task.id for task in stored.values() if _lost_on_its_way(task, since)]

@@ -78,7 +78,7 @@ class Chooser:
         if strategy == "fastest" and self.speeds is not None and len(sessions) > 1:
             expected = self.speeds.expected([session.agent.id for session in sessions], lane.demand.type)
         candidates = [
-            Candidate(session.slots, session.room(lane.load), session.last, seconds, lane.home == session.agent.id)
+            Candidate(session.slots, lane.room(session), session.last, seconds, lane.home == session.agent.id)
             for session, seconds in zip(sessions, expected, strict=True)
         ]
         return spread(candidates, count, strategy)

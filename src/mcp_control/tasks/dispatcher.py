@@ -12,7 +12,6 @@ from typing import Final
 import structlog
 
 from mcp_control.agents.matching import Demand
-from mcp_control.agents.reserving import Load
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.errors import Problem
@@ -150,7 +149,8 @@ class Dispatcher:
             if session not in lane.sessions or any(session in other.sessions for other in contenders):
                 continue
             free = session.free
-            if free <= 0 or (lane.load is not None and not session.room(lane.load)):
+            special = lane.load is not None or session.types is not None
+            if free <= 0 or (special and not lane.room(session)):
                 continue
             if not plain:
                 open_to.append(session)
@@ -164,15 +164,15 @@ class Dispatcher:
         if open_to:
             best = open_to[self.chooser.spread(lane, open_to, 1)[0]]
         if best is not None:
-            self._reserve(best, task.id, lane.load)
+            self._reserve(best, task.id, lane)
             if self.shares.keyed:
                 now = self._monotonic()
                 self._begin(lane, now)
                 self.shares.served(lane.line, 1, now)
         return best
 
-    def _reserve(self, session: Session, task_id: str, load: Load | None) -> None:
-        session.hold(task_id, load)
+    def _reserve(self, session: Session, task_id: str, lane: Lane) -> None:
+        session.hold(task_id, lane.load, lane.demand.type)
         if session.allowance is not None:
             session.allowance -= 1
         # Back to the end of the row: idle sessions take turns.
@@ -298,7 +298,7 @@ class Dispatcher:
         """Share the free slots out between the shares of a tenant, by their weights."""
         lines: dict[Line, list[Lane]] = {}
         for lane in lanes:
-            if any(session in lane.sessions and session.room(lane.load) > 0 for session in self._free):
+            if any(session in lane.sessions and lane.room(session) > 0 for session in self._free):
                 lines.setdefault(lane.line, []).append(lane)
         if len({line.share for line in lines}) < 2:
             return await self._in_order([lane for lane in lanes if lane.line in lines])
@@ -322,9 +322,8 @@ class Dispatcher:
 
         Returns how many were given out; None where there was no room for any, or nothing waits any more.
         """
-        load = lane.load
-        sessions = [session for session in self._free if session in lane.sessions and session.room(load) > 0]
-        wanted = min(wanted, sum(session.room(load) for session in sessions))
+        sessions = [session for session in self._free if session in lane.sessions and lane.room(session) > 0]
+        wanted = min(wanted, sum(map(lane.room, sessions)))
         if wanted <= 0:
             return None
         entries = await self._queue.take(lane.key, wanted, ceiling)
@@ -334,7 +333,7 @@ class Dispatcher:
             return 0 if lane.waiting else None
         await self._room.acquire()
         # Slots may have gone while this waited; those entries go back.
-        sessions = [session for session in sessions if session.room(load) > 0]
+        sessions = [session for session in sessions if lane.room(session) > 0]
         chosen = self.chooser.spread(lane, sessions, len(entries))
         # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
         pairs = [
@@ -343,7 +342,7 @@ class Dispatcher:
             if entry.id not in sessions[at].held
         ]
         for task_id, session in pairs:
-            self._reserve(session, task_id, load)
+            self._reserve(session, task_id, lane)
         if len(chosen) < len(entries):
             await self._put_back(lane, entries[len(chosen) :])
         if self.shares.keyed:

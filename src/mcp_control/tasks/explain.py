@@ -7,7 +7,7 @@ import msgspec
 from mcp_control.agents.balancing import home_of
 from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
-from mcp_control.agents.reserving import Load, amount, load_of, short_of
+from mcp_control.agents.reserving import Load, amount, limits_of, load_of, short_of
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.view_model import Explanation
@@ -21,6 +21,10 @@ class Room(msgspec.Struct, frozen=True):
     since: int
     running: Sequence[tuple[str, int]] = ()
 
+    def of_type(self, task_type: str) -> list[str]:
+        """Return the tasks of a type that it holds."""
+        return [holder for holder, (name, _) in zip(self.holders, self.running, strict=False) if name == task_type]
+
 
 class Seen(msgspec.Struct, frozen=True):
     """What the scheduler sees of an agent, and of its instances where somebody asked."""
@@ -31,6 +35,13 @@ class Seen(msgspec.Struct, frozen=True):
     free: int
     state_at: int
     rooms: Sequence[Room] = ()
+
+    def full_of(self, task_type: str) -> bool:
+        """Say whether each instance has as many tasks of a type as the agent takes at once."""
+        limit = limits_of(self.spec).get(task_type)
+        return (
+            limit is not None and bool(self.rooms) and all(len(room.of_type(task_type)) >= limit for room in self.rooms)
+        )
 
 
 def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None, elsewhere: int = 0) -> Explanation:
@@ -97,6 +108,8 @@ def _queued(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         holders = [holder for room in rooms for holder in room.holders] or [agent.id for agent in there]
         since = max([task.state_at, *(room.since for room in rooms)])
         return _because(task, "agents-full", message, since, holders[:10], ahead)
+    if (found := _full_of_type(task, there, ahead)) is not None:
+        return found
     if ahead or elsewhere:
         parts = [f"{ahead} tasks are before it in its lane"] if ahead else []
         if elsewhere:
@@ -124,6 +137,19 @@ def _short(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | None
     if not told:
         return None
     return _because(task, "resources-short", "; ".join(sorted(told)[:3]), since, list(holders)[:10], ahead)
+
+
+def _full_of_type(task: Task, agents: Sequence[Seen], ahead: int | None) -> Explanation | None:
+    """Return which agents have free slots, but as many tasks of its type as they take at once; None where one could take it."""
+    full = [agent for agent in agents if agent.free]
+    if not all(agent.full_of(task.type) for agent in full):
+        return None
+    told = sorted({f"{agent.spec.name} takes {limits_of(agent.spec)[task.type]} at once" for agent in full})[:3]
+    rooms = [room for agent in full for room in agent.rooms]
+    holders = [holder for room in rooms for holder in room.of_type(task.type)]
+    since = max([task.state_at, *(began for room in rooms for name, began in room.running if name == task.type)])
+    message = f"agents full for this type: {'; '.join(told)}"
+    return _because(task, "agents-full-for-type", message, since, holders[:10], ahead)
 
 
 def _holder(task: Task) -> list[str]:

@@ -61,10 +61,20 @@ class Explainer:
         found = explain(task, demand, agents, ahead, sum(count for _, count in before))
         if not there or found.code == "resources-short":
             return found
-        running = [each for agent in there for room in agent.rooms for each in room.running]
+        full = {agent.id for agent in there if agent.full_of(task.type)}
+        running = [
+            each
+            for agent in there
+            for room in agent.rooms
+            for each in room.running
+            # Where the type is limited, only the end of one of its kind makes room.
+            if agent.id not in full or each[0] == task.type
+        ]
         line = [*before, (task.type, ahead)]
         times = await self._history.times(task.tenant, {name for name, _ in [*running, *line]})
-        at = expected_start(self._clock.now(), sum(agent.free for agent in there), running, line, times)
+        at = expected_start(
+            self._clock.now(), sum(agent.free for agent in there if agent.id not in full), running, line, times
+        )
         return found if at is None else msgspec.structs.replace(found, expected_start=to_datetime(at))
 
     async def _elsewhere(

@@ -158,7 +158,7 @@ class Handing:
             if session is not None:
                 for task, _ in tasks:
                     if task.id not in session.held:
-                        session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
+                        session.hold(task.id, load_of(task.needs.slots, task.needs.resources), task.type)
                 session.send([Tasks(tasks=[assignment(task, payload) for task, payload in tasks])])
             elif chosen.leaving:
                 # It left while this was committed and will not come back for them.
@@ -299,7 +299,7 @@ class Handing:
         session = None if task.lease is None else self._sessions.get(task.lease.instance_id)
         if session is None or task.id in session.held:
             return
-        session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
+        session.hold(task.id, load_of(task.needs.slots, task.needs.resources), task.type)
         if task.state is TaskState.ASSIGNED:
             session.send([Tasks(tasks=[assignment(task, payload)])])
 

@@ -37,6 +37,10 @@ class Lane:
         self.rank = 0
         self.sessions: set[Session] = set()
 
+    def room(self, session: Session) -> int:
+        """Return how many of its tasks a session can take now."""
+        return session.room(self.load, self.demand.type)
+
 
 def lane_key(
     tenant: str, task_type: str, type_version: str, needs: Needs, priority: int = DEFAULT_PRIORITY, share: str = ""

@@ -33,10 +33,10 @@ async def _room(store: Store, instance_id: str, spec: AgentSpec) -> Room:
     since = slots = 0
     for task in map(read, await store.find("task", held)):
         slots += task.needs.slots
-        holders.append(task.id)
         if (load := load_of(task.needs.slots, task.needs.resources)) is not None:
             account.take(task.id, load)
         if task.lease is not None:
+            holders.append(task.id)
             since = max(since, task.lease.since)
             running.append((task.type, task.lease.since))
     left = account.left(capacity(spec.slots, spec.resources))
