@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mcp_control.events.broadcaster import Batch, Broadcaster, Subscription
+from mcp_control.events.backlog import Batch
+from mcp_control.events.broadcaster import Broadcaster, Subscription
 from mcp_control.events.filters import Filter
 from mcp_control.events.log import fact
 from mcp_control.events.retention import EventRetention

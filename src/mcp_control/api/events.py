@@ -9,7 +9,8 @@ import msgspec
 from mcp_control.api.call import Call, Reply, reply
 from mcp_control.api.query import Query
 from mcp_control.api.routing import Endpoint
-from mcp_control.events.broadcaster import Batch, Subscription
+from mcp_control.events.backlog import Batch
+from mcp_control.events.broadcaster import Subscription
 from mcp_control.events.filters import filter_of
 from mcp_control.events.model import Event, event_id, event_seq, to_event
 from mcp_control.kernel.changes import StoredFact

@@ -91,6 +91,11 @@ class Outbox:
         if self._merged > FRAME_BYTES:
             self._flush()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the socket is open and all was handed to the network, so that what is written past the outbox comes in order."""
+        return self._idle.is_set() and self._closing is None and not self.closed
+
     async def drained(self) -> None:
         """Return when everything was handed to the network, or the socket is closed."""
         if not self.closed:
@@ -170,5 +175,11 @@ class Outbox:
 
 def close_extension(scope: Any) -> Callable[[int, str], None]:
     """Return the way to close a socket at once that `ControlSocketProtocol` offers."""
-    close: Callable[[int, str], None] = scope["extensions"]["mcp-control.close-now"]["close"]
+    close: Callable[[int, str], None] = scope["extensions"]["mcp-control.at-once"]["close"]
     return close
+
+
+def write_extension(scope: Any) -> Callable[[bytes], bool]:
+    """Return `write_now` of `ControlSocketProtocol`."""
+    write: Callable[[bytes], bool] = scope["extensions"]["mcp-control.at-once"]["write"]
+    return write

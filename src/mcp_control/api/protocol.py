@@ -10,6 +10,7 @@ from typing import Any, Final
 from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame, Opcode
 
 from mcp_control.api.problem import MEDIA_TYPE, problem_bytes
 from mcp_control.kernel.errors import Problem
@@ -139,16 +140,28 @@ class ControlHttpProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
+def wire_text(payload: bytes) -> bytes:
+    """Return a text message as a server sends it, the same for every peer (RFC 6455, section 5.2: not masked)."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=False)
+
+
 class ControlSocketProtocol(WebSocketsSansIOProtocol):
-    """WebSocket that can be closed although the peer reads nothing: `send` waits for such a peer, `close_now` does not."""
+    """WebSocket whose `send` waits for a peer that reads nothing, and that offers two ways that do not: `close_now` and `write_now`."""
 
     @override
     def handle_connect(self, event: Any) -> None:
-        """Hand the application the way to close at once, as an extension of its scope."""
+        """Hand the application the ways to close and to write at once, as an extension of its scope."""
         super().handle_connect(event)
         if hasattr(self, "scope"):
             extensions: dict[str, dict[str, object]] = self.scope["extensions"]  # type: ignore[assignment]  # ours is not in the typed list
-            extensions["mcp-control.close-now"] = {"close": self.close_now}
+            extensions["mcp-control.at-once"] = {"close": self.close_now, "write": self.write_now}
+
+    def write_now(self, wire: bytes) -> bool:
+        """Write what is framed already (`wire_text`); False when the peer is behind with reading or the socket is about to close."""
+        if self.close_sent or not self.writable.is_set() or self.transport.is_closing():
+            return False
+        self.transport.write(wire)
+        return True
 
     def close_now(self, code: int, reason: str) -> None:
         """Put a close frame behind what is buffered, and drop the connection if that is not taken within 5 s."""

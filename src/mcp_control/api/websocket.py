@@ -5,14 +5,16 @@ send it from an allowed origin, since it sends cookies to anybody and this serve
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated, Final
 
 import msgspec
 import structlog
 
 from mcp_control.api.call import Receive, Scope, Send
-from mcp_control.api.outbox import Outbox, close_extension
+from mcp_control.api.outbox import Outbox, close_extension, write_extension
 from mcp_control.api.problem import code_of
+from mcp_control.api.protocol import wire_text
 from mcp_control.api.services import Services
 from mcp_control.api.socket_input import (
     PROBLEMS_MAX,
@@ -23,8 +25,10 @@ from mcp_control.api.socket_input import (
     frame_problem,
     text_of,
 )
-from mcp_control.events.broadcaster import Batch, Subscription
+from mcp_control.events.backlog import Batch
+from mcp_control.events.broadcaster import Subscription
 from mcp_control.events.model import Event, event_id, event_seq, to_event
+from mcp_control.events.rounds import Rounds
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import Forbidden, InvalidToken, Problem
 from mcp_control.security.model import Actor
@@ -34,9 +38,7 @@ from mcp_control.tasks.wire import encode_frame
 _log = structlog.get_logger(__name__)
 SUBSCRIPTIONS_MAX: Final = 100
 _GROUP: Final = 200
-_CROWD: Final = 100  # followers
-_GATHER_EACH: Final = 0.00005
-_GATHER_MOST: Final = 0.02
+_IDS: Final = 16  # ids of subscriptions for which the frames of a round are kept
 SubscriptionId = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
@@ -118,6 +120,7 @@ class EventSocket:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._texts = EventTexts()
+        self._rounds = Rounds(services.broadcaster)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Serve one socket until it ends."""
@@ -129,18 +132,28 @@ class EventSocket:
         await send({"type": "websocket.accept", "headers": [(b"x-request-id", request_id.encode())]})
         outbox = Outbox(send, close_extension(scope), stall=services.body_stall_seconds)
         with services.sockets.one(outbox):
-            await _Connection(services, self._texts, actor, receive, outbox).run()
+            send_events = _Way(self._rounds, self._texts, outbox, write_extension(scope))
+            await _Connection(services, actor, receive, send_events).run()
+
+
+class _Way(msgspec.Struct, frozen=True):
+    """How events get to one socket: with everybody else's in rounds, or behind what waits in its outbox."""
+
+    rounds: Rounds
+    texts: "EventTexts"
+    outbox: Outbox
+    write: Callable[[bytes], bool]
 
 
 class _Connection:
-    def __init__(self, services: Services, texts: "EventTexts", actor: Actor, receive: Receive, outbox: Outbox) -> None:
+    def __init__(self, services: Services, actor: Actor, receive: Receive, way: _Way) -> None:
         self._services = services
-        self._texts = texts
         self._actor = actor
         self._receive = receive
-        self._outbox = outbox
+        self._way = way
+        self._outbox = way.outbox
         self._problems = 0
-        self._following: dict[str, tuple[Subscription, asyncio.Task[None]]] = {}
+        self._following: dict[str, _Follower] = {}
         self._expiry: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
@@ -158,9 +171,8 @@ class _Connection:
         finally:
             if self._expiry is not None:
                 self._expiry.cancel()
-            for subscription, task in self._following.values():
-                subscription.close()
-                task.cancel()
+            for follower in self._following.values():
+                follower.stop()
             if code:
                 await self._outbox.finish(code, reason)
             await self._outbox.stop()
@@ -209,32 +221,17 @@ class _Connection:
             frame.types, frame.subject, frame.run, self._actor.tenant, after
         )
         self._outbox.put((Subscribed(id=frame.id, after=event_id(subscription.after)),))
-        self._following[frame.id] = (subscription, asyncio.create_task(self._follow(frame.id, subscription)))
+        follower = self._following[frame.id] = _Follower(frame.id, subscription, self._way, self._ended)
+        follower.behind()
         return None
 
     def _unsubscribe(self, id: str) -> None:
         found = self._following.pop(id, None)
         if found is not None:
-            found[0].close()
-            found[1].cancel()
+            found.stop()
 
-    async def _follow(self, id: str, subscription: Subscription) -> None:
-        try:
-            async for batch in subscription:
-                self._outbox.put(self._texts.frames(id, batch))
-                # The backlog of the subscription is the bound and knows what may be left out; the socket only takes what it can send.
-                await self._outbox.drained()
-                # With many followers what happens within a blink goes out together: a frame costs the same for one event as for ten.
-                crowd = self._services.broadcaster.subscribers
-                if crowd > _CROWD:
-                    await asyncio.sleep(min(crowd * _GATHER_EACH, _GATHER_MOST))
-        except Problem as problem:
-            self._outbox.put((Trouble(code=code_of(problem), detail=problem.detail, sub=id),))
-            self._following.pop(id, None)
-            subscription.close()
-        except Exception:
-            _log.exception("following events failed")
-            self._outbox.close(1011, "internal error")
+    def _ended(self, id: str) -> None:
+        del self._following[id]
 
     async def _renew(self, credential: str) -> None:
         services = self._services
@@ -245,12 +242,61 @@ class _Connection:
         self._watch_expiry()
 
 
+class _Follower:
+    """One subscription of a socket, served in rounds while it keeps up and by a task of its own while it does not."""
+
+    __slots__ = ("_ended", "_id", "_subscription", "_task", "_way")
+
+    def __init__(self, id: str, subscription: Subscription, way: _Way, ended: Callable[[str], None]) -> None:
+        self._ended = ended
+        self._id = id
+        self._subscription = subscription
+        self._way = way
+        self._task: asyncio.Task[None] | None = None
+
+    def take(self, batch: Batch) -> bool:
+        """Write a batch straight to the network where nothing is before it."""
+        way = self._way
+        return way.outbox.idle and way.write(way.texts.wire(self._id, batch))
+
+    def behind(self) -> None:
+        """Catch up, and join the rounds then."""
+        self._task = asyncio.create_task(self._catch_up())
+
+    def stop(self) -> None:
+        """Send no more."""
+        self._subscription.close()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _catch_up(self) -> None:
+        way, subscription = self._way, self._subscription
+        try:
+            while True:
+                # The backlog of the subscription is the bound and knows what may be left out; the socket only takes what it can send.
+                await way.outbox.drained()
+                if way.rounds.join(subscription, self):
+                    return
+                way.outbox.put(way.texts.frames(self._id, await anext(subscription)))
+        except StopAsyncIteration:
+            return
+        except Problem as problem:
+            way.outbox.put((Trouble(code=code_of(problem), detail=problem.detail, sub=self._id),))
+            subscription.close()
+            self._ended(self._id)
+        except Exception:
+            _log.exception("following events failed")
+            way.outbox.close(1011, "internal error")
+
+
 class EventTexts:
     """Events as they are sent, encoded once for all who follow them."""
 
     def __init__(self, capacity: int = 5000) -> None:
         self._capacity = capacity
         self._texts: dict[int, bytes] = {}
+        self._batch: Batch | None = None
+        self._wires: dict[str, bytes] = {}
 
     def of(self, stored: StoredFact) -> bytes:
         """Return an event as JSON."""
@@ -261,9 +307,20 @@ class EventTexts:
                 del self._texts[next(iter(self._texts))]
         return text
 
-    def frames(self, id: str, batch: Batch) -> list[object]:
+    def wire(self, id: str, batch: Batch) -> bytes:
+        """Return the frames of a batch as they go over the network; kept until another batch is asked for."""
+        if batch is not self._batch:
+            self._batch, self._wires = batch, {}
+        wire = self._wires.get(id)
+        if wire is None:
+            wire = b"".join(wire_text(frame) for frame in self.frames(id, batch))
+            if len(self._wires) < _IDS:
+                self._wires[id] = wire
+        return wire
+
+    def frames(self, id: str, batch: Batch) -> list[bytes]:
         """Return the frames (see `OneEvent`, `SomeEvents`) that bring a batch to the subscription of this id."""
-        frames: list[object] = [Reread(sub=id)] if batch.reread else []
+        frames = [encode_frame(Reread(sub=id))] if batch.reread else []
         texts = [self.of(stored) for stored in batch.facts]
         sub = encode_frame(id)
         if len(texts) == 1:

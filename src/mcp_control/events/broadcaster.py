@@ -1,8 +1,7 @@
 """Facts to everybody who follows them: live from the store's commits, joined without gap or duplicate to what was missed.
 
-The cost of a fact that nobody follows is one look into a dictionary. A subscriber holds at most `backlog` entries: progress and log
-notices of one thing replace each other while they wait; what changes a state is never left out silently. When the backlog is full it
-is emptied and the subscriber is told to read anew (`Batch.reread`).
+The cost of a fact that nobody follows is one look into a dictionary. A subscriber holds at most `backlog` entries (see `Backlog`).
+When they are full they are dropped and the subscriber is told to read anew (`Batch.reread`).
 """
 
 import asyncio
@@ -10,68 +9,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Final, Self
 
-import msgspec
-
+from mcp_control.events.backlog import Backlog, Batch
 from mcp_control.events.filters import Filter, filter_of
+from mcp_control.events.routes import Listener, Routes
 from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.errors import CursorExpired, Overloaded
 from mcp_control.storage.ports import Store
 
 _PAGE: Final = 500
 _KEEP_ALL: Final = 2**62
-# Notices of which only the newest matters to somebody who is behind; the lines and figures themselves are read elsewhere.
-_REPLACEABLE: Final = ("progressed", "logged")
-
-
-class Batch(msgspec.Struct, frozen=True):
-    """What a subscriber gets at once, in order.
-
-    Attributes:
-        facts: those that match; may be empty when `reread` is set.
-        reread: facts before these were dropped because the subscriber was too slow: read the current state.
-        after: the cursor that goes on after this batch, also past facts that did not match.
-    """
-
-    facts: list[StoredFact]
-    reread: bool
-    after: int
-
-
-class _Route:
-    """The subscribers of one fact type, by what narrows them most, so that a fact meets only those it may concern."""
-
-    __slots__ = ("broad", "by_run", "by_subject", "size")
-
-    def __init__(self) -> None:
-        self.broad: dict[Subscription, None] = {}
-        self.by_subject: dict[str, dict[Subscription, None]] = {}
-        self.by_run: dict[str, dict[Subscription, None]] = {}
-        self.size = 0
-
-    def add(self, each: "Subscription") -> None:
-        self.size += 1
-        if each.filter.subject is not None:
-            self.by_subject.setdefault(each.filter.subject, {})[each] = None
-        elif each.filter.run is not None:
-            self.by_run.setdefault(each.filter.run, {})[each] = None
-        else:
-            self.broad[each] = None
-
-    def remove(self, each: "Subscription") -> None:
-        self.size -= 1
-        if each.filter.subject is not None:
-            _take_out(self.by_subject, each.filter.subject, each)
-        elif each.filter.run is not None:
-            _take_out(self.by_run, each.filter.run, each)
-        else:
-            del self.broad[each]
-
-
-def _take_out(table: dict[str, dict["Subscription", None]], key: str, each: "Subscription") -> None:
-    row = table[key]
-    del row[each]
-    if not row:
-        del table[key]
 
 
 class Subscription:
@@ -79,20 +25,18 @@ class Subscription:
 
     Attributes:
         filter: what it follows.
-        after: the last fact it has passed on; a cursor to resume from.
+        after: the last fact it has passed on; a cursor to resume from. Stands still while it is handed over.
     """
 
     def __init__(self, broadcaster: "Broadcaster", filter: Filter, after: int, backlog: int) -> None:
         self.filter = filter
         self.after = after
         self._broadcaster = broadcaster
-        self._backlog = backlog
-        self._waiting: dict[object, StoredFact] = {}
-        self._seen = after
-        self._reread = False
+        self._backlog = Backlog(after, backlog)
         self._wake: asyncio.Future[None] | None = None
         self._live = False
         self._closed = False
+        self._leave: Callable[[Subscription], None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,7 +52,7 @@ class Subscription:
     async def __anext__(self) -> Batch:
         """Return the next batch. Raises CursorExpired when what comes next was removed in the meantime."""
         while not self._closed:
-            batch = self._take() if self._live else await self._missed()
+            batch = self._backlog.take(self._broadcaster.newest, _PAGE) if self._live else await self._missed()
             if batch is not None:
                 self.after = batch.after
                 return batch
@@ -120,62 +64,57 @@ class Subscription:
         """End the stream. Closing it twice is a no-op."""
         if not self._closed:
             self._closed = True
-            self._waiting.clear()
-            self._broadcaster.detach(self)
+            self._backlog.clear()
+            self._broadcaster.forget(self)
+            if self._leave is None:
+                self._broadcaster.detach(self)
+            else:
+                self._leave(self)
             self._ring()
 
     def offer(self, stored: StoredFact) -> None:
         """Take a live fact that matches. Called by the broadcaster; never blocks."""
-        if stored.seq <= self._seen:
-            return
-        self._seen = stored.seq
-        fact = stored.fact
-        key: object = stored.seq
-        if fact.type.endswith(_REPLACEABLE):
-            key = (fact.type, fact.subject)
-            self._waiting.pop(key, None)  # goes to the end, so that the order stays that of the facts
-        elif len(self._waiting) >= self._backlog:
-            self._waiting.clear()
-            self._reread = True
-        if len(self._waiting) < self._backlog:
-            self._waiting[key] = stored
+        if self._backlog.offer(stored):
+            self._ring()
+
+    def hand_over(self, leave: Callable[["Subscription"], None]) -> bool:
+        """Let somebody else take the facts from here on, unless it still has some to pass on; `leave` is called when it is closed."""
+        if not self._live or self._closed or self._backlog or self._backlog.seen > self._broadcaster.newest:
+            return False
+        self._broadcaster.detach(self)
+        self._leave = leave
+        return True
+
+    def take_back(self, *batches: Batch) -> None:
+        """Take the facts itself again after `hand_over`, first of all these, which did not get through."""
+        self._leave = None
+        self._broadcaster.attach(self)
+        for batch in batches:
+            self._backlog.add(batch)
         self._ring()
 
     def join(self) -> None:
         """Be live from here on. Called at once by the broadcaster where nothing was missed."""
         self._live = True
 
-    def _take(self) -> Batch | None:
-        if not self._waiting and not self._reread:
-            return None
-        facts = list(self._waiting.values())
-        rest = facts[_PAGE:]
-        facts = facts[:_PAGE]
-        if rest:
-            self._waiting = dict(list(self._waiting.items())[_PAGE:])
-        else:
-            self._waiting = {}
-        reread, self._reread = self._reread, False
-        # Once all that waited is out, everything up to the newest fact was looked at.
-        return Batch(facts, reread, facts[-1].seq if rest else max(self._seen, self._broadcaster.newest))
-
     async def _missed(self) -> Batch | None:
         """Read a page of the past; when it reaches the present, go live in the same step, so nothing falls between."""
-        page = await self._broadcaster.read(self._seen, _PAGE)
+        backlog = self._backlog
+        page = await self._broadcaster.read(backlog.seen, _PAGE)
         if page:
-            self._seen = page[-1].seq
-        if self._seen >= self._broadcaster.newest and not self._closed:
+            backlog.seen = page[-1].seq
+        if backlog.seen >= self._broadcaster.newest and not self._closed:
             self._broadcaster.attach(self)
             self._live = True
         wanted = [each for each in page if self.filter.wants_type(each.fact.type) and self.filter.wants(each.fact)]
-        return Batch(wanted, False, self._seen) if wanted else None
+        return Batch(wanted, False, backlog.seen) if wanted else None
 
     def _ring(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     async def _woken(self) -> None:
-        if self._closed or self._waiting or self._reread:
+        if self._closed or self._backlog:
             return
         self._wake = asyncio.get_running_loop().create_future()
         try:
@@ -206,11 +145,10 @@ class Broadcaster:
         self._broken = broken
         self._started = False
         self._told: int | None = None
-        self._backlog = backlog
+        self.backlog = backlog
         self._limit = limit
-        self._subscriptions: dict[Subscription, None] = {}
         self._following: dict[Subscription, None] = {}
-        self._routes: dict[str, _Route] = {}
+        self._routes = Routes()
         self.newest = 0
 
     @property
@@ -234,28 +172,11 @@ class Broadcaster:
             self._broken("facts_out_of_order")
         self._told = facts[-1].seq
         self.newest = max(self.newest, self._told)
-        if not self._subscriptions:
+        if not self._routes:
             return
-        routes = self._routes
         for stored in facts:
-            fact = stored.fact
-            route = routes.get(fact.type)
-            if route is None:
-                route = self._route(fact.type)
-            if not route.size:
-                continue
-            for each in route.broad:
-                if each.filter.wants(fact):
-                    each.offer(stored)
-            if route.by_subject:
-                for each in route.by_subject.get(fact.subject, ()):
-                    if each.filter.wants(fact):
-                        each.offer(stored)
-            if route.by_run:
-                for name in {fact.run, fact.subject}:
-                    for each in route.by_run.get(name, ()):
-                        if each.filter.wants(fact):
-                            each.offer(stored)
+            for each in self._routes.listeners(stored.fact):
+                each.offer(stored)
 
     async def subscribe(
         self,
@@ -284,7 +205,7 @@ class Broadcaster:
             raise Overloaded("too many subscriptions", retry_after=5)
         if after is not None:
             await self._check(after)
-        subscription = Subscription(self, wanted, self.newest if after is None else after, self._backlog)
+        subscription = Subscription(self, wanted, self.newest if after is None else after, self.backlog)
         self._following[subscription] = None
         if after is None or after >= self.newest:
             self.attach(subscription)
@@ -321,24 +242,20 @@ class Broadcaster:
         for subscription in list(self._following):
             subscription.close()
 
-    # --- for subscriptions ----------------------------------------------------------------------------------------
+    # --- for subscriptions and rounds -----------------------------------------------------------------------------
 
-    def attach(self, subscription: Subscription) -> None:
-        """Begin to offer live facts."""
-        self._subscriptions[subscription] = None
-        for name, route in self._routes.items():
-            if subscription.filter.wants_type(name):
-                route.add(subscription)
+    def attach(self, each: Listener) -> None:
+        """Begin to offer live facts to somebody who is not attached."""
+        self._routes.add(each)
 
-    def detach(self, subscription: Subscription) -> None:
-        """Stop offering."""
+    def detach(self, each: Listener) -> None:
+        """Stop offering; a no-op for somebody who is not attached."""
+        if each in self._routes:
+            self._routes.remove(each)
+
+    def forget(self, subscription: Subscription) -> None:
+        """Count a subscription that was closed no longer."""
         self._following.pop(subscription, None)
-        if subscription not in self._subscriptions:
-            return
-        del self._subscriptions[subscription]
-        for name, route in self._routes.items():
-            if subscription.filter.wants_type(name):
-                route.remove(subscription)
 
     async def read(self, after: int, limit: int) -> list[StoredFact]:
         """Return the facts after `after`. Raises CursorExpired when the next one is no longer kept."""
@@ -353,15 +270,6 @@ class Broadcaster:
         oldest, newest = await self._store.trim_facts(0, _KEEP_ALL, 0)
         if after > newest or after + 1 < oldest:
             raise _expired()
-
-    def _route(self, type: str) -> _Route:
-        if len(self._routes) > 1000:
-            self._routes = {}
-        route = self._routes[type] = _Route()
-        for each in self._subscriptions:
-            if each.filter.wants_type(type):
-                route.add(each)
-        return route
 
 
 def _expired() -> CursorExpired:
