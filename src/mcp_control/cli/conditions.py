@@ -14,13 +14,20 @@ Where = Annotated[
     typer.Option(
         "--where",
         metavar="CONDITION",
-        help="All tasks that fulfil this; repeatable, all must hold: state= type= run= agent= label.NAME= code= class= "
+        help="All tasks that fulfil this; repeatable, all must hold: state= type= run= group= agent= label.NAME= code= class= "
         "priority>= priority<= created> created< ended> ended< (a time, or how long ago: 2h).",
         show_default=False,
     ),
 ]
 _FORM: Final = re.compile(r"([a-z]+)(?:\.([^=<>]+))?(>=|<=|=|<|>)(.*)", re.DOTALL)
-_EQUAL: Final = {"type": "type", "run": "run", "agent": "agent", "code": "code", "class": "error_class"}
+_EQUAL: Final = {
+    "type": "type",
+    "run": "run",
+    "group": "group",
+    "agent": "agent",
+    "code": "code",
+    "class": "error_class",
+}
 _MOMENTS: Final = {
     ("created", ">"): "created_after",
     ("created", "<"): "created_before",

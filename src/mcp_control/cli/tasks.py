@@ -42,7 +42,7 @@ from mcp_control.tasks.view_model import TaskView
 
 app = typer.Typer(name="tasks", help="Work, one piece at a time: submit, watch, explain, cancel.", no_args_is_help=True)
 COLUMNS = ("id", "type", "state", "priority", "progress", "attempt", "agent_id", "created_at", "message")
-WIDE = ("run_id", "stage", "item", "reason", "state_since", "labels", "progress_message")
+WIDE = ("run_id", "stage", "item", "group_id", "reason", "state_since", "labels", "progress_message")
 SHOWN = (
     "id", "type", "state", "reason", "message", "progress", "progress_message", "attempt", "agent_id", "created_at", "started_at",
     "finished_at", "run_id", "stage", "result", "failure.code", "failure.message",
@@ -145,6 +145,7 @@ def ls(
     ] = "",
     type: Annotated[str, typer.Option("--type", help="Only tasks of this type.", show_default=False)] = "",
     run: Annotated[str, typer.Option("--run", help="Only tasks of this run.", show_default=False)] = "",
+    group: Annotated[str, typer.Option("--group", help="Only tasks of this group.", show_default=False)] = "",
     agent: Annotated[str, typer.Option("--agent", help="Only tasks of this agent.", show_default=False)] = "",
     label: Labels = None,
     order: Annotated[str, typer.Option("--order", help="desc: newest first; asc: oldest first.")] = "desc",
@@ -160,6 +161,7 @@ def ls(
             "state": state or None,
             "type": type or None,
             "run": run or None,
+            "group": group or None,
             "label": pairs(label) or None,
         }
         if agent:

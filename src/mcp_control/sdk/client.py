@@ -21,6 +21,7 @@ from mcp_control.sdk.breakers import AsyncBreakers, Breakers
 from mcp_control.sdk.calls import Flow, Request
 from mcp_control.sdk.errors import NotNow, Unreachable
 from mcp_control.sdk.follow import Sign, SseReader
+from mcp_control.sdk.groups import AsyncGroups, Groups
 from mcp_control.sdk.limits import AsyncLimits, Limits
 from mcp_control.sdk.operations import AsyncDeadLetters, AsyncOperations, DeadLetters, Operations
 from mcp_control.sdk.pipelines import AsyncPipelines, Pipelines
@@ -59,6 +60,7 @@ class Client:
         self.url = profile.url
         self.transport = Transport(profile.url, profile.token, retry=retry)
         self.tasks = Tasks(self)
+        self.groups = Groups(self)
         self.operations = Operations(self, time.monotonic)
         self.dead_letters = DeadLetters(self)
         self.runs = Runs(self)
@@ -162,6 +164,7 @@ class AsyncClient:
         self.url = profile.url
         self.transport = AsyncTransport(profile.url, profile.token, retry=retry)
         self.tasks = AsyncTasks(self)
+        self.groups = AsyncGroups(self)
         self.operations = AsyncOperations(self, time.monotonic)
         self.dead_letters = AsyncDeadLetters(self)
         self.runs = AsyncRuns(self)

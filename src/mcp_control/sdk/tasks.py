@@ -180,7 +180,7 @@ class Tasks:
         return TaskHandle(self._client, task_id)
 
     def list(self, **filters: Any) -> list[TaskView]:
-        """Return the first page; filters are `state`, `type`, `run`, `agent`, `label` (mapping), `limit`, `order`."""
+        """Return the first page; filters are `state`, `type`, `run`, `group`, `agent`, `label` (mapping), `limit`, `order`."""
         return self._client.do(calls.list_tasks(**filters)).items
 
     def iter(self, **filters: Any) -> Iterator[TaskView]:
@@ -356,7 +356,7 @@ class AsyncTasks:
         return AsyncTaskHandle(self._client, task_id)
 
     async def list(self, **filters: Any) -> list[TaskView]:
-        """Return the first page; filters are `state`, `type`, `run`, `agent`, `label` (mapping), `limit`, `order`."""
+        """Return the first page; filters are `state`, `type`, `run`, `group`, `agent`, `label` (mapping), `limit`, `order`."""
         return (await self._client.do(calls.list_tasks(**filters))).items
 
     def iter(self, **filters: Any) -> AsyncIterator[TaskView]:
