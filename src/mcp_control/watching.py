@@ -102,6 +102,11 @@ class AgentWatch:
             return dict(Counter(agent.health.verdict for agent in manager.registry.registered(DEFAULT_TENANT)))
 
         metrics.watch_states("agent_health", "agents, by verdict on what they get done", VERDICTS, health)
+        metrics.watch_total(
+            "reports_refused",
+            "reports under a lease that was not the live one, or after the end",
+            lambda: agents.refused,
+        )
         metrics.watch_total("tasks_fenced", "tasks taken from agents that did not move them on", lambda: keeper.fenced)
         metrics.watch(
             "slot_drift", "slots counted wrongly when all were last looked at; must be 0", lambda: drift.drift
