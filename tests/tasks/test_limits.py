@@ -312,3 +312,29 @@ async def test_holds_without_their_task_are_found_and_counted(tmp_path: Path) ->
         assert await world.limits.tidy(world.clock.now()) == 1
         assert world.limits.leaked == 1
         assert (await agent.until_given(1))[0].task_id == task.id
+
+
+async def test_who_waits_for_a_limit_hears_when_it_may_go_on(tmp_path: Path) -> None:
+    """From how long such tasks took, who holds the limit since when, and the place in line; nothing is said without a history."""
+    clock = FakeClock()
+    async with world_at(tmp_path, clock) as world:
+        peer = await world.agent(slots=9)
+        limits = [{"key": "k", "concurrency": 2}]
+        tasks = [await world.submit(limits=limits) for _ in range(2)]
+        await peer.until_given(2)
+        began = clock.now()
+        for assignment in list(peer.given.values()):
+            await peer.start(assignment)
+        clock.advance(4)
+        waiting = [await world.submit(limits=limits) for _ in range(4)]
+        assert (await world.tasks.explain(ADMIN, waiting[0].id)).expected_start is None
+        for _ in range(10):
+            world.history.ran("default", "echo", 10.0, True)
+        await world.history.once(clock.now())
+        found: list[float] = []
+        for task in waiting:
+            told = await world.tasks.explain(ADMIN, task.id)
+            assert (told.code, set(told.held_by)) == ("limit-full", {held.id for held in tasks})
+            assert told.expected_start is not None
+            found.append((told.expected_start - to_datetime(began)).total_seconds())
+        assert [round(seconds / 10) * 10 for seconds in found] == [10, 10, 20, 20]

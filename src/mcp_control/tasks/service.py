@@ -11,7 +11,7 @@ from mcp_control.agents.matching import misfit
 from mcp_control.agents.service import AgentManager
 from mcp_control.agents.sessions import Session
 from mcp_control.kernel.changes import Query, StoredFact, Where
-from mcp_control.kernel.clock import Clock, to_datetime, to_millis
+from mcp_control.kernel.clock import Clock, to_millis
 from mcp_control.kernel.errors import (
     BudgetExhausted,
     Duplicate,
@@ -275,13 +275,7 @@ class TaskOrchestrator:
         found = explain(task, demand_of(task), [], None)
         if task.state is not TaskState.BLOCKED or self.keyed is None:
             return found
-        holders, since, at = await self.keyed.limits.holding(task)
-        return msgspec.structs.replace(
-            found,
-            held_by=holders[:10],
-            since=found.since if since is None else to_datetime(since),
-            expected_start=None if at is None else to_datetime(at),
-        )
+        return await self._explainer.blocked(task, found, self.keyed.limits)
 
     async def logs(self, actor: Actor, task_id: str, after: int = 0, limit: int = 1000) -> builtins.list[LogChunk]:
         """Return what a task logged from line number `after` on, about `limit` lines."""
