@@ -30,6 +30,7 @@ from mcp_control.tasks.verbs import losing, releasing
 from mcp_control.tasks.wire import (
     Ack,
     BeatAck,
+    Done,
     Hello,
     Refusal,
     Report,
@@ -100,7 +101,7 @@ class AgentSessions:
         held = await self.held_by(instance.id)
         session.leaving = hello.beat.draining
         for task in held:
-            session.hold(task.id, load_of(task.needs.slots, task.needs.resources))
+            session.hold(task.id, load_of(task.needs.slots, task.needs.resources), task.type)
         session.refresh(agent)
         known = set(hello.beat.running)
         send(
@@ -220,7 +221,8 @@ class AgentSessions:
             self._missing[instance_id] = gone
         unheard = [task_id for task_id in stored if task_id not in session.held]
         for task_id in unheard:
-            session.hold(task_id, load_of(stored[task_id].needs.slots, stored[task_id].needs.resources))
+            task = stored[task_id]
+            session.hold(task_id, load_of(task.needs.slots, task.needs.resources), task.type)
         if session.allowance is not None:
             since = self._clock.now() - max(_ON_ITS_WAY_MS, session.instance.lease_ms // 3)
             unheard += [task.id for task in stored.values() if _lost_on_its_way(task, since)]
@@ -242,7 +244,7 @@ class AgentSessions:
             for told in entries:
                 decide = deciding(told, actor, now, self._chance)
                 intents.append(Intent(task_id, _noting(decide, changed, len(intents))))
-                ends.append(told.done.outcome if told.done is not None else "")
+                ends.append(_ended(told.done))
                 if told.done is not None and self._ledger.leased(task_id, told.lease_token):
                     # The slot is free as soon as the agent says so; its next task may share the commit of this result.
                     freed.append((task_id, session.let_go(task_id)))
@@ -371,6 +373,13 @@ class AgentSessions:
     def _current(self, session: Session) -> None:
         if self._manager.sessions.get(session.instance.id) is not session:
             raise LeaseSuperseded("this session is over")
+
+
+def _ended(done: Done | None) -> str:
+    """Return how an attempt ended, for the figures of its agent; that what it needs is not to be had is no failure of it."""
+    if done is None:
+        return ""
+    return "postponed" if done.failure is not None and done.failure.retry_after is not None else done.outcome
 
 
 def _lost_on_its_way(task: Task, since: int) -> bool:
