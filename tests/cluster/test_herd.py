@@ -15,6 +15,7 @@ from tests.integration.support import API, enrolment, say, until
 
 REGISTER_SECONDS = 5.0
 BUSY = 2  # a machine that runs the agents, the databases and other tests beside the server
+HALF = 20  # agents for which there is room
 SPREAD_SECONDS = 1.0  # what the SDK spreads its first try over
 
 
@@ -37,10 +38,10 @@ class Herd:
 
     async def connect(self) -> None:
         """Connect all of them at once."""
-        self.waits = []
-        self.sockets = await asyncio.gather(*[self._one(peer) for peer in self._peers])
+        self.waits, self.sockets = [], []
+        await asyncio.gather(*[self._one(peer) for peer in self._peers])
 
-    async def _one(self, peer: Peer) -> Socket:
+    async def _one(self, peer: Peer) -> None:
         await asyncio.sleep(self._chance.uniform(0, SPREAD_SECONDS))
         began = time.monotonic()
         while True:
@@ -54,7 +55,8 @@ class Herd:
                 )
             else:
                 self.waits.append(time.monotonic() - began)
-                return socket
+                self.sockets.append(socket)
+                return
 
     async def close(self) -> None:
         """Hang up."""
@@ -99,4 +101,30 @@ async def test_a_herd_of_agents_is_back_within_seconds(
             return (await client.get(f"{API}/status")).json()["agents"] == {"online": count}
 
         await until(online, 10, "all of them are online")
+        await herd.close()
+
+
+@pytest.mark.long
+async def test_control_a_herd_that_does_not_fit_is_noticed(
+    mongo_uri: str, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    """Where there is room for half of them, the others are told when to come again, are late, and are in once there is room."""
+    async with (
+        running_cluster(tmp_path, mongo_uri, redis_server.url, count=1, overload__max_connections=HALF) as cluster,
+        cluster.direct(0, timeout=60) as client,
+    ):
+        token = await enrolment(client, 2 * HALF)
+        peers = [await Peer.registered(client, f"peer{number}", "it.work", token=token) for number in range(2 * HALF)]
+        herd = Herd(cluster, peers)
+        coming = asyncio.create_task(herd.connect())
+        await asyncio.wait([coming], timeout=REGISTER_SECONDS + SPREAD_SECONDS)
+        assert not coming.done()
+        assert len(herd.waits) == HALF
+        assert set(herd.refused) == {503}
+        assert all(herd.patience)
+        assert len(herd.refused) < 4 * HALF, "they come back after the time that was said, and not before"
+        for socket in [*herd.sockets]:
+            await socket.close()
+        await coming
+        assert sorted(herd.waits)[int(len(herd.waits) * 0.99)] > REGISTER_SECONDS
         await herd.close()
