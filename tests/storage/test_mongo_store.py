@@ -168,6 +168,8 @@ _QUERIES: list[tuple[str, Query]] = [
         Query(where=[Where("latest", "ge", "t"), Where("latest", "lt", "u")], order="latest", after=["t1", "x"]),
     ),
     ("pipeline", Query(where=[Where("latest", "eq", "k")], limit=1)),
+    ("limit_rule", Query(where=[Where("name", "ge", "t"), Where("name", "lt", "u")], order="name", descending=True)),
+    ("share", Query(where=[Where("name", "ge", "t"), Where("name", "lt", "u")], order="name", after=["t1", "x"])),
     ("agent", Query(where=[Where("state", "eq", "retired")])),
     ("agent", Query(where=[Where("name", "eq", "n"), Where("tenant", "eq", "t")], limit=1)),
     ("agent", Query(after=["x"], limit=1000)),

@@ -192,7 +192,8 @@ def phases(shape: Shape, query: Query) -> list[tuple[Filter, Sort]]:
     """Return the finds that answer a query one after the other, each of which an index leads straight through.
 
     Nulls of the order field come first, last when descending, and are left out of indexes, so they are a find of their own. A page that
-    begins within a row of equal values first goes on there. Raises ValueError for a field that was not declared.
+    begins within a row of equal values first goes on there. Where a unique index leaves no equal values the id is no part of the order,
+    as it is none of that index. Raises ValueError for a field that was not declared.
     """
     base = conditions(shape, query.where)
     order = None if query.order in (None, "id") else query.order
@@ -206,7 +207,9 @@ def phases(shape: Shape, query: Query) -> list[tuple[Filter, Sort]]:
     by_id: Sort = [("_id", way)]
     if path is None or order is None:
         return [(_all(base, [] if after is None else [{"_id": {beyond: after[-1]}}]), by_id)]
-    by_value: Sort = [(path, way), ("_id", way)]
+    fixed = {where.field for where in query.where if where.op == "eq"}
+    alone = any({*index.fields} - fixed == {order} for index in shape.uniques)
+    by_value: Sort = [(path, way)] if alone else [(path, way), ("_id", way)]
     nulls = [] if any(where.field == order for where in query.where) else [(_all(base, [{path: None}]), by_id)]
     values = [(_all(base, [{path: {"$exists": True}}]), by_value)]
     if after is None:
