@@ -6,8 +6,7 @@ tasks are let in than were lately committed in half a second (Little's law: time
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Final, Literal
 
 import msgspec
@@ -128,6 +127,24 @@ class Turn:
         self._lock.release()
 
 
+class Entry:
+    """Tasks on their way into the store, as a context manager."""
+
+    __slots__ = ("_gate", "began", "entering", "tasks")
+
+    def __init__(self, gate: "Gate", tasks: int, entering: int, began: float) -> None:
+        self._gate = gate
+        self.tasks = tasks
+        self.entering = entering
+        self.began = began
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._gate.left(self, kind is None)
+
+
 class Gate:
     """Counts what is under way and asks `admit`.
 
@@ -169,9 +186,8 @@ class Gate:
         load = Load(self.submits, self.entering, self._pace.room, self.waiting(), self.lag, self.queued)
         self._refuse(weight, admit(weight, load, self._limits))
 
-    @contextmanager
-    def entry(self, tasks: int) -> Iterator[None]:
-        """Let so many tasks on their way into the store, and learn from how long that takes.
+    def entry(self, tasks: int) -> "Entry":
+        """Let so many tasks on their way into the store for the length of a block, and learn from how long that takes.
 
         Raises:
             Overloaded: they would make the line too long. A submit alone is never too many.
@@ -180,12 +196,13 @@ class Gate:
         if self.entering and entering > self._pace.room:
             self._refuse("submit", self._limits.after)
         self.entering = entering
-        began = self._monotonic()
-        try:
-            yield
-            self._pace.learn(entering, self._monotonic() - began)
-        finally:
-            self.entering -= tasks
+        return Entry(self, tasks, entering, self._monotonic())
+
+    def left(self, entry: "Entry", learn: bool) -> None:
+        """Hear that an entry is over; `learn` where it tells how fast the store is."""
+        self.entering -= entry.tasks
+        if learn:
+            self._pace.learn(entry.entering, self._monotonic() - entry.began)
 
     def _refuse(self, weight: Weight, after: float | None) -> None:
         if after is not None:

@@ -15,9 +15,10 @@ from typing import Final
 import structlog
 
 from mcp_control.api.agents import enrolment_of
-from mcp_control.api.call import Call, ClientGone, Receive, Reply, Scope, Send
+from mcp_control.api.call import Call, ClientGone, Headers, Receive, Reply, Scope, Send
 from mcp_control.api.hosts import Hosts
 from mcp_control.api.problem import Internal, problem_bytes, problem_headers
+from mcp_control.api.protocol import EXCHANGE, Exchange
 from mcp_control.api.query import refuse_credentials
 from mcp_control.api.routing import Endpoint, Router
 from mcp_control.api.services import Services
@@ -141,6 +142,13 @@ class ControlApp:
         if answer.stream is None:
             if answer.status not in (204, 304):
                 headers.append((b"content-length", b"%d" % len(answer.body)))
+            exchange: Exchange | None = scope["extensions"].get(EXCHANGE)
+            if (
+                exchange is not None
+                and answer.status != 413
+                and exchange.answer(answer.status, _head(headers), answer.body)
+            ):
+                return
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             if answer.status == 413:
                 # Closed with bytes unread, the connection would be reset and the answer lost with it.
@@ -174,6 +182,14 @@ class ControlApp:
             await refuse_socket(send, problem, request_id)
         finally:
             self._connections -= 1
+
+
+def _head(headers: Headers) -> bytes:
+    """Return header lines. Raises ValueError where one would end early and so begin another."""
+    head = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    if head.count(b"\n") != len(headers) or head.count(b"\r") != len(headers) or b"\0" in head:
+        raise ValueError("a header line has an end inside")
+    return head
 
 
 async def _discard(receive: Receive) -> None:

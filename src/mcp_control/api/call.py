@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from mcp_control.api.decode import Body
+from mcp_control.api.protocol import EXCHANGE, Exchange
 from mcp_control.api.query import Query
 from mcp_control.kernel.errors import (
     BodyTimeout,
@@ -129,6 +130,11 @@ class Call:
             BodyTimeout: it stalled.
         """
         self._check_envelope()
+        exchange: Exchange | None = self.scope["extensions"].get(EXCHANGE)
+        if exchange is not None and (whole := exchange.body()) is not None:
+            if len(whole) > self.body_max:
+                raise self._too_large()
+            return whole
         parts: list[bytes] = []
         size = 0
         receive = self._receive

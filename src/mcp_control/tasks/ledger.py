@@ -80,6 +80,14 @@ class _Kept:
         self.payload = payload
 
 
+def _plain(group: Group) -> Move | None:
+    """Return the one move of a group that is nothing but that."""
+    if len(group.moves) != 1 or group.writes or group.facts:
+        return None
+    move = group.moves[0]
+    return None if move.lines or move.writes or move.after.holds else move
+
+
 class Ledger:
     """Reads and writes tasks.
 
@@ -174,6 +182,11 @@ class Ledger:
         written: list[list[tuple[Task, Move]]] = []
         held: dict[int, list[HoldChange]] = {}
         for group in groups:
+            if (plain := _plain(group)) is not None:  # nearly all: one task, and nothing that goes with it
+                task, entity = write(plain.after, plain.payload, plain.result)
+                changes.append(Change([entity], (), plain.facts))
+                written.append([(task, plain)])
+                continue
             entities: list[Entity] = []
             deletes: list[Key] = []
             facts: list[Fact] = []

@@ -38,6 +38,9 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
     read_at = task.version
     after = replace(task, version=read_at + 1)
     lease = after.lease or after.last_lease
+    waits = after.waits
+    gate = not waits and after.state is TaskState.BLOCKED and after.hold is None
+    # All fields in the order they are declared in, which a store may take as they are.
     index: dict[str, str | int | None] = {
         "tenant": after.tenant,
         "state": after.state.value,
@@ -48,12 +51,10 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
         "unique_key": unique_key(after),
         "due": due_at(after, CANCEL_GRACE_MS),
         "finished": after.finished_at if after.state in FINAL_STATES else None,
+        "waiting": waiting_value(after.lane, after.rank) if waits else None,
+        "gate": waiting_value(after.waits_at, after.rank) if gate else None,
         "group_id": after.links.group_id,
     }
-    if after.waits:
-        index["waiting"] = waiting_value(after.lane, after.rank)
-    elif after.state is TaskState.BLOCKED and after.hold is None:
-        index["gate"] = waiting_value(after.waits_at, after.rank)
     cold: dict[str, bytes] = {}
     if payload is not None:
         cold["payload"] = payload

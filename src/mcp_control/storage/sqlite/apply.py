@@ -1,8 +1,9 @@
 """Applying one Change inside the open transaction: check everything first, then write.
 
 Guards are checked before the first write, so a change that conflicts has written nothing, and the check tells which index columns
-change, so that an UPDATE touches no other index. Only a unique index can then refuse a statement. One such statement is put first;
-where there are two or more, or deletes that may free the value, the change runs in a SAVEPOINT.
+change, so that an UPDATE touches no other index. Only a unique index can then refuse a statement: for an entity that is new that of
+its id, which spares it a read. One such statement is put first; where there are two or more, or deletes that may free the value, the
+change runs in a SAVEPOINT.
 
 What a guard needs is remembered from the last write of an entity, since the entity that was just written is the one most likely to be
 written next: this saves a read per write. It holds because this connection is the only one that writes; should another one do so after
@@ -63,7 +64,7 @@ class Applier:
             Exception: a value that cannot be bound. After any of these the transaction must be taken back.
         """
         if len(change.writes) == 1 and not change.deletes:
-            write = self._guard(change.writes[0])
+            write = self._guard(change.writes[0], alone=True)
             return write if isinstance(write, Problem) else self._write(*write)
         return self._apply_many(change)
 
@@ -80,7 +81,7 @@ class Applier:
         writes: list[_Write] = []
         risky = 0  # writes that a unique index could refuse
         for entity in change.writes:
-            write = self._guard(entity)
+            write = self._guard(entity, alone=False)
             if isinstance(write, Problem):
                 return write
             if _takes_unique(*write):
@@ -109,18 +110,25 @@ class Applier:
         for states in self._remembered.values():
             states.clear()
 
-    def _guard(self, entity: Entity) -> _Write | Problem:
-        """Check that the entity is at its version, and find what to set."""
+    def _guard(self, entity: Entity, *, alone: bool) -> _Write | Problem:
+        """Check that the entity is at its version, and find what to set; that of one that is new may be left to its INSERT."""
         table = self._table(entity.kind)
         index = entity.index
         shape = tuple(index)
-        if shape not in table.shapes:
-            table.check_shape(shape)
-        state = self._state(table, entity.id)
+        if shape == table.columns:
+            values = tuple(index.values())
+        else:
+            if shape not in table.shapes:
+                table.check_shape(shape)
+            get = index.get
+            values = tuple([get(name) for name in table.columns])
+        if entity.version == 0 and (alone or table.unique_at):
+            state = self._remembered[table.name].get(entity.id)
+        else:
+            state = self._state(table, entity.id)
         if entity.version != (0 if state is None else state[1]):
             return _conflict(entity)
-        get = index.get
-        return table, entity, tuple([get(name) for name in table.columns]), state
+        return table, entity, values, state
 
     def _write_all(self, deletes: list[tuple[Table, str, int]], writes: list[_Write]) -> Problem | None:
         for table, identifier, row in deletes:
@@ -168,6 +176,8 @@ class Applier:
         return None
 
     def _duplicate(self, table: Table, entity: Entity) -> Problem:
+        if entity.version == 0 and self._execute(table.state_sql, (entity.id,)).fetchall():
+            return _conflict(entity)
         for index, sql in table.unique_sql:
             values = [entity.id if name == "id" else entity.index.get(name) for name in index.fields]
             for (existing,) in self._execute(sql, values).fetchall():
