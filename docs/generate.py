@@ -20,9 +20,11 @@ from mcp_control.api.assembly import routes
 from mcp_control.cli.errors import MEANINGS
 from mcp_control.cli.main import app
 from mcp_control.configuration.settings import PREFIX, load
+from mcp_control.kernel.breaker_rules import TRANSITIONS as BREAKER_TRANSITIONS
 from mcp_control.kernel.errors import Problem
 from mcp_control.monitoring.metrics import INVARIANTS
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS
+from mcp_control.tasks.grouping import GROUP_TRANSITIONS
 from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.model import Options
 from mcp_control.testing.server import running_server
@@ -67,8 +69,10 @@ def edges() -> dict[str, set[Edge]]:
     """Return the edges of every state diagram by its name."""
     return {
         "agent-states": by_verb(AGENT_TRANSITIONS) | {("[*]", "offline", "")},
+        "breaker-states": by_verb(BREAKER_TRANSITIONS) | {("[*]", "closed", "")},
         "task-states": by_verb(TASK_TRANSITIONS)
         | {("[*]", state, "") for state in ("queued", "blocked", "scheduled", "rejected")},
+        "group-states": by_verb(GROUP_TRANSITIONS) | {("[*]", state, "") for state in ("open", "sealed")},
         "run-states": by_state(RUN_TRANSITIONS) | {("[*]", "pending", "")},
         "stage-states": by_state(STAGE_TRANSITIONS) | {("[*]", "pending", "")},
     }
@@ -248,7 +252,9 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "invariants": ("operations.md", invariants),
     "options": ("techdeck.md", options),
     "agent-states": ("agents.md", lambda: diagram(edges()["agent-states"])),
+    "breaker-states": ("breakers.md", lambda: diagram(edges()["breaker-states"])),
     "task-states": ("tasks.md", lambda: diagram(edges()["task-states"])),
+    "group-states": ("groups.md", lambda: diagram(edges()["group-states"])),
     "run-states": ("runs.md", lambda: diagram(edges()["run-states"])),
     "stage-states": ("runs.md", lambda: diagram(edges()["stage-states"])),
 }

@@ -15,6 +15,7 @@ PLACES: Final[Mapping[str, Mapping[str, Place]]] = {
         "quarantined": (2.65, 1.5),
         "retired": (1.5, 2.7),
     },
+    "breaker-states": {"closed": (0, 0), "open": (2, 0), "half_open": (1, 1)},
     "task-states": {
         "scheduled": (0, 0),
         "queued": (1, 0),
@@ -27,6 +28,14 @@ PLACES: Final[Mapping[str, Mapping[str, Place]]] = {
         "failed": (2.6, 2.4),
         "completed": (3.45, 2.4),
         "rejected": (-0.25, 2.4),
+    },
+    "group-states": {
+        "open": (0, 0),
+        "sealed": (1.5, 0),
+        "cancelling": (3, 0),
+        "completed": (0.5, 1.8),
+        "failed": (1.75, 1.8),
+        "cancelled": (3, 1.8),
     },
     "run-states": {
         "pending": (0, 0),

@@ -9,9 +9,13 @@ import pytest
 from mcp_control.agents.model import AgentState
 from mcp_control.agents.registration import TRANSITIONS as AGENT_TRANSITIONS
 from mcp_control.configuration.settings import load
+from mcp_control.kernel.breaker_rules import STATES as BREAKER_STATES
+from mcp_control.kernel.breaker_rules import TRANSITIONS as BREAKER_TRANSITIONS
 from mcp_control.pipelines.input_model import ApprovalState
 from mcp_control.pipelines.model import RunState, StageState
 from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS, VERBS
+from mcp_control.tasks.group_model import GroupState
+from mcp_control.tasks.grouping import GROUP_TRANSITIONS
 from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.quality.scoring import WEIGHTS
@@ -51,8 +55,8 @@ def _drawn(page: str, place: int) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(
     ("page", "place", "table"),
-    [("agents.md", 0, AGENT_TRANSITIONS), ("tasks.md", 0, TASK_TRANSITIONS)],
-    ids=["agents", "tasks"],
+    [("agents.md", 0, AGENT_TRANSITIONS), ("tasks.md", 0, TASK_TRANSITIONS), ("groups.md", 0, GROUP_TRANSITIONS)],
+    ids=["agents", "tasks", "groups"],
 )
 def test_diagrams_by_verb_have_the_edges_of_the_transition_tables(
     page: str, place: int, table: Mapping[Any, Any]
@@ -70,6 +74,14 @@ def test_diagrams_of_runs_have_the_edges_of_the_transition_tables(place: int, ta
     assert _drawn("runs.md", place) == {(s.value, t.value, "") for s, targets in table.items() for t in targets}
 
 
+def test_the_diagram_of_breakers_has_the_edges_of_the_transition_table() -> None:
+    """Edge by edge: verb, from, to."""
+    wanted = {
+        (s, t, verb) for verb, moves in BREAKER_TRANSITIONS.items() for s, targets in moves.items() for t in targets
+    }
+    assert _drawn("breakers.md", 0) == wanted
+
+
 @pytest.mark.parametrize("name", GENERATOR.edges())
 def test_pictures_have_the_arrows_of_the_transition_tables(name: str) -> None:
     """Every state and every arrow of a picture, as it lies in the folder."""
@@ -81,9 +93,11 @@ def test_pictures_have_the_arrows_of_the_transition_tables(name: str) -> None:
 
 
 def test_every_state_is_explained() -> None:
-    """Each state of agents, tasks, runs and stages stands on its page."""
+    """Each state of agents, tasks, groups, runs and stages stands on its page."""
     assert _missing("agents.md", AgentState) == []
+    assert _missing("breakers.md", BREAKER_STATES) == []
     assert _missing("tasks.md", TaskState) == []
+    assert _missing("groups.md", GroupState) == []
     assert _missing("runs.md", [*RunState, *StageState]) == []
 
 
@@ -98,14 +112,15 @@ def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:
 
 def test_every_event_type_is_listed() -> None:
     """Those written out in the code, and those made of a state."""
-    nouns = "agent|task|run|stage|approval|compensation|pipeline|schedule|limit|artifact|user|token|credential|enrolment|store"
+    nouns = "breaker|agent|task|run|stage|approval|compensation|pipeline|schedule|"
+    nouns += "limit|artifact|user|token|credential|enrolment|store|group"
     written = {
         name
         for folder in ("agents", "tasks", "pipelines", "artifacts", "security", "archive")
         for name in re.findall(rf'"((?:{nouns})\.[a-z_]+)"', _sources(folder))
     }
     finals = ("completed", "failed", "cancelled")
-    made = {f"{noun}.{state}" for noun in ("task", "run", "stage") for state in finals}
+    made = {f"{noun}.{state}" for noun in ("task", "run", "stage", "group") for state in finals}
     made |= {"task.scheduled", "task.blocked", "task.queued"}
     made |= {f"compensation.{state}" for state in ("started", "completed", "failed")}
     made |= {f"approval.{verb}" for verb in ("requested", *(state.value for state in ApprovalState))} - {
@@ -179,3 +194,26 @@ def test_settings_that_pages_name_exist() -> None:
     }
     assert len(named) > 40
     assert {name for name in named - settings - options if not name.startswith("ingest.mapping")} == set()
+
+
+def test_every_known_pain_has_tests_that_are_there() -> None:
+    """Each row of the table names tests, file and function, that exist; the tests that name a pain stand in its row."""
+    rows = {
+        int(number): set(re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", shown))
+        for number, shown in re.findall(
+            r"^\| (\d+) \|.*\| ([^|]+) \|$",
+            text_of("reliability.md").partition("## Known pains")[2].partition("\n## ")[0],
+            re.MULTILINE,
+        )
+    }
+    assert {2, 3, 4, 5, 6, 8, 9, 10, 12, 14, 17, 18} <= rows.keys()
+    for number, tests in rows.items():
+        assert tests, number
+        for file, name in tests:
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+    file = "tests/integration/test_acceptance.py"
+    named = re.findall(
+        r'def (test_\w+)\((?:[^)]*)\) -> None:\n    """Pain (\d+):', (ROOT / file).read_text(encoding="utf-8")
+    )
+    assert len(named) >= 6
+    assert [name for name, number in named if (file, name) not in rows[int(number)]] == []
