@@ -20,13 +20,13 @@ CALL: Final = 0
 
 TRANSITIONS: Final[Mapping[str, Mapping[State, tuple[State, ...]]]] = MappingProxyType(
     {
-        "fail": {"closed": ("closed", "open"), "half_open": ("open",)},
-        "succeed": {"closed": ("closed",), "half_open": ("closed",)},
-        "probe": {"open": ("half_open",), "half_open": ("half_open",)},
+        "fail": {"closed": ("open",), "half_open": ("open",)},
+        "succeed": {"half_open": ("closed",)},
+        "probe": {"open": ("half_open",)},
         "abandon": {"half_open": ("open",)},
     }
 )
-"""verb -> state it starts from -> states it may end in. Everything begins `closed`."""
+"""verb -> state it starts from -> states it may change to. Everything begins `closed`."""
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
