@@ -10,8 +10,8 @@ import msgspec
 from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Query
-from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound
+from mcp_control.kernel.clock import Clock, to_datetime
+from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound, PayloadRemoved
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import text_errors
@@ -25,6 +25,7 @@ from mcp_control.tasks.followers import NewTask
 from mcp_control.tasks.ledger import Group, Ledger, Move
 from mcp_control.tasks.limiting import limits_of
 from mcp_control.tasks.model import Links, Needs, Origin, Request, Task, TaskSpec, TaskState
+from mcp_control.tasks.narrowing import narrowed
 from mcp_control.tasks.records import task_fact, view, write
 from mcp_control.tasks.selection import Selection, conditions, matches, selection_errors
 from mcp_control.tasks.service import Submitted
@@ -73,7 +74,7 @@ class DeadLetters:
         wanted = replace(wanted, state=[TaskState.FAILED])
         after = None if cursor is None else decode_cursor(_SCOPE, cursor, 1)
         now = self._clock.now()
-        where = conditions(wanted, actor.tenant, now + 1)
+        where, _ = await narrowed(self._store, conditions(wanted, actor.tenant, now + 1))
         items: builtins.list[TaskView] = []
         scanned = 0
         while True:
@@ -142,6 +143,8 @@ class DeadLetters:
             now = self._clock.now()
             if edit.payload is not msgspec.UNSET:
                 payload = bytes(edit.payload)
+            elif task.emptied_at is not None:
+                raise PayloadRemoved("its payload is not kept any more", removed_at=to_datetime(task.emptied_at))
             spec = spec_again(task, payload, await self._spending.own(task), edit)
             check(spec, now)
             links = Links(
