@@ -50,7 +50,7 @@ class Handler(Generic[P, R]):
         """Look at the function's signature once.
 
         Raises:
-            TypeError: it takes neither `(payload)` nor `(payload, ctx)`, or cannot run in that executor.
+            TypeError: it takes neither `(payload)` nor `(payload, ctx)`, or these in another order, or cannot run in that executor.
         """
         self.function = function
         self.name = name
@@ -73,6 +73,8 @@ class Handler(Generic[P, R]):
         ]
         if len(parameters) not in (1, 2):
             raise TypeError(f"{name}: a handler takes (payload) or (payload, ctx)")
+        if parameters[0].name == "ctx":  # every attempt would fail by an error that does not say why
+            raise TypeError(f"{name}: a handler takes (payload) or (payload, ctx), in this order")
         self.wants_context = len(parameters) == 2
         annotation = parameters[0].annotation
         if isinstance(annotation, str):
