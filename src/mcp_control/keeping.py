@@ -12,7 +12,7 @@ from mcp_control.pipelines.retention import PipelineRetention, RunRetention
 from mcp_control.pipelines.timekeeping import ScheduleRetention
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.history import TaskHistory
-from mcp_control.tasks.janitors import Retention
+from mcp_control.tasks.janitors import PayloadRetention, Retention
 from mcp_control.tasks.shares import ShareManager
 
 _DAY_MS: Final = 86_400_000
@@ -26,11 +26,13 @@ def retention_loops(
     runs_ms = round(keep.runs_days * _DAY_MS)
     events = EventRetention(store, keep_ms=round(keep.events_days * _DAY_MS), keep_count=keep.events_count)
     tasks = Retention(store, clock, round(keep.tasks_days * _DAY_MS))
+    payloads = None if keep.payload_days is None else PayloadRetention(store, round(keep.payload_days * _DAY_MS))
     removing: tuple[tuple[str, Once], ...] = (
         ("events-retention", events.once),
         ("statistics-retention", history.forget),
         ("shares-retention", shares.forget),
         ("tasks-retention", lambda _: tasks.once()),
+        *([] if payloads is None else [("payloads-retention", payloads.once)]),
         ("results-retention", ResultRetention(store).once),
         ("runs-retention", RunRetention(store, artifacts, runs_ms).once),
         ("schedules-retention", ScheduleRetention(store, runs_ms).once),

@@ -118,3 +118,27 @@ async def test_events_beyond_the_number_to_keep_are_removed(tmp_path: Path) -> N
                 assert len(kept.json()["items"]) >= 400
             finally:
                 agent.kill()
+
+
+@pytest.mark.long_on_cluster
+async def test_payloads_are_removed_after_their_time_and_their_tasks_stay(tmp_path: Path) -> None:
+    """Large and small payloads and results of finished tasks go; the tasks say since when, those that wait keep theirs."""
+    with ServerProcess(
+        tmp_path / "server", retention__payload_days=SECOND_IN_DAYS, retention__interval_seconds=0.2
+    ) as server:
+        async with admin(server) as client:
+            with AgentProcess(tmp_path, "worker", server.url, await enrolment(client), slots=20):
+                await agents_online(client, ["worker"])
+                waiting = await submit(client, "it.nobody", "still here")
+                done = [await submit(client, "it.echo", "x" * size) for size in (10, 100_000)]
+
+                async def emptied() -> bool:
+                    shown = [(await client.get(f"{API}/tasks/{one}")).json() for one in done]
+                    return all("payload_removed_at" in one for one in shown)
+
+                await until(emptied, 30, "payloads are removed")
+                for one in done:
+                    shown = (await client.get(f"{API}/tasks/{one}")).json()
+                    assert (shown["state"], shown.keys() & {"payload", "result"}) == ("completed", set())
+                    assert (await client.post(f"{API}/tasks/{one}/retry")).json()["code"] == "payload-removed"
+                assert (await client.get(f"{API}/tasks/{waiting}")).json()["payload"] == "still here"

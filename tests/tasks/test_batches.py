@@ -3,13 +3,16 @@
 import asyncio
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mcp_control.kernel.changes import Query
-from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidCursor, NotFound, Unroutable
-from mcp_control.tasks.janitors import Retention
+from mcp_control.kernel.clock import to_datetime
+from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidCursor, NotFound, PayloadRemoved, Unroutable
+from mcp_control.tasks.dead_letters import ReplayEdit
+from mcp_control.tasks.janitors import PayloadRetention, Retention
 from mcp_control.tasks.listing import TaskFilter
-from mcp_control.tasks.model import LogLine, Origin, TaskSpec, TaskState
+from mcp_control.tasks.model import Failure, LogLine, Origin, TaskSpec, TaskState
 from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.wire import Logged
 from mcp_control.testing.clock import FakeClock
@@ -113,6 +116,40 @@ async def test_finished_tasks_go_after_their_time_with_all_their_logs(tmp_path: 
         assert await world.store.find("log", Query()) == []
         with pytest.raises(NotFound):
             await world.tasks.one(ADMIN, old.id)
+
+
+async def test_payloads_go_before_their_tasks_and_a_read_says_when(tmp_path: Path) -> None:
+    """What finished is emptied after its time, once, and shows when; it can be repeated only with another payload; the rest stays."""
+    clock = FakeClock()
+    async with world_at(tmp_path, clock) as world:
+        peer = await world.agent(slots=9)
+        old = await world.submit(payload=msgspec.Raw(msgspec.json.encode("x" * 9000)))
+        failed = await world.submit(payload=msgspec.Raw(b'{"a":1}'), retry={"max_attempts": 1})
+        waiting = await world.submit("later", payload=msgspec.Raw(b'{"b":2}'))
+        await peer.done(peer.given[old.id], result=msgspec.Raw(b'"done"'))
+        await peer.done(
+            peer.given[failed.id], "failed", failure=Failure(error_class="permanent", code="no", message="no")
+        )
+        payloads = PayloadRetention(world.store, keep_ms=1000)
+        assert await payloads.once(clock.now()) == 0
+        clock.advance(2)
+        removed_at = clock.now()
+        assert await payloads.once(removed_at) == 2
+        assert await payloads.once(clock.now()) == 0
+        assert await PayloadRetention(world.store, keep_ms=1000).once(clock.now()) == 0, "nor does another server again"
+        both = ("payload", "result")
+        shown = dict(zip(both, await world.tasks.get(ADMIN, [old.id, waiting.id], both), strict=True))
+        gone, kept = shown["payload"], shown["result"]
+        assert gone is not None
+        assert kept is not None
+        assert (gone.state, gone.payload, gone.result) == (TaskState.COMPLETED, msgspec.UNSET, msgspec.UNSET)
+        assert gone.payload_removed_at == to_datetime(removed_at)
+        assert (kept.payload, kept.payload_removed_at) == (msgspec.Raw(b'{"b":2}'), None)
+        letters = world.steering.dead_letters
+        with pytest.raises(PayloadRemoved):
+            await letters.retry(ADMIN, old.id, Origin())
+        edit = ReplayEdit(payload=msgspec.Raw(b'{"a":2}'))
+        assert (await letters.replay(ADMIN, failed.id, Origin(), edit)).task.links.retry_of == failed.id
 
 
 async def test_waiting_ends_with_the_task_or_with_time(tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ class Retention(_Group):
     events_days: Days = Field(default=7.0, description="events older than this are removed")
     events_count: Count = Field(default=1_000_000, description="events beyond this many are removed, oldest first")
     tasks_days: Days = Field(default=30.0, description="finished tasks older than this are removed")
+    payload_days: Days | None = Field(
+        default=None,
+        description="payloads and results of tasks that finished longer ago are emptied; unset: kept with them",
+    )
     runs_days: Days = Field(default=30.0, description="finished runs older than this are removed, with their artifacts")
     interval_seconds: Seconds = Field(default=60.0, description="how often ended things are looked for")
 

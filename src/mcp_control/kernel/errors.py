@@ -6,6 +6,7 @@
     ├── not there (404, 405, 406, 410)  NotFound MethodNotAllowed NotAcceptable CursorExpired
     ├── conflicts (409, 412, 428)  Conflict Duplicate LeaseSuperseded AlreadyTerminal InvalidTransition InProgress NameTaken
     │                              PipelineInUse SelectionTooLarge VersionConflict PreconditionRequired BudgetExhausted
+    │                              PayloadRemoved
     ├── size and type (408, 413, 415)  BodyTimeout PayloadTooLarge UnsupportedMediaType
     ├── parsed but invalid (422)  Invalid IdempotencyMismatch Unroutable InvalidPipeline InvalidSchedule GateFailed
     └── not now (429, 503)  RateLimited Overloaded StorageFull StoreUnavailable OutcomeUnknown
@@ -212,6 +213,12 @@ class BudgetExhausted(Problem):
     """A limit of a budget is used up; `limit`, `used`, `allowed` and `owner` (the task or run whose budget it is) are in `data`."""
 
     code, status, title = "budget-exhausted", 409, "Budget exhausted"
+
+
+class PayloadRemoved(Problem):
+    """The payload of this finished task is not kept any more; `removed_at` in `data` says since when."""
+
+    code, status, title = "payload-removed", 409, "Payload removed"
 
 
 class SelectionTooLarge(Problem):

@@ -98,7 +98,7 @@ class StageResults:
         stage = plan.stages[plan.place_of[task.links.stage or ""]].stage
         lease = task.last_lease
         code = None if lease is None else codes.get((lease.agent_id, task.type))
-        if task.state is not TaskState.COMPLETED or stage.cache is None or code is None:
+        if task.state is not TaskState.COMPLETED or stage.cache is None or code is None or task.emptied_at is not None:
             return None
         key = key_of(tenant, task.type, task.type_version, code, row.cold.get("payload", b"null"))
         until = self._clock.now() + as_millis(stage.cache.seconds)

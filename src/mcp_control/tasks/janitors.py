@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import structlog
+from msgspec.structs import replace
 
 from mcp_control.agents.service import AgentManager
-from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
+from mcp_control.kernel.changes import Change, Entity, IndexValue, Key, Query, Where
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.storage.ports import Queue, Store
@@ -16,7 +17,7 @@ from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.dispatcher import Dispatcher, queued
 from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
-from mcp_control.tasks.records import readable
+from mcp_control.tasks.records import readable, write
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.verbs import losing, timing
 
@@ -26,6 +27,7 @@ _PAGE: Final = 2000
 _JUMP_MS: Final = 1000
 _USUAL_LEASE_MS: Final = 30_000
 _LOGS: Final = 2000
+_LOOKS: Final = 20
 
 
 class Timekeeper:
@@ -238,3 +240,35 @@ class Retention:
             logged = [Key("log", log.id) for log in found]
             await self._store.commit([Change(deletes=[Key("task", task.id, task.version), *logged, *own])])
         return len(old)
+
+
+class PayloadRetention:
+    """Empties payloads and results of tasks that finished long ago; the tasks themselves, their attempts and logs stay.
+
+    It goes through them in the order in which they finished, a bounded batch at once, and remembers how far it came; a server that
+    begins to lead goes over those again that are emptied already, which costs it a look at each.
+    """
+
+    def __init__(self, store: Store, keep_ms: int) -> None:
+        self._store = store
+        self._keep_ms = keep_ms
+        self._after: list[IndexValue] | None = None
+
+    async def once(self, now: int) -> int:
+        """Empty one batch of what is over its time; returns how many tasks that were. `now` is wall milliseconds."""
+        for _ in range(_LOOKS):
+            query = Query(
+                where=[Where("finished", "lt", now - self._keep_ms)], order="finished", after=self._after, limit=_BATCH
+            )
+            found = await self._store.find("task", query)
+            due = [task for entity in found if (task := readable(entity)) is not None and task.emptied_at is None]
+            changes = [Change([write(replace(task, emptied_at=now), payload=b"", result=b"")[1]]) for task in due]
+            outcomes = await self._store.commit(changes) if changes else []
+            done = sum(outcome is None for outcome in outcomes)
+            if done < len(due):
+                return done  # something else happened to one of them: it is looked at again
+            if found:
+                self._after = [found[-1].index["finished"], found[-1].id]
+            if done or len(found) < _BATCH:
+                return done
+        return 0

@@ -200,6 +200,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         moved_at: when the attempt last told of progress or logged something.
         retried_as: the newest task that was submitted in place of this one after its end.
         discarded: somebody took this failed task out of the dead-letter set.
+        emptied_at: since then its payload and its result are not kept any more.
         digest: SHA-256 of the submission, to compare repetitions of an idempotency key.
         gates: limits it must pass before it is queued; `waits_at` names the one where it waits while it is `blocked`, and `passed` counts
             how often it was sent on to another.
@@ -248,6 +249,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     hold: Request | None = None
     retried_as: str = ""
     discarded: Request | None = None
+    emptied_at: int | None = None
     idempotency_key: str | None = None
     digest: str = ""
     origin: Origin = Origin()

@@ -171,6 +171,8 @@ def view(
     """Return the task as callers see it; lease tokens stay inside."""
     lease = task.lease or task.last_lease
     links = task.links
+    if task.emptied_at is not None:
+        payload = result = None
     return TaskView(
         id=task.id,
         type=task.type,
@@ -217,6 +219,7 @@ def view(
         budgets=task.draws,
         warnings=warnings or [],
         etag=str(task.version),
+        payload_removed_at=_moment(task.emptied_at),
         payload=msgspec.UNSET if payload is None else msgspec.Raw(payload),
         result=msgspec.UNSET if result is None else msgspec.Raw(result),
     )

@@ -12,7 +12,7 @@ from mcp_control.tasks.model import Attempt, Failure, Needs, RetryPolicy, TaskSt
 class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists.
 
-    `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
+    `payload_removed_at`: since then payload and result of the finished task are not kept any more. `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
     """
 
     id: str
@@ -60,6 +60,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     budgets: list[str] = []
     warnings: list[str] = []
     etag: str
+    payload_removed_at: datetime | None = None
     payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
 

@@ -164,7 +164,13 @@ def _release(build: _Builder, shapes: Shapes, plan: Plan) -> None:
 def _parts(build: _Builder, shape: Shape, operation: Operation) -> None:
     if shape.cold and (operation.version == 0 or operation.fresh):
         build.add("delete", shape.parts, {"q": {"_id": all_parts(operation.id)}, "limit": 0}, 200, finds=None)
-    for name, data in split_cold(operation.cold)[1].items():
+    inside, outside = split_cold(operation.cold)
+    for name, data in inside.items():
+        if (
+            not data and operation.version > 1 and not operation.fresh
+        ):  # emptied: what lay outside must not stay for nothing
+            build.add("delete", shape.parts, {"q": {"_id": part_id(operation.id, name)}, "limit": 1}, 200, finds=None)
+    for name, data in outside.items():
         statement = {"q": {"_id": part_id(operation.id, name)}, "u": {"$set": {"b": data}}, "upsert": True}
         build.add("update", shape.parts, statement, len(data) + 200, finds=None)
 
