@@ -40,7 +40,9 @@ def test_a_run_is_answered_and_signalled_from_the_command_line(cli: Cli, panel: 
     file = tmp_path / "asking.yaml"
     file.write_text(RELEASE)
     cli.inside("pipelines", "apply", str(file))
-    run = cli.json("pipelines", "run", "asking")["run_id"]
+    run = cli.json("pipelines", "run", "asking", "--budget", "tokens=500", "--budget", "money=2.50")["run_id"]
+    budget = cli.json("runs", "budget", run)["budget"]
+    assert (budget["tokens"], budget["money_micros"]) == (500, 2_500_000)
     (asked,) = until(lambda: cli.json("approvals", "ls", "--mine", "--run", run))
     assert (asked["title"], asked["options"]) == ("Deploy to production?", ["approve", "reject"])
     assert "Deploy" in cli.inside("approvals", "show", asked["id"][-12:]).stdout

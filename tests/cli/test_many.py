@@ -4,8 +4,12 @@ from datetime import UTC, datetime
 
 import pytest
 
+from mcp_control.cli.budgets import budget_from
+from mcp_control.cli.bulk import bound_of
 from mcp_control.cli.conditions import conditions_from
 from mcp_control.cli.errors import CliError
+from mcp_control.tasks.budget_model import Budget
+from mcp_control.tasks.operation_model import Preview
 from tests.cli.conftest import Cli, Up
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -56,6 +60,45 @@ def test_many_tasks_are_shown_first_and_then_cancelled(cli: Cli, panel: Up) -> N
     assert done["id"] in [one["id"] for one in cli.json("operations", "ls")]
     assert cli.json("operations", "get", done["id"])["reason"] == "test"
     assert {one["state"] for one in cli.json("tasks", "ls", "--type", "tests.many")} == {"cancelled"}
+    cli("tasks", "retry", *where, "--yes", "--at-most", "2", code=1)
+    assert cli.json("tasks", "retry", *where, "--dry-run", "--at-most", "2")["matched"] == 3
+    assert cli.json("tasks", "retry", *where, "--yes")["changed"] == 3
+    assert len(cli.json("tasks", "ls", "--type", "tests.many")) == 6
+    cli("tasks", "retry", *where, "--wait", code=2)
+    assert cli.json("tasks", "cancel", *where, "--yes", "--at-most", "3")["changed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "at_most", "bound"),
+    [
+        (False, None, 7),
+        (False, 9, 7),
+        (True, 9, 9),
+        (True, 7, 7),
+        (False, 6, None),
+        (True, 6, None),
+        (True, None, None),
+    ],
+)
+def test_no_more_is_acted_on_than_was_shown_or_allowed(more: bool, at_most: int | None, bound: int | None) -> None:
+    """What was counted is the bound; where there are too many to be counted, the person must say one; a smaller one refuses."""
+    found = Preview(matched=7, more=more, first=[])
+    if bound is None:
+        with pytest.raises(CliError):
+            bound_of(found, at_most)
+    else:
+        assert bound_of(found, at_most) == bound
+
+
+def test_a_budget_is_read_as_it_is_written() -> None:
+    """One limit at a time, or all as JSON; money is in whole units, and what is no limit is refused."""
+    assert budget_from(None) is None
+    given = ["tokens=500", "money=2.5", "wall_seconds=1.5", "on_exhausted=ask"]
+    assert budget_from(given) == Budget(tokens=500, money_micros=2_500_000, wall_seconds=1.5, on_exhausted="ask")
+    assert budget_from(['{"tokens": 5, "depth": 1}', "tokens=6"]) == Budget(tokens=6, depth=1)
+    for wrong in ("tokens", "tokens=many", "token=5", "on_exhausted=laugh", "[1]"):
+        with pytest.raises(CliError):
+            budget_from([wrong])
 
 
 def test_dead_letters_are_shown_replayed_and_discarded(cli: Cli, panel: Up) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcp_control.cli.errors import USAGE, CliError
-from mcp_control.cli.options import json_bytes
+from mcp_control.cli.options import json_argument
 from mcp_control.cli.output import View
 
 if TYPE_CHECKING:
@@ -31,44 +31,70 @@ Depth = Annotated[
 OnExhausted = Annotated[
     str, typer.Option("--on-exhausted", help="What follows when it is used up: stop, pause, ask.", show_default=False)
 ]
-BudgetText = Annotated[
-    str, typer.Option("--budget", metavar="JSON", help="What it may use: JSON or @file.", show_default=False)
+BudgetTexts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        metavar="NAME=N",
+        help="What it may use (tokens=50000, money=2.50, on_exhausted=ask), repeatable; or all of it as JSON or @file.",
+        show_default=False,
+    ),
 ]
 
 
-def budget_from(text: str) -> "Budget | None":
-    """Return the budget in an option's text, None for an empty one."""
+def budget_from(given: list[str] | None) -> "Budget | None":
+    """Return the budget that options say, None without any: `NAME=N` each (money in whole units), or JSON. Raises CliError."""
     import msgspec
 
     from mcp_control.tasks.budget_model import Budget
 
-    if not text:
-        return None
+    wanted: dict[str, Any] = {}
+    for text in given or ():
+        if text.startswith(("{", "@")) or text == "-":
+            found = json_argument(text, "--budget")
+            wanted |= found if isinstance(found, dict) else {"": found}
+            continue
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise CliError(
+                f"--budget {text}: not NAME=N", USAGE, "e.g. --budget tokens=50000 --budget on_exhausted=ask"
+            )
+        if name == "on_exhausted":
+            wanted[name] = value
+        else:
+            wanted["money_micros" if name == "money" else name] = _amount("budget", name, value)
     try:
-        return msgspec.json.decode(json_bytes(text, "--budget"), type=Budget)
+        return msgspec.convert(wanted, Budget) if wanted else None
     except msgspec.ValidationError as error:
         raise CliError(f"--budget: {error}", USAGE) from None
+
+
+def _amount(option: str, name: str, text: str) -> int | float:
+    """Return an amount as budgets count it. Raises CliError."""
+    from mcp_control.tasks.budget_model import MICROS
+
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        raise CliError(f"--{option} takes a number, not {text}", USAGE) from None
+    if name == "money":
+        return int(number * MICROS)
+    return float(number) if name == "wall_seconds" else int(number)
 
 
 def edit_from(limits: dict[str, str], depth: int | None, on_exhausted: str) -> "BudgetEdit | None":
     """Return the change that the options ask for, None where they ask for none."""
     import msgspec
 
-    from mcp_control.tasks.budget_model import MICROS, BudgetEdit
+    from mcp_control.tasks.budget_model import BudgetEdit
 
     wanted: dict[str, dict[str, Any]] = {"set": {}, "add": {}}
     for name, text in limits.items():
         if not text:
             continue
-        try:
-            number = Decimal(text)
-        except InvalidOperation:
-            raise CliError(f"--{name.replace('_', '-')} takes N or +N, not {text}", USAGE) from None
         kind = "add" if text.startswith(("+", "-")) else "set"
-        if name == "money":
-            wanted[kind]["money_micros"] = int(number * MICROS)
-        else:
-            wanted[kind][name] = float(number) if name == "wall_seconds" else int(number)
+        amount = _amount(name.replace("_", "-"), name, text)
+        wanted[kind]["money_micros" if name == "money" else name] = amount
     if depth is not None:
         wanted["set"]["depth"] = depth
     if on_exhausted:

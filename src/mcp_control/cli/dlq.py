@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from mcp_control.cli.bulk import DryRun, many
+from mcp_control.cli.bulk import AtMost, DryRun, many
 from mcp_control.cli.conditions import Where
 from mcp_control.cli.connection import connect, run_id, task_id
 from mcp_control.cli.errors import USAGE, CliError
@@ -73,6 +73,7 @@ def replay(
     ] = "",
     where: Where = None,
     dry_run: DryRun = False,
+    at_most: AtMost = None,
     as_json: Json = False,
     out: Out = None,
     fields: Fields = "",
@@ -83,7 +84,7 @@ def replay(
         raise CliError("give either an id, with changes, or --where", USAGE)
     with connect() as client:
         if where:
-            many(client, "replay", where, view, dry_run=dry_run)
+            many(client, "replay", where, view, dry_run=dry_run, at_most=at_most)
             return
         edit: dict[str, Any] = {}
         if payload:
@@ -98,6 +99,7 @@ def discard(
     id: MaybeId = "",
     where: Where = None,
     dry_run: DryRun = False,
+    at_most: AtMost = None,
     reason: Reason = "",
     as_json: Json = False,
     out: Out = None,
@@ -109,7 +111,15 @@ def discard(
         raise CliError("give either an id or --where", USAGE)
     with connect() as client:
         if where:
-            many(client, "discard", where, view, dry_run=dry_run, **({"reason": reason} if reason else {}))
+            many(
+                client,
+                "discard",
+                where,
+                view,
+                dry_run=dry_run,
+                at_most=at_most,
+                **({"reason": reason} if reason else {}),
+            )
             return
         view.one(client.dead_letters.discard(task_id(client, id), reason), SHOWN)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcp_control.cli.budgets import BudgetTexts, budget_from
 from mcp_control.cli.connection import connect
 from mcp_control.cli.errors import USAGE, CliError
 from mcp_control.cli.options import (
@@ -242,6 +243,7 @@ def run(
         int | None, typer.Option("--priority", min=0, max=100, help="0 to 100.", show_default=False)
     ] = None,
     version: Version = None,
+    budget: BudgetTexts = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Take no results of earlier runs; those computed are kept anew.")
     ] = False,
@@ -280,6 +282,7 @@ def run(
             "priority": priority,
             "version": version,
             "no_cache": no_cache or None,
+            "budget": budget_from(budget),
         }
         handle = client.pipelines.run(name, values, **{k: v for k, v in options.items() if v is not None})
         if not wait:

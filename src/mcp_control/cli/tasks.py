@@ -7,7 +7,7 @@ import typer
 
 from mcp_control.cli.budgets import (
     Attempts,
-    BudgetText,
+    BudgetTexts,
     Calls,
     Depth,
     Money,
@@ -100,7 +100,7 @@ def submit(
     retries: Annotated[
         int | None, typer.Option("--retries", min=0, help="Attempts after the first one.", show_default=False)
     ] = None,
-    budget: BudgetText = "",
+    budget: BudgetTexts = None,
     wait: Wait = False,
     timeout: Timeout = "",
     as_json: Json = False,
@@ -135,7 +135,7 @@ def submit(
         if not wait:
             view.one(handle.get(), ("id", "type", "state"))
             return
-        raise typer.Exit(_ended(handle, limit, view))
+        raise typer.Exit(ended(handle, limit, view))
 
 
 @app.command("ls")
@@ -194,7 +194,7 @@ def watch(id: Id, timeout: Timeout = "", as_json: Json = False, out: Out = None,
                         say(f"{update.state.value}  {update.progress:.0%}  {update.message}".rstrip())
             except KeyboardInterrupt:
                 raise _left(handle.id) from None
-        raise typer.Exit(_ended(handle, limit, view))
+        raise typer.Exit(ended(handle, limit, view))
 
 
 @app.command("logs")
@@ -211,21 +211,6 @@ def logs(
             else:
                 sys.stdout.write(_line(line) + "\n")
                 sys.stdout.flush()
-
-
-@app.command("retry")
-def retry(
-    id: Id, wait: Wait = False, timeout: Timeout = "", as_json: Json = False, out: Out = None, fields: Fields = ""
-) -> None:
-    """Submit a task that has ended once more, as a new one."""
-    view = View.of(out, as_json, fields)
-    limit = seconds(timeout)
-    with connect() as client:
-        handle = client.tasks.handle(task_id(client, id)).retry()
-        if not wait:
-            view.one(handle.get(), SHOWN)
-            return
-        raise typer.Exit(_ended(handle, limit, view))
 
 
 @app.command("budget")
@@ -292,7 +277,7 @@ def explain(id: Id, as_json: Json = False, out: Out = None, fields: Fields = "")
         view.one(client.tasks.explain(task_id(client, id)), key="task_id")
 
 
-def _ended(handle: "TaskHandle", timeout: float | None, view: View) -> int:
+def ended(handle: "TaskHandle", timeout: float | None, view: View) -> int:
     """Wait, print the task, and return the exit code."""
     try:
         found = handle.wait(timeout)

@@ -12,7 +12,8 @@ from mcp_control.tasks.model import Attempt, Failure, Needs, RetryPolicy, TaskSt
 class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists.
 
-    `payload_removed_at`: since then payload and result of the finished task are not kept any more. `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
+    `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
+    `payload_removed_at`: since then payload and result of the finished task are not kept any more.
     """
 
     id: str
