@@ -23,8 +23,15 @@ from mcp_control.configuration.settings import PREFIX, load
 from mcp_control.kernel.breaker_rules import TRANSITIONS as BREAKER_TRANSITIONS
 from mcp_control.kernel.errors import Problem
 from mcp_control.monitoring.metrics import INVARIANTS
-from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS
+from mcp_control.pipelines.transitions import (
+    APPROVAL_TRANSITIONS,
+    COMPENSATION_TRANSITIONS,
+    RUN_TRANSITIONS,
+    SCHEDULE_TRANSITIONS,
+    STAGE_TRANSITIONS,
+)
 from mcp_control.tasks.grouping import GROUP_TRANSITIONS
+from mcp_control.tasks.operation_model import OPERATION_TRANSITIONS
 from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.model import Options
 from mcp_control.testing.server import running_server
@@ -75,6 +82,10 @@ def edges() -> dict[str, set[Edge]]:
         "group-states": by_verb(GROUP_TRANSITIONS) | {("[*]", state, "") for state in ("open", "sealed")},
         "run-states": by_state(RUN_TRANSITIONS) | {("[*]", "pending", "")},
         "stage-states": by_state(STAGE_TRANSITIONS) | {("[*]", "pending", "")},
+        "approval-states": by_verb(APPROVAL_TRANSITIONS) | {("[*]", "pending", "")},
+        "compensation-states": by_verb(COMPENSATION_TRANSITIONS) | {("[*]", "pending", "")},
+        "operation-states": by_verb(OPERATION_TRANSITIONS) | {("[*]", "running", "")},
+        "schedule-states": by_verb(SCHEDULE_TRANSITIONS) | {("[*]", "active", "")},
     }
 
 
@@ -257,6 +268,10 @@ PARTS: Mapping[str, tuple[str, Callable[[], str]]] = {
     "group-states": ("groups.md", lambda: diagram(edges()["group-states"])),
     "run-states": ("runs.md", lambda: diagram(edges()["run-states"])),
     "stage-states": ("runs.md", lambda: diagram(edges()["stage-states"])),
+    "approval-states": ("approvals.md", lambda: diagram(edges()["approval-states"])),
+    "compensation-states": ("runs.md", lambda: diagram(edges()["compensation-states"])),
+    "operation-states": ("failures.md", lambda: diagram(edges()["operation-states"])),
+    "schedule-states": ("schedules.md", lambda: diagram(edges()["schedule-states"])),
 }
 """The page and the writer of every part."""
 

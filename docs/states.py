@@ -37,6 +37,10 @@ PLACES: Final[Mapping[str, Mapping[str, Place]]] = {
         "failed": (1.75, 1.8),
         "cancelled": (3, 1.8),
     },
+    "approval-states": {"pending": (1, 0), "answered": (0, 1.2), "expired": (1, 1.2), "withdrawn": (2, 1.2)},
+    "compensation-states": {"pending": (0, 0), "running": (1.5, 0), "failed": (0, 1.2), "completed": (1.5, 1.2)},
+    "operation-states": {"running": (0.75, 0), "completed": (0, 1.2), "cancelled": (1.5, 1.2)},
+    "schedule-states": {"active": (0, 0), "paused": (1.5, 0), "finished": (0.75, 1.2)},
     "run-states": {
         "pending": (0, 0),
         "running": (1.5, 0),

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,12 +11,21 @@ from mcp_control.agents.registration import TRANSITIONS as AGENT_TRANSITIONS
 from mcp_control.configuration.settings import load
 from mcp_control.kernel.breaker_rules import STATES as BREAKER_STATES
 from mcp_control.kernel.breaker_rules import TRANSITIONS as BREAKER_TRANSITIONS
-from mcp_control.pipelines.input_model import ApprovalState
+from mcp_control.pipelines.input_model import ApprovalState, CompensationState
 from mcp_control.pipelines.model import RunState, StageState
-from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS, VERBS
+from mcp_control.pipelines.schedule_model import ScheduleState
+from mcp_control.pipelines.transitions import (
+    APPROVAL_TRANSITIONS,
+    COMPENSATION_TRANSITIONS,
+    RUN_TRANSITIONS,
+    SCHEDULE_TRANSITIONS,
+    STAGE_TRANSITIONS,
+    VERBS,
+)
 from mcp_control.tasks.group_model import GroupState
 from mcp_control.tasks.grouping import GROUP_TRANSITIONS
 from mcp_control.tasks.model import TaskState
+from mcp_control.tasks.operation_model import OPERATION_TRANSITIONS, OperationState
 from mcp_control.tasks.transitions import TRANSITIONS as TASK_TRANSITIONS
 from mcp_control.techdeck.quality.scoring import WEIGHTS
 from tests.docs.pages import PAGES, ROOT, generator, text_of
@@ -55,16 +64,22 @@ def _drawn(page: str, place: int) -> set[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(
     ("page", "place", "table"),
-    [("agents.md", 0, AGENT_TRANSITIONS), ("tasks.md", 0, TASK_TRANSITIONS), ("groups.md", 0, GROUP_TRANSITIONS)],
-    ids=["agents", "tasks", "groups"],
+    [
+        ("agents.md", 0, AGENT_TRANSITIONS),
+        ("tasks.md", 0, TASK_TRANSITIONS),
+        ("groups.md", 0, GROUP_TRANSITIONS),
+        ("approvals.md", 0, APPROVAL_TRANSITIONS),
+        ("runs.md", 2, COMPENSATION_TRANSITIONS),
+        ("schedules.md", 0, SCHEDULE_TRANSITIONS),
+        ("failures.md", 0, OPERATION_TRANSITIONS),
+    ],
+    ids=["agents", "tasks", "groups", "approvals", "compensations", "schedules", "operations"],
 )
 def test_diagrams_by_verb_have_the_edges_of_the_transition_tables(
     page: str, place: int, table: Mapping[Any, Any]
 ) -> None:
     """Edge by edge: verb, from, to."""
-    wanted = {
-        (s.value, t.value, verb) for verb, moves in table.items() for s, targets in moves.items() for t in targets
-    }
+    wanted = {(str(s), str(t), verb) for verb, moves in table.items() for s, targets in moves.items() for t in targets}
     assert _drawn(page, place) == wanted
 
 
@@ -98,7 +113,10 @@ def test_every_state_is_explained() -> None:
     assert _missing("breakers.md", BREAKER_STATES) == []
     assert _missing("tasks.md", TaskState) == []
     assert _missing("groups.md", GroupState) == []
-    assert _missing("runs.md", [*RunState, *StageState]) == []
+    assert _missing("runs.md", [*RunState, *StageState, *CompensationState]) == []
+    assert _missing("approvals.md", ApprovalState) == []
+    assert _missing("schedules.md", get_args(ScheduleState)) == []
+    assert _missing("failures.md", get_args(OperationState)) == []
 
 
 def test_the_verbs_of_runs_are_allowed_where_the_page_says() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +33,10 @@ from mcp_control.pipelines.firing import Firing
 from mcp_control.pipelines.model import RunState
 from mcp_control.pipelines.records import read_run
 from mcp_control.pipelines.schedule_model import BackfillRequest, Fire, FireView, Schedule, ScheduleSpec
+from mcp_control.pipelines.schedule_records import schedule_view
 from mcp_control.pipelines.scheduler import Scheduler
 from mcp_control.pipelines.timekeeping import ScheduleKeeper, ScheduleRetention
+from mcp_control.pipelines.transitions import SCHEDULE_TRANSITIONS
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.records import read as read_task
 from tests.pipelines.world import ANNA, World, world
@@ -348,6 +350,44 @@ async def test_a_paused_schedule_fires_nothing_and_goes_on_with_the_next_slot(tm
         assert shown.slots == [to_datetime(begin + place * 60_000) for place in (1, 2, 3)]
         await it.later(1)
         assert [fire.source for fire in await it.fires()] == ["backfill"] * 3 + ["schedule"]
+
+
+async def test_the_states_of_a_schedule_follow_its_table(tmp_path: Path) -> None:
+    """Paused, resumed, finished, edited, backfilled: each verb leads where the table says, and nowhere else."""
+    seen: set[tuple[str, str, str]] = set()
+    async with timed(tmp_path) as it:
+        begin = it.here.clock.now()
+        made = await it.create(every=60, overlap="allow", ends_at=to_datetime(begin + 150_000), task=TASK)
+
+        async def then(verb: str, doing: Awaitable[object]) -> str:
+            before = schedule_view(await it.get()).state
+            await doing
+            after = schedule_view(await it.get()).state
+            if before != after:
+                seen.add((verb, before, after))
+            return after
+
+        assert await then("pause", it.scheduler.pause(ANNA, "s")) == "paused"
+        assert await then("pause", it.scheduler.pause(ANNA, "s")) == "paused"
+        await it.later(MINUTE + 1)
+        assert await then("resume", it.scheduler.resume(ANNA, "s")) == "active"
+        assert await then("finish", it.later(MINUTE)) == "finished"
+        assert await then("pause", it.scheduler.pause(ANNA, "s")) == "paused"
+        assert await then("resume", it.scheduler.resume(ANNA, "s")) == "finished"
+        request = BackfillRequest(since=to_datetime(begin + 1), to=to_datetime(begin + 120_000), width=5)
+        assert await then("backfill", it.scheduler.backfill(ANNA, "s", request)) == "active"
+        await it.later(1)
+        await it.here.finish([task for task in await it.tasks() if not task.final])
+        assert await then("finish", it.later(MINUTE)) == "finished"
+        spec = msgspec.structs.replace(made.spec, ends_at=None)
+        version = (await it.get()).version
+        assert await then("edit", it.scheduler.replace(ANNA, "s", spec, version)) == "active"
+    assert seen == {
+        (verb, before, after)
+        for verb, moves in SCHEDULE_TRANSITIONS.items()
+        for before, targets in moves.items()
+        for after in targets
+    }
 
 
 async def test_a_backfill_is_as_wide_as_it_was_asked_to_be(tmp_path: Path) -> None:

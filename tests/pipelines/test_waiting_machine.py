@@ -23,7 +23,7 @@ from mcp_control.pipelines.input_model import (
 from mcp_control.pipelines.model import Run, RunState, StageRun, StageState
 from mcp_control.pipelines.plan import compile_plan
 from mcp_control.pipelines.signals import received
-from mcp_control.pipelines.transitions import RUN_TRANSITIONS, STAGE_TRANSITIONS
+from mcp_control.pipelines.transitions import COMPENSATION_TRANSITIONS, RUN_TRANSITIONS, STAGE_TRANSITIONS
 from mcp_control.pipelines.validate import validate
 from mcp_control.tasks.followers import Finished
 from mcp_control.tasks.model import Links, Request, Task, TaskState
@@ -93,6 +93,11 @@ class Machine:
                 assert place in self.plan.waiting
                 assert not after.final
             assert new.given is None or new.state is StageState.INPUT_REQUIRED
+        was = {each.stage: each.state for each in before.compensations}
+        for each in after.compensations:
+            old_state = was.get(each.stage, CompensationState.PENDING)
+            ways = [moves.get(old_state, frozenset()) for moves in COMPENSATION_TRANSITIONS.values()]
+            assert old_state is each.state or any(each.state in targets for targets in ways)
         for start in decision.start:
             name = start.stage.stage.id
             identity = task_id(RUN_ID, name, start.item, start.round)

@@ -26,6 +26,7 @@ from mcp_control.pipelines.input_model import (
 from mcp_control.pipelines.model import Run, StageRun, StageState
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan
+from mcp_control.pipelines.transitions import APPROVAL_TRANSITIONS
 from mcp_control.security.model import Actor
 
 _TITLE_MAX: Final = 500
@@ -73,11 +74,14 @@ def _shown(value: object, length: int) -> str:
 def closed(question: Question, stage: StageRun, output: Raw | None) -> Question:
     """Return a question whose stage waits no more; `output` is what that put out, None where nobody answered."""
     if output is not None:
-        answer = _read_answer(output)
-        state = ApprovalState.EXPIRED if answer.expired else ApprovalState.ANSWERED
-        return replace(question, state=state, output=bytes(output))
-    expired = stage.reason == "approval-expired"
-    return replace(question, state=ApprovalState.EXPIRED if expired else ApprovalState.WITHDRAWN)
+        after = _after(question, "expire" if _read_answer(output).expired else "answer")
+        return replace(after, output=bytes(output))
+    return _after(question, "expire" if stage.reason == "approval-expired" else "withdraw")
+
+
+def _after(question: Question, verb: str) -> Question:
+    (state,) = APPROVAL_TRANSITIONS[verb][question.state]
+    return replace(question, state=state)
 
 
 def may_answer(question: Question, actor: Actor) -> bool:

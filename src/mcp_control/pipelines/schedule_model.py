@@ -16,6 +16,7 @@ Overlap = Literal["allow", "skip", "queue-one", "cancel-previous"]
 CatchUp = Literal["none", "last", "all"]
 Source = Literal["schedule", "catch-up", "backfill", "manual"]
 Outcome = Literal["started", "queued", "skipped", "failed"]
+ScheduleState = Literal["active", "paused", "finished"]
 
 
 class ScheduledRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -190,7 +191,7 @@ class ScheduleView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     id: str
     name: str
-    state: Literal["active", "paused", "finished"]
+    state: ScheduleState
     when: str
     target: str
     next_at: datetime | None = None

@@ -1,7 +1,7 @@
 """Schedules and their fires to and from the store and the wire: encoding, index values, ids, facts, views."""
 
 from hashlib import blake2b, sha256
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 from msgspec.structs import replace
@@ -22,6 +22,7 @@ from mcp_control.pipelines.schedule_model import (
     Outcome,
     Schedule,
     ScheduleSpec,
+    ScheduleState,
     ScheduleView,
     Source,
 )
@@ -191,7 +192,7 @@ def fire_view(fire: Fire) -> FireView:
 def schedule_view(schedule: Schedule) -> ScheduleView:
     """Return a schedule as callers see it."""
     spec = schedule.spec
-    state: Literal["active", "paused", "finished"] = "active"
+    state: ScheduleState = "active"
     if schedule.pause is not None:
         state = "paused"
     elif schedule.finished_at is not None:

@@ -1,13 +1,16 @@
-"""Which states of runs and stages lead to which, and from which states of a run each verb is allowed."""
+"""Which states of runs, stages, and what belongs to them lead to which, and from which states of a run each verb is allowed."""
 
 from collections.abc import Mapping
 from typing import Final
 
 from mcp_control.kernel.errors import InvalidTransition
+from mcp_control.pipelines.input_model import ApprovalState, CompensationState
 from mcp_control.pipelines.model import Run, RunState, StageState
 
 R = RunState
 S = StageState
+A = ApprovalState
+C = CompensationState
 
 RUN_TRANSITIONS: Final[Mapping[RunState, frozenset[RunState]]] = {
     R.PENDING: frozenset({R.RUNNING, R.INPUT_REQUIRED, R.PAUSED, R.COMPLETED, R.FAILED, R.CANCELLED}),
@@ -28,6 +31,26 @@ STAGE_TRANSITIONS: Final[Mapping[StageState, frozenset[StageState]]] = {
     S.FAILED: frozenset({S.PENDING}),
     S.SKIPPED: frozenset({S.PENDING}),
     S.CANCELLED: frozenset({S.PENDING}),
+}
+
+APPROVAL_TRANSITIONS: Final[Mapping[str, Mapping[ApprovalState, frozenset[ApprovalState]]]] = {
+    "answer": {A.PENDING: frozenset({A.ANSWERED})},
+    "expire": {A.PENDING: frozenset({A.EXPIRED})},
+    "withdraw": {A.PENDING: frozenset({A.WITHDRAWN})},
+}
+
+COMPENSATION_TRANSITIONS: Final[Mapping[str, Mapping[CompensationState, frozenset[CompensationState]]]] = {
+    "start": {C.PENDING: frozenset({C.RUNNING})},
+    "complete": {C.RUNNING: frozenset({C.COMPLETED})},
+    "fail": {C.PENDING: frozenset({C.FAILED}), C.RUNNING: frozenset({C.FAILED})},
+}
+
+SCHEDULE_TRANSITIONS: Final[Mapping[str, Mapping[str, frozenset[str]]]] = {
+    "pause": {"active": frozenset({"paused"}), "finished": frozenset({"paused"})},
+    "resume": {"paused": frozenset({"active", "finished"})},
+    "finish": {"active": frozenset({"finished"})},
+    "edit": {"finished": frozenset({"active"})},
+    "backfill": {"finished": frozenset({"active"})},
 }
 
 _OPEN: Final = frozenset({R.PENDING, R.RUNNING, R.INPUT_REQUIRED, R.PAUSED})

@@ -1,5 +1,6 @@
 """Operations: one verb for all tasks that fulfil conditions, as it is asked for, kept and shown."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Final, Literal
 
@@ -11,6 +12,10 @@ from mcp_control.tasks.selection import Selection
 
 Verb = Literal["cancel", "pause", "resume", "reprioritize", "reassign", "retry", "replay", "discard"]
 OperationState = Literal["running", "completed", "cancelled"]
+OPERATION_TRANSITIONS: Final[Mapping[str, Mapping[OperationState, frozenset[OperationState]]]] = {
+    "finish": {"running": frozenset({"completed"})},
+    "cancel": {"running": frozenset({"cancelled"})},
+}
 SHOWN: Final = 20
 
 

@@ -35,6 +35,7 @@ from mcp_control.tasks.ledger import Intent, Ledger, Waiters
 from mcp_control.tasks.model import Origin, Task
 from mcp_control.tasks.operation_model import (
     OPERATION_KIND,
+    OPERATION_TRANSITIONS,
     SHOWN,
     Operation,
     OperationRequest,
@@ -230,7 +231,7 @@ class Operations:
             operation = await self.get(actor, operation_id)
             if operation.state == "cancelled":
                 return operation
-            if operation.state != "running":
+            if operation.state not in OPERATION_TRANSITIONS["cancel"]:
                 raise InvalidTransition("the operation is complete", state=operation.state, allowed=[])
             now = self._clock.now()
             after = replace(operation, state="cancelled", finished_at=now, pending=[])
