@@ -1,7 +1,7 @@
 """Following facts: nothing missed, nothing twice, nothing unbounded."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -9,35 +9,12 @@ import pytest
 from mcp_control.events.backlog import Batch
 from mcp_control.events.broadcaster import Broadcaster, Subscription
 from mcp_control.events.filters import Filter
-from mcp_control.events.log import fact
 from mcp_control.events.retention import EventRetention
-from mcp_control.kernel.changes import Change, Fact, StoredFact
-from mcp_control.kernel.errors import CursorExpired, Invalid, Overloaded, Problem
-from mcp_control.storage.sqlite.store import SqliteStore
+from mcp_control.kernel.changes import StoredFact
+from mcp_control.kernel.errors import CursorExpired, Invalid, Overloaded
+from tests.events.world import NOW, World, happened, seqs
 
-NOW = 1_800_000_000_000
 DAY = 86_400_000
-
-
-def _fatal(problem: Problem) -> None:
-    raise AssertionError(problem)
-
-
-class World:
-    """A store and the broadcaster it reports to."""
-
-    def __init__(self, folder: Path, backlog: int = 1000) -> None:
-        self.store = SqliteStore(folder, fatal=_fatal)
-        self.broken: list[str] = []
-        self.events = Broadcaster(self.store, backlog=backlog, broken=self.broken.append)
-
-    async def open(self) -> None:
-        await self.store.open([], self.events.committed)
-        await self.events.start()
-
-    async def tell(self, *facts: Fact) -> None:
-        (problem,) = await self.store.commit([Change(facts=facts)])
-        assert problem is None
 
 
 @pytest.fixture
@@ -48,10 +25,6 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     assert world.broken == []
     world.events.close()
     await world.store.close()
-
-
-def happened(type: str, subject: str = "task_1", run: str = "", tenant: str = "default", at: int = NOW) -> Fact:
-    return fact(type, subject, "system", at, {"n": 1}, tenant=tenant, run=run)
 
 
 async def take(subscription: Subscription, count: int) -> list[StoredFact]:
@@ -66,10 +39,6 @@ async def take(subscription: Subscription, count: int) -> list[StoredFact]:
 async def next_batch(subscription: Subscription) -> Batch:
     async with asyncio.timeout(10):
         return await anext(subscription)
-
-
-def seqs(facts: Sequence[StoredFact]) -> list[int]:
-    return [each.seq for each in facts]
 
 
 async def test_live_facts_come_in_order_from_the_moment_of_subscribing(world: World) -> None:

@@ -172,7 +172,7 @@ class Broadcaster:
             self._broken("facts_out_of_order")
         self._told = facts[-1].seq
         self.newest = max(self.newest, self._told)
-        if not self._routes:
+        if not self._routes.all:
             return
         for stored in facts:
             for each in self._routes.listeners(stored.fact):
@@ -250,7 +250,7 @@ class Broadcaster:
 
     def detach(self, each: Listener) -> None:
         """Stop offering; a no-op for somebody who is not attached."""
-        if each in self._routes:
+        if each in self._routes.all:
             self._routes.remove(each)
 
     def forget(self, subscription: Subscription) -> None:

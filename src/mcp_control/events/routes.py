@@ -21,28 +21,26 @@ class Listener(Protocol):
 
 
 class Routes:
-    """Listeners by fact type and by what narrows them most."""
+    """Listeners by fact type and by what narrows them most.
+
+    Attributes:
+        all: every listener; not to be changed from outside.
+    """
 
     def __init__(self) -> None:
-        self._listeners: dict[Listener, None] = {}
+        self.all: dict[Listener, None] = {}
         self._by_type: dict[str, _Route] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._listeners)
-
-    def __contains__(self, each: Listener) -> bool:
-        return each in self._listeners
 
     def add(self, each: Listener) -> None:
         """Begin to offer facts to somebody who is not there yet."""
-        self._listeners[each] = None
+        self.all[each] = None
         for name, route in self._by_type.items():
             if each.filter.wants_type(name):
                 route.add(each)
 
     def remove(self, each: Listener) -> None:
         """Stop offering to somebody who is there."""
-        del self._listeners[each]
+        del self.all[each]
         for name, route in self._by_type.items():
             if each.filter.wants_type(name):
                 route.remove(each)
@@ -58,7 +56,7 @@ class Routes:
         if len(self._by_type) > _TYPES_MAX:
             self._by_type = {}
         route = self._by_type[type] = _Route()
-        for each in self._listeners:
+        for each in self.all:
             if each.filter.wants_type(type):
                 route.add(each)
         return route
