@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypedDict
 
+import httpx2
+
 from mcp_control import Agent, Cancelled, Context, SyncContext
 
 
@@ -99,6 +101,24 @@ async def careful(payload: Burn, ctx: Context) -> int:
     return payload["steps"]
 
 
+async def spawn(payload: dict[str, Any], ctx: Context) -> dict[str, Any]:
+    """Have parts of the work done as tasks of their own."""
+    ids = [(await ctx.submit("it.echo", part, key=f"part-{part}")).id for part in range(payload["children"])]
+    return {"ids": ids, "again": (await ctx.submit("it.echo", 0, key="part-0")).id}
+
+
+def spawn_sync(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
+    """Have parts of the work done as tasks of their own."""
+    ids = [ctx.submit("it.echo", part, key=f"part-{part}").id for part in range(payload["children"])]
+    return {"ids": ids, "again": ctx.submit("it.echo", 0, key="part-0").id}
+
+
+async def call(payload: dict[str, Any], ctx: Context) -> int:
+    """Ask a peer over HTTP, unless it is left alone."""
+    async with ctx.breaker("shop", failures=2, open_for=payload["open_for"]), httpx2.AsyncClient() as peer:
+        return (await peer.get(payload["url"])).raise_for_status().status_code
+
+
 def busy(seconds: float) -> float:
     """Occupy a thread for a while."""
     ends = time.monotonic() + seconds
@@ -164,6 +184,9 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.burn", burn),
         ("it.deaf", deaf),
         ("it.careful", careful),
+        ("it.spawn", spawn),
+        ("it.spawn_sync", spawn_sync),
+        ("it.call", call),
         ("it.split", split),
         ("it.make", make),
         ("it.join", join),

@@ -92,6 +92,13 @@ class LogPage(msgspec.Struct, frozen=True, kw_only=True):
     final: bool
 
 
+class Child(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A task to be done for another one, and the lease under which the agent holds that."""
+
+    lease_token: str
+    task: TaskSpec
+
+
 class TasksQuery(PageQuery, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Filters; all that are given must hold."""
 
@@ -113,6 +120,7 @@ class LogsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 _SPEC: Final = Body(TaskSpec, envelope=1)
+_CHILD: Final = Body(Child, envelope=2)
 _BATCH: Final = Body(Batch, opaque=lambda batch: [bytes(spec.payload) for spec in batch.tasks])
 _IDS: Final = Body(Ids)
 _REASON: Final = Body(Reason, optional=True)
@@ -163,6 +171,17 @@ async def submit_task(call: Call) -> Reply:
     if submitted.warnings:
         shown = msgspec.structs.replace(shown, warnings=submitted.warnings)
     return tagged(shown, shown.etag, status)
+
+
+async def submit_child(call: Call) -> Reply:
+    """Submit a task for one that the calling agent works on."""
+    child = await call.decode(_CHILD)
+    with call.services.gate.entry(1):
+        submitted = await call.services.tasks.submit_child(
+            call.actor, call.params["task_id"], child.lease_token, child.task, call.origin
+        )
+    shown = msgspec.structs.replace(_shown(call, submitted.task), warnings=submitted.warnings)
+    return tagged(shown, shown.etag, 201 if submitted.created else 200)
 
 
 async def _one(call: Call, task_id: str) -> TaskView:
@@ -348,6 +367,10 @@ ENDPOINTS: Final = (
     Endpoint(
         method="POST", path="/tasks/{task_id}/cancel", handler=cancel_task, summary="Cancel a task", tag="tasks", body=_REASON,
         returns=TaskView, example={"reason": "wrong input"},
+    ),
+    Endpoint(
+        method="POST", path="/tasks/{task_id}/children", handler=submit_child, summary="Submit a task for a task", tag="tasks",
+        weight="submit", body=_CHILD, returns=TaskView, status=201, statuses=(200,), example={"lease_token": "…", "task": _EXAMPLE},
     ),
     Endpoint(
         method="POST", path="/tasks/{task_id}/pause", handler=pause_task, summary="Hold a task back", tag="tasks", body=_REASON,

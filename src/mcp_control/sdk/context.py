@@ -7,7 +7,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, Unpack
 
 import msgspec
 
@@ -21,6 +21,8 @@ from mcp_control.tasks.wire import Assignment
 if TYPE_CHECKING:
     from mcp_control.sdk.artifacts import AsyncTaskArtifacts, TaskArtifacts
     from mcp_control.sdk.client import AsyncClient, Client
+    from mcp_control.sdk.submission import SubmitOptions
+    from mcp_control.tasks.view_model import TaskView
 
 T = TypeVar("T")
 Level = Literal["debug", "info", "warning", "error"]
@@ -274,6 +276,19 @@ class Context(BaseContext):
             granted = await self._meter.reserve_async(self.client, amounts)
         return Reservation(self._meter, amounts, granted)
 
+    async def submit(self, type: str, payload: object = None, **options: "Unpack[SubmitOptions]") -> "TaskView":
+        """Submit a task for this one, with the agent's own credential: its parent is this task, whose budgets it draws from.
+
+        Give it a `key` that the payload decides where the attempt may be repeated: the key counts for this task, whichever agent has it.
+
+        Raises:
+            Conflicting: this attempt is not the live one any more, or a budget is used up.
+            InvalidRequest: something is wrong with it.
+        """
+        from mcp_control.sdk import children  # handlers that submit nothing need no client
+
+        return await self.client.do(children.submit(self.task_id, self._lease_token, type, payload, options))
+
     def breaker(
         self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None
     ) -> AsyncGuarded:
@@ -335,6 +350,12 @@ class SyncContext(BaseContext):
         self.check()
         amounts = counted(calls, tokens, money)
         return Reservation(self._meter, amounts, self._meter.reserve(self.client, amounts))
+
+    def submit(self, type: str, payload: object = None, **options: "Unpack[SubmitOptions]") -> "TaskView":
+        """Submit a task for this one; see `Context.submit`."""
+        from mcp_control.sdk import children  # handlers that submit nothing need no client
+
+        return self.client.do(children.submit(self.task_id, self._lease_token, type, payload, options))
 
     def breaker(self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None) -> Guarded:
         """Guard a call of yours: `with ctx.breaker("mail"): ...`, or `ctx.breaker("mail").call(...)`; see `Context.breaker`.

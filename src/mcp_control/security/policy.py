@@ -26,8 +26,11 @@ _AGENT_ITSELF: Final = frozenset(
         "tasks.report",
     }
 )
-# What an agent needs for its tasks. Which artifacts it may write for a task is decided by the lease it presents.
-_AGENT_ANY: Final = frozenset({"artifacts.create", "artifacts.get", "artifacts.list", "artifacts.read", "auth.me"})
+# What an agent needs for its tasks. Which artifacts it may write for a task, and whether it may submit a child of it, is decided by the
+# lease it presents.
+_AGENT_ANY: Final = frozenset(
+    {"artifacts.create", "artifacts.get", "artifacts.list", "artifacts.read", "auth.me", "tasks.submit_child"}
+)
 
 
 def allow(actor: Actor, action: str, resource: str | None = None) -> None:

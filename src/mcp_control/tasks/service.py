@@ -25,6 +25,7 @@ from mcp_control.kernel.paging import Page
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Queue, Store
+from mcp_control.tasks.children import child_of, origin_of
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.explain import explain
 from mcp_control.tasks.explaining import Explainer
@@ -95,6 +96,31 @@ class TaskOrchestrator:
             OutcomeUnknown: repeat with the same keys.
         """
         allow(actor, "tasks.submit")
+        return await self._submit(actor, specs, origin)
+
+    async def submit_child(
+        self, actor: Actor, parent_id: str, lease_token: str, spec: TaskSpec, origin: Origin
+    ) -> Submitted:
+        """Accept a task that an agent submits for one it works on: a level deeper, and paid from the same budgets.
+
+        Raises:
+            NotFound: there is no such task.
+            LeaseSuperseded: the agent does not hold it under this lease.
+            Invalid, BudgetExhausted, Unroutable, IdempotencyMismatch: the child is not accepted.
+        """
+        allow(actor, "tasks.submit_child", parent_id)
+        (parent,) = await self._ledger.load([parent_id], fresh=True)
+        if parent is None or parent.tenant != actor.tenant:
+            raise NotFound("no such task")
+        child = child_of(parent, actor.id, lease_token, spec)
+        (found,) = await self._submit(actor, [child], origin_of(parent, origin))
+        if isinstance(found, Problem):
+            raise found
+        return found
+
+    async def _submit(
+        self, actor: Actor, specs: Sequence[TaskSpec], origin: Origin
+    ) -> builtins.list[Submitted | Problem]:
         now = self._clock.now()
         results: builtins.list[Submitted | Problem] = [NotFound()] * len(specs)
         vetted = await self.vet(actor, specs, origin, now)
