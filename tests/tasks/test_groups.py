@@ -81,6 +81,7 @@ _SEEN = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from([G.OPEN, G.SEALED]), st.lists(st.one_of(_SEEN, st.sampled_from(["seal", "cancel"])), max_size=12)
 )

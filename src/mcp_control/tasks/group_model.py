@@ -186,6 +186,7 @@ GROUP_KIND: Final = Kind(
     fields=(
         Field("tenant"),
         Field("state"),
+        Field("name"),
         Field("unique_key"),
         Field("active", "int"),
         Field("idle", "int"),
@@ -193,7 +194,8 @@ GROUP_KIND: Final = Kind(
     ),
     indexes=(
         Index("group_tenant", ("tenant", "id")),
-        Index("group_state", ("state", "id")),
+        Index("group_state", ("tenant", "state", "id")),
+        Index("group_name", ("tenant", "name", "id")),
         Index("group_key", ("unique_key",), unique=True),
         Index("group_active", ("active", "id")),
         Index("group_idle", ("idle", "id")),

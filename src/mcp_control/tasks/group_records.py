@@ -64,6 +64,7 @@ def write_group(group: TaskGroup, on: Callbacks | None = None) -> Entity:
     index: dict[str, str | int | None] = {
         "tenant": group.tenant,
         "state": group.state.value,
+        "name": group.name or None,
         "unique_key": key_of(group.tenant, group.origin.principal, group.idempotency_key),
         "active": None if group.final else group.created_at,
         "idle": group.changed_at if group.state is GroupState.OPEN else None,

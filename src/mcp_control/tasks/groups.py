@@ -245,21 +245,15 @@ class Groups:
         where = [Where("tenant", "eq", actor.tenant)]
         if state is not None:
             where.append(Where("state", "eq", state.value))
+        if name is not None:
+            where.append(Where("name", "eq", name))
         after = None if cursor is None else decode_cursor("groups", cursor, 1)
-        items: builtins.list[GroupView] = []
-        while True:
-            rows = await self._store.find(_KIND, Query(where=where, descending=True, after=after, limit=_BATCH))
-            for place, row in enumerate(rows):
-                group = read_group(row)
-                if name is not None and group.name != name:
-                    continue
-                items.append(view_group(group))
-                if len(items) == limit:
-                    more = place + 1 < len(rows) or len(rows) == _BATCH
-                    return Page(items=items, next_cursor=encode_cursor("groups", [row.id]) if more else None)
-            if len(rows) < _BATCH:
-                return Page(items=items)
-            after = [rows[-1].id]
+        rows = await self._store.find(_KIND, Query(where=where, descending=True, after=after, limit=limit + 1))
+        shown = rows[:limit]
+        return Page(
+            items=[view_group(read_group(row)) for row in shown],
+            next_cursor=encode_cursor("groups", [shown[-1].id]) if len(rows) > limit else None,
+        )
 
     async def wait(self, actor: Actor, group_id: str, seconds: float) -> GroupView:
         """Return a group when it has ended, or as it is after so many seconds, at most 60. Raises NotFound."""
