@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Final
 
 import apsw
@@ -11,10 +12,13 @@ import pymongo
 from mcp_control.kernel.changes import Index, IndexValue, Kind
 from mcp_control.storage.mongo.schema import index_name
 from mcp_control.storage.sqlite.schema import Table
+from mcp_control.tasks.model import TASK_KIND
 
 Document = dict[str, Any]
+Row = tuple[str, Mapping[str, IndexValue], bytes]  # id, index fields, hot bytes
 _ID: Final = re.compile(r"[a-z]+_[0-9a-v]{36}")
-_AT_ONCE: Final = 2000
+_AT_ONCE: Final = 20_000
+_OTHERS: Final = 20_000
 _HOT: Final = b"x" * 100
 
 
@@ -59,6 +63,43 @@ def copies(
         yield f"{id}~{number}", {name: other(name, value) for name, value in index.items()}
 
 
+def _most(kind: Kind, tasks: int) -> int:
+    """Return how many rows there shall be of a kind: of tasks as many as wanted, of others a bounded number."""
+    return tasks if kind is TASK_KIND else min(tasks, _OTHERS)
+
+
+def load_mongo(database: "pymongo.database.Database[Document]", kind: Kind, rows: Iterable[Row]) -> None:
+    """Put rows into the collection of a kind as fast as it goes. Its indexes are built at the end."""
+    target = database[kind.name].with_options(write_concern=pymongo.WriteConcern(1, j=False))
+    indexes = [{**index} for index in target.list_indexes() if index["name"] != "_id_"]
+    target.drop_indexes()
+    documents = (
+        {"_id": name, "v": 1, "h": hot, "i": {field: value for field, value in index.items() if value is not None}}
+        for name, index, hot in rows
+    )
+    while batch := [*islice(documents, _AT_ONCE)]:
+        target.insert_many(batch, ordered=False)
+    if indexes:
+        database.command("createIndexes", kind.name, indexes=indexes)
+
+
+def load_sqlite(connection: apsw.Connection, kind: Kind, rows: Iterable[Row]) -> None:
+    """Put rows into the table of a kind as fast as it goes. Its indexes are built at the end."""
+    connection.execute("PRAGMA synchronous = OFF; PRAGMA cache_size = -200000")
+    columns = [field.name for field in kind.fields]
+    indexes = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL", (kind.name,)
+    ).fetchall()
+    with connection:
+        for name, _ in indexes:
+            connection.execute(f'DROP INDEX "{name}"')
+        connection.executemany(
+            Table(kind).insert_sql, ((one, hot, *(index.get(name) for name in columns)) for one, index, hot in rows)
+        )
+        for _, sql in indexes:
+            connection.execute(sql)
+
+
 class MongoCrowd:
     """The database of a server that has stopped, and what mongod wrote down of its commands.
 
@@ -76,21 +117,15 @@ class MongoCrowd:
         self._database.create_collection("system.profile", capped=True, size=256 << 20)
         self._database.command("profile", 2)
 
-    def fill(self, kinds: Sequence[Kind], count: int) -> None:
-        """Make at least so many of each kind of which there is one."""
+    def fill(self, kinds: Sequence[Kind], tasks: int) -> None:
+        """Make at least so many tasks, and up to 20,000 of each other kind there is one of. Indexes are built at the end."""
         self._database.command("profile", 0)
         for kind in kinds:
             found = [*self._database[kind.name].find({}, {"c": 0, "x": 0}).limit(100)]
-            target = self._database[kind.name].with_options(write_concern=pymongo.WriteConcern(1))
-            batch: list[Document] = []
-            for one in found:
-                for copy, index in copies(kind, one["_id"], one.get("i", {}), count // len(found)):
-                    batch.append({"_id": copy, "v": 1, "h": _HOT, "i": index})
-                    if len(batch) == _AT_ONCE:
-                        target.insert_many(batch, ordered=False)
-                        batch = []
-            if batch:
-                target.insert_many(batch, ordered=False)
+            if found:
+                each = _most(kind, tasks) // len(found)
+                rows = (row for one in found for row in copies(kind, one["_id"], one.get("i", {}), each))
+                load_mongo(self._database, kind, ((copy, index, _HOT) for copy, index in rows))
 
     def without(self, kind: Kind, index: Index) -> None:
         """Drop an index."""
@@ -203,25 +238,22 @@ class SqliteCrowd:
             self._asked.setdefault(sql, {}).setdefault(str(values), values)
         return True
 
-    def fill(self, path: str, kinds: Iterable[Kind], count: int) -> None:
-        """Make at least so many of each kind of which there is one."""
+    def fill(self, path: str, kinds: Iterable[Kind], tasks: int) -> None:
+        """Make at least so many tasks, and up to 20,000 of each other kind there is one of. Indexes are built at the end."""
         self._enough()
         self._connection = connection = apsw.Connection(path)
-        connection.execute("PRAGMA synchronous = OFF")
         for kind in kinds:
             columns = [field.name for field in kind.fields]
             names = "".join(f', "{name}"' for name in columns)
             found = connection.execute(f'SELECT id{names} FROM "{kind.name}" LIMIT 100').fetchall()
-            with connection:
-                for original, *values in found:
-                    index = dict(zip(columns, values, strict=True))
-                    connection.executemany(
-                        Table(kind).insert_sql,
-                        (
-                            (one, _HOT, *index.values())
-                            for one, index in copies(kind, original, index, count // len(found))
-                        ),
-                    )
+            if found:
+                each = _most(kind, tasks) // len(found)
+                rows = (
+                    row
+                    for original, *values in found
+                    for row in copies(kind, original, dict(zip(columns, values, strict=True)), each)
+                )
+                load_sqlite(connection, kind, ((copy, index, _HOT) for copy, index in rows))
 
     def without(self, kind: Kind, index: Index) -> None:
         """Drop an index."""

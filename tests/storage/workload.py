@@ -13,10 +13,12 @@ import msgspec
 
 from mcp_control.api.assembly import routes
 from mcp_control.api.routing import Endpoint
+from mcp_control.kernel.changes import Change, Entity
+from mcp_control.tasks.parking import UNREADABLE
 from mcp_control.testing.server import RunningServer
 from tests.archive.support import Poller, poller
 from tests.integration.pipelines import completed, parts_pipeline, started
-from tests.integration.support import API, AgentProcess, enrolment, in_state, submit, until
+from tests.integration.support import API, AgentProcess, agents_online, enrolment, in_state, submit, until
 
 JSON: Final = {"Content-Type": "application/json"}
 SPEC: Final = {"name": "poller", "capabilities": [{"name": "polled"}], "slots": 10, "lease_seconds": 300}
@@ -58,6 +60,8 @@ class Workload:
         await self._tasks()
         await self._schedules()
         await self._bounds()
+        await self._groups()
+        await self._parked()
         await self._operations()
         await self._questions()
         await self._lists()
@@ -85,7 +89,11 @@ class Workload:
         assert (await self._client.delete(f"{API}/auth/tokens/{token['id']}")).status_code < 300
 
     async def _pipelines(self) -> None:
-        with AgentProcess(self._folder, "worker", self._server.url, await enrolment(self._client), slots=4):
+        token = await enrolment(self._client)
+        with (
+            AgentProcess(self._folder, "worker", self._server.url, token, slots=4),
+            AgentProcess(self._folder, "other", self._server.url, token, slots=4),
+        ):
             for text in ("first", "second"):
                 spec = msgspec.to_builtins(parts_pipeline())
                 spec["metadata"]["description"] = text
@@ -96,8 +104,12 @@ class Workload:
             await completed(self._client, run_id, 60)
             done = await submit(self._client, "it.echo", 1, labels={"team": "a"}, idempotency_key="once")
             await in_state(self._client, done, "completed", 30)
+            await agents_online(self._client, ["worker", "other"])
+            quick = await submit(self._client, "it.echo", 1, needs={"balancing": "fastest"})
+            await in_state(self._client, quick, "completed", 30)
         self._known |= {"run_id": run_id, "run": run_id, "pipeline": "parts", "stage": "final"}
-        await started(self._client, "parts", {"seed": "b", "parts": 1}, "two")  # nobody does it
+        waits = await started(self._client, "parts", {"seed": "b", "parts": 1}, "two")  # nobody does it
+        await self._get(f"{API}/runs/{waits}/explain")
         uploaded = await self._client.post(f"{API}/artifacts?name=in.txt&role=input", content=b"what comes in")
         self._known |= {"artifact_id": uploaded.json()["id"], "name": "in.txt"}
 
@@ -114,7 +126,8 @@ class Workload:
             await self._log(peer, first)
             for one in (first, second):
                 assert await peer.done(one) == (200, "")
-            self._known |= {"task_id": first["task_id"], "type": "polled", "label": "team:a"}
+            self._known |= {"task_id": first["task_id"], "type": "polled", "label": "team:a", "code": "boom"}
+            self._known |= {"ended_after": "2026-01-01T00:00:00Z", "ended_before": "2100-01-01T00:00:00Z"}
             await self._logged_run(peer)
         later = (datetime.now(UTC) + timedelta(days=1)).isoformat()
         await submit(self._client, "it.nobody", 1, run_at=later)
@@ -146,11 +159,12 @@ class Workload:
 
     async def _store_alone(self) -> None:
         """Claim without Redis, with something left that waits."""
-        for number in range(3):
-            last = await submit(self._client, "polled", number)
-        await self._get(f"{API}/lanes")
-        await self._get(f"{API}/tasks/{last}/explain")
         async with poller(self._server, self._credential) as peer:
+            for number in range(3):
+                await submit(self._client, "polled", number)
+            last = await submit(self._client, "polled", 1, needs={"slots": 2})  # in another lane, behind them
+            await self._get(f"{API}/lanes")
+            await self._get(f"{API}/tasks/{last}/explain")
             await peer.claim(1)
 
     async def _schedules(self) -> None:
@@ -190,8 +204,38 @@ class Workload:
         async with poller(self._server, self._credential) as peer:
             await peer.claim(1)
             await self._janitors["drift"](0)
+        child = {"type": "polled", "parent_id": spender, "idempotency_key": "too-much"}
+        assert (await self._client.post(f"{API}/tasks", json=child)).status_code == 409
         answer = await self._client.patch(f"{API}/tasks/{spender}/budget", json={"add": {"attempts": 2}})
         assert answer.status_code < 300, answer.text
+
+    async def _groups(self) -> None:
+        """Groups: one whose members end, one with a member that fails, one that is cancelled."""
+        one = {"type": "polled", "payload": 1}
+        callbacks = {"completed": {"type": "it.nobody"}, "ended": {"type": "it.nobody"}}
+        made = await self._post("/groups", {"tasks": [one], "on": callbacks, "open": True, "idempotency_key": "group"})
+        await self._post("/groups", {"tasks": [one], "on": callbacks, "open": True, "idempotency_key": "group"})
+        await self._post(f"/groups/{made['id']}/tasks", {"tasks": [{"type": "it.unheard"}], "idempotency_key": "more"})
+        await self._post(f"/groups/{made['id']}/seal", {})
+        self._known |= {"group": made["id"], "group_id": made["id"]}
+        where = {"group": made["id"], "state": ["queued"]}
+        asked = {"verb": "cancel", "where": where, "expected_at_most": 100, "reason": "enough"}
+        answer = await self._client.post(f"{API}/operations", json=asked, params={"wait": 10})
+        assert answer.status_code < 300, answer.text
+
+        async def ended() -> bool:
+            return "finished_at" in await self._get(f"{API}/groups/{made['id']}", wait=1)
+
+        await until(ended, 20, "the group has ended")
+        await self._post(f"/groups/{made['id']}/retry", {})
+        other = await self._post("/groups", {"tasks": [{"type": "it.unheard"}], "open": True})
+        await self._post(f"/groups/{other['id']}/cancel", {"reason": "enough"})
+
+    async def _parked(self) -> None:
+        """A task that cannot be read, removed by hand."""
+        spoilt = Entity("task", "task_spoilt", 0, {"tenant": "default", "state": UNREADABLE}, b"\xff", {})
+        assert await self._server.services.store.commit([Change([spoilt])]) == [None]
+        assert (await self._client.delete(f"{API}/dead-letters/parked/task_spoilt")).status_code < 300
 
     async def _operations(self) -> None:
         """One change of many tasks."""
