@@ -113,6 +113,10 @@ def test_dead_letters_are_shown_replayed_and_discarded(cli: Cli, panel: Up) -> N
     assert again["retry_of"] == first
     cli.inside("tasks", "watch", again["id"], code=8)
     cli.inside("dlq", "replay", first, code=5)
+    for verb in ("discard", "replay"):
+        # A trial goes with conditions: with an id it would be no trial.
+        cli.inside("dlq", verb, second, "--dry-run", code=2)
+    assert second in [one["id"] for one in cli.json("dlq", "ls", "--label", "dlq=yes")]
     cli.inside("dlq", "discard", second, "--reason", "harmless")
     assert [one["id"] for one in cli.json("dlq", "ls", "--label", "dlq=yes")] == [again["id"]]
     assert cli.json("dlq", "discard", "--where", "label.dlq=yes", "--yes")["changed"] == 1

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from mcp_control.cli.bulk import AtMost, DryRun, many
+from mcp_control.cli.bulk import AtMost, DryRun, many, one_of
 from mcp_control.cli.conditions import Where
 from mcp_control.cli.connection import connect, run_id, task_id
 from mcp_control.cli.errors import USAGE, CliError
@@ -80,8 +80,9 @@ def replay(
 ) -> None:
     """Have a dead letter tried again as a new task, changed where asked for, or all that fulfil conditions as they are."""
     view = View.of(out, as_json, fields)
-    if bool(id) == bool(where) or (where and (payload or needs)):
-        raise CliError("give either an id, with changes, or --where", USAGE)
+    one_of(id, where, dry_run)
+    if where and (payload or needs):
+        raise CliError("changes go with an id", USAGE)
     with connect() as client:
         if where:
             many(client, "replay", where, view, dry_run=dry_run, at_most=at_most)
@@ -107,19 +108,11 @@ def discard(
 ) -> None:
     """Take a task out of the set, or all that fulfil conditions; they stay among the finished tasks."""
     view = View.of(out, as_json, fields)
-    if bool(id) == bool(where):
-        raise CliError("give either an id or --where", USAGE)
+    one_of(id, where, dry_run)
+    options = {"reason": reason} if reason else {}
     with connect() as client:
         if where:
-            many(
-                client,
-                "discard",
-                where,
-                view,
-                dry_run=dry_run,
-                at_most=at_most,
-                **({"reason": reason} if reason else {}),
-            )
+            many(client, "discard", where, view, dry_run=dry_run, at_most=at_most, **options)
             return
         view.one(client.dead_letters.discard(task_id(client, id), reason), SHOWN)
 

@@ -56,6 +56,10 @@ Reason = Annotated[str, typer.Option("--reason", help="Why, for those who look l
 Labels = Annotated[
     list[str] | None, typer.Option("--label", metavar="NAME=VALUE", help="A label; repeatable.", show_default=False)
 ]
+ResultsTo = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
+]
 
 NO_INPUT: Final = "MCP_CONTROL_NO_INPUT"
 YES: Final = "MCP_CONTROL_YES"

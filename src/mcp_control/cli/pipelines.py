@@ -17,6 +17,7 @@ from mcp_control.cli.options import (
     Labels,
     Limit,
     Out,
+    ResultsTo,
     Timeout,
     Wait,
     confirm,
@@ -229,10 +230,7 @@ def run(
             show_default=False,
         ),
     ] = "",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
-    ] = None,
+    output: ResultsTo = None,
     settings: Settings = None,
     params: Params = "",
     key: Annotated[

@@ -18,7 +18,7 @@ from mcp_control.cli.budgets import (
 )
 from mcp_control.cli.connection import connect, run_id
 from mcp_control.cli.errors import USAGE, CliError
-from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, Timeout, Wait, json_argument, seconds
+from mcp_control.cli.options import Fields, Json, Limit, Out, Reason, ResultsTo, Timeout, Wait, json_argument, seconds
 from mcp_control.cli.output import View, plain, write_json
 from mcp_control.cli.report import download, ended, follow, report, results, show_report
 
@@ -37,6 +37,10 @@ FILES = ("id", "name", "role", "size", "rows", "sha256")
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of a run, or the end of one.")]
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="Download the results there.", show_default=False)
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Another value for a parameter; repeatable.", show_default=False),
 ]
 
 
@@ -226,19 +230,11 @@ def retry(
             "--from", "--from-stage", help="Go back to this stage. Default: the failed ones.", show_default=False
         ),
     ] = "",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="A.B=VALUE", help="Another value for a parameter; repeatable.", show_default=False
-        ),
-    ] = None,
+    settings: Changes = None,
     reason: Reason = "",
     wait: Wait = False,
     timeout: Timeout = "",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
-    ] = None,
+    output: ResultsTo = None,
     as_json: Json = False,
     out: Out = None,
     fields: Fields = "",
@@ -265,18 +261,10 @@ def rerun_rejected(
             "--fixed", metavar="FILE", help="The corrected records. Default: as they were.", show_default=False
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="A.B=VALUE", help="Another value for a parameter; repeatable.", show_default=False
-        ),
-    ] = None,
+    settings: Changes = None,
     wait: Wait = False,
     timeout: Timeout = "",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", metavar="DIR", help="With --wait: download the results there.", show_default=False),
-    ] = None,
+    output: ResultsTo = None,
     as_json: Json = False,
     out: Out = None,
     fields: Fields = "",
