@@ -113,6 +113,17 @@ def test_the_tutorial_works_from_start_to_end(tmp_path: Path, environment: dict[
     }
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("page", ["limits.md", "shares.md"])
+def test_the_commands_of_a_page_work(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    """Every marked block of a page of a noun, on a server that has just been started."""
+    marked = [block for block in blocks(DOCS / page) if "run" in block.marks]
+    assert marked
+    with _background("mcpctl up --data panel", "Ready", tmp_path, environment), ExitStack() as terminals:
+        for block in marked:
+            _step(block, tmp_path, environment, terminals)
+
+
 def test_the_first_agent_of_the_readme_works(tmp_path: Path, environment: dict[str, str]) -> None:
     """Ten lines of agent, started and used by the very commands below them, from the shell and from Python."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A first agent")[2].partition("\n## ")[0]

@@ -79,9 +79,9 @@ async def _stored(folder: Path) -> Found:
     return await read_store(folder / "server" / "data")
 
 
-@pytest.mark.parametrize(
-    "leases", [3, pytest.param(50, marks=[pytest.mark.long, pytest.mark.timeout(600)])], ids=["quick", "long"]
-)
+@pytest.mark.long_on_cluster
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("leases", [3, pytest.param(50, marks=pytest.mark.long)], ids=["quick", "long"])
 async def test_work_that_outlives_its_lease_many_times_runs_once(leases: int, tmp_path: Path) -> None:
     """Pain 5: over sockets and by polling, at once or delayed, nobody else gets a task while its holder's lease is renewed."""
     go, written = tmp_path / "go", tmp_path / "journal"
