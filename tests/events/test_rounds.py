@@ -215,6 +215,26 @@ async def test_who_closes_during_a_round_gets_nothing_and_spoils_nothing(place: 
     assert seqs(peers[3].facts) == [1]
 
 
+async def test_what_happens_during_a_round_is_not_lost_to_who_leaves_it(place: Place) -> None:
+    """A follower that falls behind in a round takes along what its group was told since the round began."""
+    events = place.world.events
+    quick, slow = await place.peer(), await place.peer()
+    await place.joined()
+    slow.block()
+
+    def tell() -> None:
+        quick.on_turn = lambda: None
+        events.committed([StoredFact(2, happened("task.assigned"))])
+
+    quick.on_turn = tell
+    events.committed([StoredFact(1, happened("task.queued"))])
+    await until(lambda: len(quick.facts) == 2)
+    slow.unblock()
+    events.committed([StoredFact(3, happened("task.completed"))])
+    await until(lambda: len(slow.facts) >= 3)
+    assert seqs(slow.facts) == seqs(quick.facts) == [1, 2, 3]
+
+
 async def test_a_follower_that_fails_is_served_by_itself(place: Place) -> None:
     """What goes wrong for one in its turn is its own affair: it has not got the batch, and gets it another way."""
 
