@@ -63,6 +63,7 @@ from mcp_control.tasks.limit_service import LimitManager
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import generation_of
+from mcp_control.tasks.reports import LogCap
 from mcp_control.tasks.service import TaskOrchestrator
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.shares import ShareManager
@@ -184,6 +185,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         tasks = TaskOrchestrator(store, queue, clock, ids, manager, ledger, settler, dispatcher, history, spending)
         steering = Steering.of(store, clock, ids, manager, ledger, settler, dispatcher, tasks, spending, hearing)
         agent_sessions = AgentSessions(store, clock, manager, ledger, settler, dispatcher, spending, peers=peers)
+        agent_sessions.log_cap = LogCap(settings.limits.max_log_lines, settings.limits.max_log_bytes)
         limiting = LimitManager(store, clock, ids, ledger, settler, dispatcher, tasks, metrics)
         stack.push_async_callback(limiting.stop)
         await limiting.start()

@@ -119,6 +119,12 @@ async def call(payload: dict[str, Any], ctx: Context) -> int:
         return (await peer.get(payload["url"])).raise_for_status().status_code
 
 
+async def chat(payload: int, ctx: Context) -> None:
+    """Log so many lines."""
+    for number in range(payload):
+        ctx.log.info("a line", number=number)
+
+
 def busy(seconds: float) -> float:
     """Occupy a thread for a while."""
     ends = time.monotonic() + seconds
@@ -184,6 +190,7 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.burn", burn),
         ("it.deaf", deaf),
         ("it.careful", careful),
+        ("it.chat", chat),
         ("it.spawn", spawn),
         ("it.spawn_sync", spawn_sync),
         ("it.call", call),

@@ -142,3 +142,18 @@ async def test_payloads_are_removed_after_their_time_and_their_tasks_stay(tmp_pa
                     assert (shown["state"], shown.keys() & {"payload", "result"}) == ("completed", set())
                     assert (await client.post(f"{API}/tasks/{one}/retry")).json()["code"] == "payload-removed"
                 assert (await client.get(f"{API}/tasks/{waiting}")).json()["payload"] == "still here"
+
+
+@pytest.mark.long_on_cluster
+async def test_a_log_ends_at_its_cap_and_counts_what_it_dropped(tmp_path: Path) -> None:
+    """Of two hundred lines the first are kept, the last one kept says that there were more, and the task tells how many."""
+    with ServerProcess(tmp_path / "server", limits__max_log_lines=50) as server:
+        async with admin(server) as client:
+            with AgentProcess(tmp_path, "worker", server.url, await enrolment(client), slots=1):
+                await agents_online(client, ["worker"])
+                chatty = await submit(client, "it.chat", 200)
+                assert await all_final(client, 30) == {"completed": 1}
+                shown = (await client.get(f"{API}/tasks/{chatty}")).json()
+                assert (shown["log_lines"], shown["log_dropped"]) == (50, 151)
+                lines = (await client.get(f"{API}/tasks/{chatty}/logs")).json()["lines"]
+                assert (lines[48]["fields"], lines[-1]["message"]) == ({"number": 48}, "log cut off after 49 lines")

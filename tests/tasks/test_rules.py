@@ -26,7 +26,7 @@ from mcp_control.tasks.model import (
     TaskSpec,
     TaskState,
 )
-from mcp_control.tasks.reports import LOG_LINES_MAX, MESSAGE_MAX, Told, deciding, gather
+from mcp_control.tasks.reports import MESSAGE_MAX, LogCap, Told, deciding, gather
 from mcp_control.tasks.retry import may_retry
 from mcp_control.tasks.submission import PAYLOAD_MAX, TIMEOUT_MAX, check, digest_of, new_task
 from mcp_control.tasks.wire import Done, Logged, Progress, Report, Started
@@ -355,12 +355,41 @@ def test_a_start_told_twice_changes_nothing() -> None:
 
 
 def test_logs_are_cut_off_and_say_so() -> None:
-    """A task logs at most 100,000 lines; the last line kept tells that there were more."""
+    """Of a log so many lines are kept; the last one kept tells that there were more, and what is dropped is counted."""
     lines = [LogLine(at=NOW, message="x" * 9000)] * 5
-    move = moved(held(log_lines=LOG_LINES_MAX - 3), told(lines=lines))
+    move = moved(held(log_lines=LogCap().lines - 3), told(lines=lines))
     assert [line.level for line in move.lines] == ["info", "info", "warning"]
     assert len(move.lines[0].message) == MESSAGE_MAX
-    assert decide(held(log_lines=LOG_LINES_MAX), told(lines=lines)) is None
+    assert move.lines[-1].message == f"log cut off after {LogCap().lines - 1} lines"
+    assert move.after.log_dropped == 3
+    full = moved(held(log_lines=LogCap().lines), told(lines=lines))
+    assert (list(full.lines), full.after.log_dropped, full.facts) == ([], 5, [])
+
+
+@given(
+    reports=st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=8),
+    most_lines=st.integers(1, 12),
+    most_bytes=st.integers(1, 200),
+)
+def test_a_log_keeps_no_more_than_its_cap_and_counts_every_line(
+    reports: list[list[int]], most_lines: int, most_bytes: int
+) -> None:
+    """Whatever the reports: lines and bytes stay within the cap, one notice is the last line, and kept and dropped are all there were."""
+    cap = LogCap(most_lines, most_bytes)
+    task = held(S.RUNNING)
+    kept: list[LogLine] = []
+    for sizes in reports:
+        said = told(lines=[LogLine(at=NOW, message="x" * size) for size in sizes])
+        move = deciding(said, "a", NOW, lambda: 0.5, cap)(task)
+        if move is not None:
+            kept += move.lines
+            task = msgspec.structs.replace(move.after, log_lines=move.after.log_lines + len(move.lines))
+    notices = [line for line in kept if line.level == "warning"]
+    assert len(kept) == task.log_lines <= most_lines
+    assert sum(len(line.message) for line in kept if line.level == "info") == task.log_bytes <= most_bytes
+    assert len(kept) - len(notices) + task.log_dropped == sum(map(len, reports))
+    assert notices == kept[len(kept) - len(notices) :]
+    assert len(notices) == (task.log_dropped > 0)
 
 
 def test_a_failure_is_bounded_and_visible() -> None:

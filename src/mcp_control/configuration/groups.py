@@ -42,6 +42,12 @@ class Limits(_Group):
     header_timeout_seconds: Seconds = Field(default=10.0, description="how long a request header may take")
     max_artifact_bytes: Bytes = Field(default=10 << 30, description="largest artifact")
     max_frame_bytes: Bytes = Field(default=1 << 20, description="largest WebSocket frame")
+    max_log_lines: Count = Field(
+        default=100_000, description="lines kept of what a task logs; further ones are counted"
+    )
+    max_log_bytes: Bytes = Field(
+        default=64 << 20, description="bytes kept of what a task logs; further lines are counted"
+    )
 
 
 class Retention(_Group):

@@ -22,21 +22,12 @@ from mcp_control.tasks.ledger import Decide, Intent, Ledger, Move
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
-from mcp_control.tasks.reports import deciding, gather
+from mcp_control.tasks.reports import LogCap, deciding, gather
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.speeds import Speeds
 from mcp_control.tasks.spending import Spending, Told
 from mcp_control.tasks.verbs import losing, releasing
-from mcp_control.tasks.wire import (
-    Ack,
-    BeatAck,
-    Done,
-    Hello,
-    Refusal,
-    Report,
-    Tasks,
-    Welcome,
-)
+from mcp_control.tasks.wire import Ack, BeatAck, Done, Hello, Refusal, Report, Tasks, Welcome
 
 _HELD_MAX: Final = 10_000
 _ON_ITS_WAY_MS: Final = 3000  # how long an assignment may be under way to an agent that polls
@@ -47,6 +38,7 @@ class AgentSessions:
 
     Attributes:
         speeds: told how long attempts took that completed.
+        log_cap: how much is kept of what a task logs.
         tried: told how a task ended that an agent on trial was given.
         refused: how often an agent reported under a lease that was not the live one, or after the end.
     """
@@ -65,6 +57,7 @@ class AgentSessions:
     ) -> None:
         self._peers = peers or Peers(None)
         self._missing: dict[str, set[str]] = {}
+        self.log_cap = LogCap()
         self.speeds: Speeds | None = None
         self.tried: Callable[[Session, Task, str], Awaitable[None]] | None = None
         self._store = store
@@ -242,7 +235,7 @@ class AgentSessions:
         changed: dict[int, bool] = {}
         for task_id, entries in gather(report).items():
             for told in entries:
-                decide = deciding(told, actor, now, self._chance)
+                decide = deciding(told, actor, now, self._chance, self.log_cap)
                 intents.append(Intent(task_id, _noting(decide, changed, len(intents))))
                 ends.append(_ended(told.done))
                 if told.done is not None and self._ledger.leased(task_id, told.lease_token):

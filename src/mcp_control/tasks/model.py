@@ -197,6 +197,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         deadline_at: then it ends `expired`.
         reason, message: why it is in its state: a stable code and a sentence.
         hold: somebody holds it back: it is given to no agent until it is let go. What runs goes on.
+        log_bytes: of the lines kept; log_dropped: lines that were logged beyond what is kept.
         moved_at: when the attempt last told of progress or logged something.
         retried_as: the newest task that was submitted in place of this one after its end.
         discarded: somebody took this failed task out of the dead-letter set.
@@ -258,6 +259,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     traceparent: str | None = None
     log_lines: int = 0
+    log_bytes: int = 0
+    log_dropped: int = 0
     gates: list[Gate] = []
     waits_at: str = ""
     passed: int = 0

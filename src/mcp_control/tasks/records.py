@@ -215,6 +215,7 @@ def view(
         context_id=links.context_id,
         group_id=links.group_id,
         log_lines=task.log_lines,
+        log_dropped=task.log_dropped,
         usage=None if task.usage is None else amounts(task.usage.total),
         budgets=task.draws,
         warnings=warnings or [],

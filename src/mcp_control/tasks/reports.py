@@ -16,9 +16,19 @@ from mcp_control.tasks.records import task_fact
 from mcp_control.tasks.transitions import cancel, complete, fail, progress, release, start
 from mcp_control.tasks.wire import Done, Progress, Report
 
-LOG_LINES_MAX: Final = 100_000
 MESSAGE_MAX: Final = 4000
 TRACEBACK_MAX: Final = 32_000
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class LogCap(msgspec.Struct, frozen=True):
+    """How much is kept of what a task logs: lines, and bytes of their messages and fields. What comes after that is only counted."""
+
+    lines: int = 100_000
+    bytes: int = 64 << 20
+
+
+_CAP: Final = LogCap()
 
 
 class Told(msgspec.Struct):
@@ -73,7 +83,7 @@ def _digest(done: Done) -> str:
     return blake2b(ended, digest_size=8, person=done.outcome.encode()).hexdigest()
 
 
-def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> Decide:
+def deciding(told: Told, actor: str, now: int, chance: Callable[[], float], cap: LogCap = _CAP) -> Decide:
     """Return the decision for what a report says of a task: started, progress, log lines and end, in this order, as one move.
 
     The decision raises LeaseSuperseded when the lease presented is not the live one, AlreadyTerminal when the task ended otherwise.
@@ -99,9 +109,11 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float]) -> D
             facts.append(
                 task_fact("task.progressed", after, actor, now, progress=after.progress, message=after.progress_message)
             )
-        lines = _kept_lines(task, told.lines)
+        lines: list[LogLine] = []
+        if told.lines:
+            lines, size, dropped = _kept_lines(task, told.lines, cap)
+            after = replace(after, moved_at=now, log_bytes=size, log_dropped=task.log_dropped + dropped)
         if lines:
-            after = replace(after, moved_at=now)
             facts.append(task_fact("task.logged", after, actor, now, first=task.log_lines, lines=len(lines)))
         result: bytes | None = None
         if done is not None:
@@ -141,9 +153,26 @@ def _bounded(failure: Failure) -> Failure:
     )
 
 
-def _kept_lines(task: Task, lines: Iterable[LogLine]) -> list[LogLine]:
-    room = LOG_LINES_MAX - task.log_lines
-    kept = [replace(line, attempt=task.attempt, message=line.message[:MESSAGE_MAX]) for line in lines][: max(0, room)]
-    if kept and len(kept) == room:
-        kept[-1] = replace(kept[-1], level="warning", message=f"log cut off after {LOG_LINES_MAX} lines")
-    return kept
+def _kept_lines(task: Task, lines: Iterable[LogLine], cap: LogCap) -> tuple[list[LogLine], int, int]:
+    """Return the lines that are kept, the bytes kept of the task in all, and how many lines were dropped.
+
+    Where the cap is reached, the last line kept says so instead of what it was to say.
+    """
+    kept: list[LogLine] = []
+    size, dropped = task.log_bytes, 0
+    full = task.log_dropped > 0 or task.log_lines >= cap.lines
+    for line in lines:
+        if full:
+            dropped += 1
+            continue
+        short = replace(line, attempt=task.attempt, message=line.message[:MESSAGE_MAX])
+        grown = size + len(short.message.encode()) + (len(_encode(short.fields)) if short.fields else 0)
+        count = task.log_lines + len(kept) + 1
+        full = count >= cap.lines or grown > cap.bytes
+        if full:
+            dropped += 1
+            short = replace(short, level="warning", message=f"log cut off after {count - 1} lines", fields=None)
+        else:
+            size = grown
+        kept.append(short)
+    return kept, size, dropped

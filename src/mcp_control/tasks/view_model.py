@@ -13,6 +13,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A task as callers see it. `payload` and `result` are there when one task is asked for, not in lists.
 
     `usage`: what it has used, as far as that was counted; `budgets`: whose budgets it draws from (tasks, its run), its own first.
+    `log_dropped`: lines that it logged beyond what is kept of a log.
     `payload_removed_at`: since then payload and result of the finished task are not kept any more.
     """
 
@@ -57,6 +58,7 @@ class TaskView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     context_id: str | None = None
     group_id: str | None = None
     log_lines: int = 0
+    log_dropped: int = 0
     usage: Amounts | None = None
     budgets: list[str] = []
     warnings: list[str] = []
