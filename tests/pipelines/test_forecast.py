@@ -129,6 +129,25 @@ def test_without_history_the_forecast_says_that_it_is_the_least() -> None:
     assert found.critical_path == ["top", "left", "end"], "of equally long chains one is chosen"
 
 
+def test_what_waits_for_people_signals_or_runs_is_said_and_not_counted_as_no_time() -> None:
+    """Such a stage has no end, asks no agents, and what comes after it begins then at the earliest; what does not is told exactly."""
+    p = PipelineBuilder("asking")
+    top = p.stage("top", "fetch")
+    asked = p.approval("ask", "Go on?", needs=[top])
+    told = p.wait_for("told", "payment", needs=[top])
+    inner = p.stage("inner", "pipeline:diamond", needs=[top])
+    p.stage("beside", "work", needs=[top])
+    p.stage("end", "merge", needs=[asked, told, inner])
+    found = plan_run(compile_plan(p.build()), [agent("all", "fetch", "work", "merge", slots=4)], HISTORY, {}, {})
+    stages = {stage.stage: stage for stage in found.stages}
+    assert [stages[name].waits_for for name in ("ask", "told", "inner", "top")] == ["people", "signal", "run", None]
+    assert {(stages[name].begins, stages[name].ends) for name in ("ask", "told", "inner")} == {(1, None)}
+    assert stages["ask"].unable == []
+    assert {name for name, stage in stages.items() if stage.at_least} == {"ask", "told", "inner", "end"}
+    assert (stages["end"].begins, stages["end"].ends, stages["beside"].ends) == (1, 2, 3)
+    assert (found.routable, found.known) == (True, False)
+
+
 def test_work_that_waits_already_goes_first() -> None:
     """Five queued tasks of a type on one slot put off what needs that slot."""
     agents = [agent("a", "fetch", "merge", "slow"), agent("b", "work")]

@@ -160,6 +160,19 @@ async def test_a_schedule_keeps_what_it_starts_from_being_deleted(here: World) -
     assert refused.value.data["schedules"] == ["newest"]
 
 
+@pytest.mark.parametrize("no_cache", [False, True])
+async def test_a_schedule_says_whether_its_runs_take_earlier_results(here: World, no_cache: bool) -> None:
+    """`no_cache` of a schedule is that of the runs it starts."""
+    await here.engine.create(ANNA, spec(("a", "one")))
+    scheduler = Scheduler(here.store, here.clock, here.ids, Firing(here.store, here.clock, here.engine, here.settler))
+    await scheduler.create(
+        ANNA, ScheduleSpec(name="anew", every=3600, run=ScheduledRun(pipeline="p", no_cache=no_cache))
+    )
+    fire = await scheduler.trigger(ANNA, "anew", "by-hand")
+    assert fire.target is not None
+    assert (await here.engine.run(ANNA, fire.target)).no_cache is no_cache
+
+
 async def test_a_deleted_definition_is_removed_after_its_last_run(here: World, tmp_path: Path) -> None:
     """It stays while a run that began with it is kept, and is gone when that is."""
     run = await here.start(spec(("a", "one")))

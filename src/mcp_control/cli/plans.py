@@ -39,17 +39,32 @@ def show(plan: "RunPlan") -> None:
 
 
 def _line(stage: "StagePlan") -> list[str]:
+    waited = {"people": "people", "signal": "a signal", "run": f"a run of {stage.uses.partition(':')[2]}"}
     notes = [] if stage.history else ["no history"]
+    if stage.waits_for is not None:
+        notes = [f"waits for {waited[stage.waits_for]}: unknown"]
     if stage.tasks is None:
         notes.append("how many tasks is known in the run only")
-    if not stage.able:
+    if stage.unable and not stage.able:
         notes.append("; ".join(stage.unable))
     agents = ",".join(stage.agents) + (f" +{stage.able - len(stage.agents)}" if stage.able > len(stage.agents) else "")
-    moments = [_seconds(value) for value in (stage.p50, stage.p90, stage.begins, stage.ends)]
+    # What is before a stage may take longer than is known, and then it begins later.
+    least = ">=" if stage.at_least else ""
+    moments = [_seconds(stage.p50), _seconds(stage.p90)]
+    moments += ["-" if value is None else least + _seconds(value) for value in (stage.begins, stage.ends)]
     tasks = "?" if stage.tasks is None else str(stage.tasks)
     critical = "yes" if stage.critical else ""
     return [
-        safe(cell) for cell in (stage.stage, stage.uses, agents or "none", tasks, *moments, critical, ", ".join(notes))
+        safe(cell)
+        for cell in (
+            stage.stage,
+            stage.uses,
+            agents or ("none" if stage.waits_for is None else "-"),
+            tasks,
+            *moments,
+            critical,
+            ", ".join(notes),
+        )
     ]
 
 

@@ -42,6 +42,9 @@ def create(
         str,
         typer.Option("--params", metavar="JSON", help="Parameters of the run: JSON, @file, or -.", show_default=False),
     ] = "",
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="The run takes no results of earlier runs; those computed are kept anew.")
+    ] = False,
     task: Annotated[str, typer.Option("--task", help="What: a task of this type.", show_default=False)] = "",
     payload: Annotated[
         str, typer.Option("--payload", metavar="JSON", help="Of the task: JSON, @file, or -.", show_default=False)
@@ -79,7 +82,10 @@ def create(
     target: dict[str, Any] = {"labels": pairs(label)}
     if priority is not None:
         target["priority"] = priority
+    if no_cache and not pipeline:
+        raise CliError("--no-cache goes with --pipeline", USAGE)
     if pipeline:
+        target |= {"no_cache": True} if no_cache else {}
         spec["run"] = {"pipeline": pipeline, "params": json_argument(params, "--params") if params else {}, **target}
     else:
         spec["task"] = {"type": task, "payload": json_argument(payload, "--payload") if payload else None, **target}

@@ -229,6 +229,7 @@ def run_request(spec: ScheduleSpec, slot: int) -> RunRequest:
         params=_rendered(spec, run.params, slot, "#/run/params"),
         labels={**run.labels, "schedule": spec.name},
         priority=run.priority,
+        no_cache=run.no_cache,
     )
 
 

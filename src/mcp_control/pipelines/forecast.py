@@ -1,7 +1,7 @@
 """What would become of a pipeline now: which agents could take each stage, and when it would end going by history. Pure."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -108,6 +108,7 @@ def plan_run(
     }
     lasts = {place: len(stages) + at for at, place in enumerate(combining)}
     critical = frozenset(path)
+    uncertain = _uncertain(plan, history)
     shown = [
         _stage(
             stage,
@@ -117,6 +118,7 @@ def plan_run(
             spans[place],
             spans[lasts.get(place, place)],
             place in critical,
+            place in uncertain,
         )
         for place, stage in enumerate(stages)
     ]
@@ -207,6 +209,27 @@ def _asks(stage: Stage) -> bool:
     return bool(stage.uses) and not stage.uses.startswith(NESTED)
 
 
+def _waits_for(stage: Stage) -> Literal["people", "signal", "run"] | None:
+    """Return what a stage waits for that nobody can tell the time of; None where agents do it."""
+    if stage.approval is not None:
+        return "people"
+    if stage.wait_for is not None:
+        return "signal"
+    return "run" if stage.uses.startswith(NESTED) else None
+
+
+def _uncertain(plan: Plan, history: Mapping[str, Times]) -> frozenset[int]:
+    """Return the places of stages that begin or end later than can be said: they, or one before them, wait or have no history."""
+    found: set[int] = set()
+    for place in plan.order:
+        stage = plan.stages[place].stage
+        combine = None if stage.fan_out is None else stage.fan_out.combine
+        known = stage.uses in history and (combine is None or combine.uses in history)
+        if not known or any(need in found for need in plan.stages[place].needs):
+            found.add(place)
+    return frozenset(found)
+
+
 def _at_once(stage: Stage, sizes: Mapping[str, int | None]) -> int:
     return min(_tasks(stage, sizes), _width(stage)) if _asks(stage) else 0
 
@@ -282,7 +305,9 @@ def _stage(
     first: Span,
     last: Span,
     critical: bool,
+    uncertain: bool,
 ) -> StagePlan:
+    waits_for = _waits_for(stage)
     known = history.get(stage.uses)
     return StagePlan(
         stage=stage.id,
@@ -290,12 +315,14 @@ def _stage(
         needs=stage.needs,
         able=len(group.able),
         agents=sorted(agent.spec.name for agent in group.able)[:AGENTS_SHOWN],
-        unable=group.unable,
+        unable=group.unable if _asks(stage) else [],
         tasks=sizes.get(stage.id) if stage.fan_out is not None else 1,
         history=0 if known is None else known.count,
         p50=None if known is None else known.p50,
         p90=None if known is None else known.p90,
+        waits_for=waits_for,
         begins=None if first.begins is None else round(first.begins, 3),
-        ends=None if last.ends is None else round(last.ends, 3),
+        ends=None if last.ends is None or waits_for is not None else round(last.ends, 3),
+        at_least=uncertain,
         critical=critical,
     )

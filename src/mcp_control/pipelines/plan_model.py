@@ -1,6 +1,7 @@
 """Forecasts of runs and differences of versions, as callers see them."""
 
 from datetime import datetime
+from typing import Literal
 
 import msgspec
 
@@ -25,7 +26,10 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
         unable: why others could not, or all of them.
         tasks: how many it would have; null where that depends on the output of a stage (it then counts as one).
         history: attempts of its type that completed, ever; p50, p90: seconds of one of its tasks, null without history.
-        begins, ends: seconds from now, if every task takes its p50; null when it could never begin.
+        waits_for: what it waits for instead of agents: `people`, a `signal`, or the `run` of another pipeline. How long that takes is
+            not known.
+        begins, ends: seconds from now, if every task takes its p50; null when it could never begin. `ends` is null for a stage that waits.
+        at_least: they are the least it can be, as something before it, or itself, waits or has no history.
         critical: it lies on the critical path.
     """
 
@@ -39,8 +43,10 @@ class StagePlan(msgspec.Struct, frozen=True, kw_only=True):
     history: int = 0
     p50: float | None = None
     p90: float | None = None
+    waits_for: Literal["people", "signal", "run"] | None = None
     begins: float | None = None
     ends: float | None = None
+    at_least: bool = False
     critical: bool = False
 
 

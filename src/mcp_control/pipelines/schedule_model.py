@@ -22,7 +22,7 @@ ScheduleState = Literal["active", "paused", "finished"]
 class ScheduledRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The run a schedule starts. Strings in `params` may hold `${{ run.slot }}`, `run.local`, `run.date` and `run.schedule`.
 
-    `version` None is the newest at the time of the fire.
+    `version` None is the newest at the time of the fire. `no_cache`: take no results of earlier runs.
     """
 
     pipeline: str
@@ -30,6 +30,7 @@ class ScheduledRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     params: Mapping[str, Any] = {}
     labels: dict[str, str] = {}
     priority: int | None = None
+    no_cache: bool = False
 
 
 class ScheduledTask(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
