@@ -81,6 +81,10 @@ async def test_parts_move_between_document_and_outside(mongo_uri: str) -> None:
             (found,) = await store.get("thing", ["a"], ["payload"])
             assert found is not None
             assert found.cold == {"payload": part}
+        with MongoClient(mongo_uri) as client:
+            assert client.get_default_database()["thing.parts"].count_documents({}) == 0, (
+                "an emptied part takes no room outside"
+            )
         pieces = {f"output/{n}": b"%d" % n for n in range(300)}
         await store.commit(
             [Change([thing("a", 5, cold={**pieces, "output": large}), thing("a\x21", cold={"output": b"near"})])]
