@@ -296,6 +296,7 @@ async def test_a_limited_key_is_free_for_the_next_task_at_once(count: int, bound
     assert seconds[3] < 2 * seconds[1] + 0.5
 
 
+@pytest.mark.long_on_cluster
 async def test_a_run_of_a_thousand_stages_begins_within_a_second(tmp_path: Path) -> None:
     """Pain 12: the definition is accepted, and a run of it, in less than a second each; its first tasks wait in that very commit."""
     rows = "\n".join(
