@@ -286,6 +286,45 @@ async def test_a_client_that_never_reads_is_closed_and_nothing_waits_for_it(serv
         assert len(page["items"]) == 250
 
 
+async def test_a_client_that_never_reads_holds_up_no_other(server: RunningServer) -> None:
+    """Row 50: who follows the same beside it gets every event, in order and once."""
+    seen: list[str] = []
+    told: list[str] = []
+    async with (
+        httpx2.AsyncClient(base_url=server.url, headers=server.headers, timeout=30) as client,
+        deaf(server),
+        socket(server, "/ws", server.admin_token) as reading,
+    ):
+        await reading.send('{"op":"subscribe","id":"s","types":["task.queued"]}')
+        assert (await received(reading))["op"] == "subscribed"
+        await until(lambda: server.services.broadcaster.subscribers == 2)
+        for _ in range(20):
+            answer = await client.post("/api/v1/tasks/batch", json={"tasks": [{"type": "beside"}] * 100})
+            told += [item["id"] for item in answer.json()["items"]] if answer.status_code == 200 else []
+            while len(seen) < len(told):
+                frame = await received(reading)
+                seen += [event["subject"] for event in frame.get("events") or [frame["event"]]]
+    assert told
+    assert seen == told
+
+
+async def test_a_socket_that_is_closed_gets_what_came_before(server: RunningServer) -> None:
+    """A follower that is served with the crowd hears of the end after its last event, and nothing behind it."""
+    async with (
+        httpx2.AsyncClient(base_url=server.url, headers=server.headers, timeout=30) as client,
+        socket(server, "/ws", server.admin_token) as there,
+    ):
+        await there.send('{"op":"subscribe","id":"s","types":["task.queued"]}')
+        assert (await received(there))["op"] == "subscribed"
+        made = (await client.post("/api/v1/tasks", json={"type": "before"})).json()
+        assert (await received(there))["event"]["subject"] == made["id"]
+        server.services.sockets.close(4401, "credential expired")
+        await client.post("/api/v1/tasks", json={"type": "behind"})
+        with pytest.raises(ConnectionClosed):
+            await received(there)
+        assert there.close_code == 4401
+
+
 @asynccontextmanager
 async def deaf(server: RunningServer) -> AsyncIterator[Callable[[], Any]]:
     """Subscribe to everything over a socket whose other end is not read; the result reads on to the close code."""
