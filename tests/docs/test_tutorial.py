@@ -115,7 +115,7 @@ def test_the_tutorial_works_from_start_to_end(tmp_path: Path, environment: dict[
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", ["limits.md", "shares.md"])
+@pytest.mark.parametrize("page", ["limits.md", "schedules.md", "shares.md"])
 def test_the_commands_of_a_page_work(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
     """Every marked block of a page of a noun, on a server that has just been started."""
     marked = [block for block in blocks(DOCS / page) if "run" in block.marks]
