@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcp_control.kernel.changes import Query, Where
+from mcp_control.kernel.changes import Change, Entity, Query, Where
 from mcp_control.kernel.errors import IdempotencyMismatch, Invalid, InvalidTransition, NotFound
 from mcp_control.security.model import Actor
 from mcp_control.tasks import grouping
@@ -350,6 +350,8 @@ async def test_an_end_nobody_noticed_is_found(tmp_path: Path) -> None:
         group = await _create(world, 2)
         await _work_off(peer, 2)
         assert (await _get(world, group.id)).state is G.SEALED
+        spoilt = Entity("group", "group_0", 0, {"active": 1}, b"\xff")  # looked at first, and keeps nobody waiting
+        assert await world.store.commit([Change([spoilt])]) == [None]
         await world.steering.groups.keeper.once(0)
         assert (await _get(world, group.id)).state is G.COMPLETED
         assert (await _called(world)).keys() == {"all", "end"}

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_control.kernel.changes import Change
 from mcp_control.kernel.clock import to_datetime
 from mcp_control.kernel.errors import Invalid, InvalidTransition, SelectionTooLarge
 from mcp_control.tasks.bulk import meant, narrowed
-from mcp_control.tasks.model import FINAL_STATES, Failure, Request, Task, TaskState
+from mcp_control.tasks.model import FINAL_STATES, Failure, Origin, Request, Task, TaskSpec, TaskState
 from mcp_control.tasks.operation_model import Operation, OperationRequest
-from mcp_control.tasks.operation_records import read_operation, write_operation
+from mcp_control.tasks.operation_records import new_operation, read_operation, write_operation
 from mcp_control.tasks.selection import Selection, matches, selection_errors
 from tests.tasks.test_transitions import NOW, a_task
 from tests.tasks.world import ADMIN, Peer, World, two_servers_at, world_at
@@ -238,3 +239,21 @@ def test_an_operation_is_read_as_it_was_written() -> None:
     )
     stored = msgspec.structs.replace(write_operation(operation), version=1)
     assert read_operation(stored) == msgspec.structs.replace(operation, version=1)
+
+
+async def test_an_operation_leaves_alone_what_it_makes_itself(tmp_path: Path) -> None:
+    """A task that an operation had tried again, and that failed again at once, is not tried again by that same operation."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent(slots=2)
+        operation_id = world.ids.new("op")
+        own = Origin(protocol="operation", request_id=operation_id, principal=ADMIN.id)
+        for origin in (Origin(principal=ADMIN.id), own):
+            await world.tasks.submit(ADMIN, [TaskSpec(type="echo")], origin)
+        for place in (0, 1):
+            await _fail(peer, place)
+        request = OperationRequest(verb="retry", where=narrowed("retry", _wanted(type="echo")))
+        begun = new_operation(operation_id, ADMIN, request, world.clock.now())
+        assert await world.store.commit([Change([write_operation(begun)])]) == [None]
+        await world.steering.operations.once(0)
+        ended = await world.steering.operations.get(ADMIN, operation_id)
+        assert (ended.state, ended.matched, ended.changed) == ("completed", 1, 1)

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 import structlog
 from msgspec.structs import replace
 
@@ -72,7 +73,7 @@ class GroupKeeper:
                 if group_id not in self._again:
                     return
         except Problem as problem:
-            _log.warning("groups.look_failed", group=group_id, code=problem.code)  # the next pass looks at it again
+            _log.warning("groups.look_failed", group=group_id, error=repr(problem))  # the next pass looks at it again
         finally:
             self._looking.discard(group_id)
             self._again.discard(group_id)
@@ -83,10 +84,11 @@ class GroupKeeper:
         rows = await self._store.find(_KIND, Query(where=where, order="active", after=self._at, limit=_PAGE))
         self._at = [rows[-1].index["active"], rows[-1].id] if len(rows) == _PAGE else None
         for row in rows:
-            group = read_group(row)
-            # Nothing can happen to an open group but a first failure, of which nobody wants to know.
-            if group.state is not GroupState.OPEN or not group.first_failure:
+            try:
                 await self.tend(row.id)
+            except (Conflict, msgspec.MsgspecError) as error:
+                # One that cannot be read, or changes all the time, must not keep the others waiting.
+                _log.warning("groups.look_failed", group=row.id, error=repr(error))
         return len(rows)
 
     async def tend(self, group_id: str) -> None:
