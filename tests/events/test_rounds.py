@@ -198,13 +198,18 @@ async def test_a_follower_that_stays_blocked_is_bounded_and_told(place: Place) -
 
 async def test_who_closes_during_a_round_gets_nothing_and_spoils_nothing(place: Place) -> None:
     """A follower may close itself or the next one in its turn; the rest is served, and no group is left behind."""
+
+    def end() -> None:
+        peers[2].subscription.close()
+        peers[2].block()
+
     peers = [await place.peer() for _ in range(4)]
     await place.joined()
     peers[0].on_turn = peers[1].subscription.close
-    peers[2].on_turn = peers[2].subscription.close
+    peers[2].on_turn = end
     await place.world.tell(happened("task.queued"))
     await until(lambda: bool(peers[3].facts))
-    assert peers[1].batches == []
+    assert peers[1].batches == peers[2].batches == []
     assert seqs(peers[0].facts) == [1]
     assert place.world.events.subscribers == 2
     for peer in peers:

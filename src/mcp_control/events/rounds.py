@@ -135,7 +135,8 @@ class Rounds:
                 return
         except Exception:
             _log.exception("a follower failed in a round")
-        del group.members[subscription]
+        if group.members.pop(subscription, None) is None:
+            return  # it ended in its turn
         subscription.take_back(batch, group.backlog.look(self._broadcaster.newest))
         self._forget_empty(group)
         member.behind()
