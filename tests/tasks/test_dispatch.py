@@ -13,13 +13,14 @@ from mcp_control.agents.model import Agent, AgentSpec, Capability, Instance
 from mcp_control.agents.sessions import Frame, Session, Sessions
 from mcp_control.kernel.changes import Query
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.kernel.errors import Problem, StoreUnavailable
+from mcp_control.kernel.errors import Conflict, Problem, StoreUnavailable
 from mcp_control.storage.local.queue import LocalQueue
 from mcp_control.storage.ports import RANK_MAX, Queued
 from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.model import Origin, Task, TaskSpec, TaskState
+from mcp_control.tasks.followers import NewTask
+from mcp_control.tasks.model import Links, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.polling import PollOutbox
 from mcp_control.tasks.records import read
 from mcp_control.tasks.service import Submitted
@@ -40,6 +41,15 @@ async def _state(world: World, task: Task, state: TaskState) -> None:
         return (await world.task(task.id)).state is state
 
     await world.until(reached)
+
+
+async def _calm(world: World) -> None:
+    """Wait until the dispatcher has done what it can."""
+
+    async def calm() -> bool:
+        return world.dispatcher.idle
+
+    await world.until(calm)
 
 
 async def _order_of(peer: Peer, count: int) -> list[str]:
@@ -505,3 +515,31 @@ async def test_every_task_completes_once_over_a_store_that_fails(tmp_path: Path,
 
         await world.until(agreed)
         assert sum(store.injected.values()) > 50
+
+
+# --- one task, begun twice at once --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [True, False], ids=["placed-twice", "placed-and-queued"])
+async def test_of_two_that_begin_one_task_at_once_one_does_and_the_task_is_given_out(
+    tmp_path: Path, place: bool
+) -> None:
+    """A run that is moved by two at once names its tasks alike: what the one that lost had reserved does not swallow the task."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent("worker", slots=2)
+        handing = world.settler.handing
+        new = NewTask(
+            id="task_one", spec=TaskSpec(type="echo", payload=msgspec.Raw(b"1")), links=Links(), origin=Origin()
+        )
+        losing = handing.create(new, world.clock.now())
+        winning = handing.create(new, world.clock.now(), place=place)
+        await handing.launch([winning])
+        await _calm(world)
+        with pytest.raises(Conflict):
+            await handing.launch([losing])
+        (given,) = await peer.until_given()
+        assert given.task_id == "task_one"
+        assert peer.live.held == {"task_one"}
+        await peer.done(given)
+        assert (await world.task("task_one")).state is S.COMPLETED
+        assert peer.live.free == 2

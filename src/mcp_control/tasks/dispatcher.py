@@ -44,7 +44,7 @@ class Dispatcher:
     """Watches sessions and lanes. `hand_out` is given task ids and the sessions chosen for them, whose slots are already reserved.
 
     Where several servers share the queue, each takes for its own sessions; `peers` tells the others of new entries, and `look` finds what
-    was not heard of.
+    was not heard of. `doubt` is called with tasks of which only the store can say whether they still wait.
 
     Args:
         lookup: returns a task by id, to learn what a lane asks for that another server filled.
@@ -80,6 +80,7 @@ class Dispatcher:
         self._wake = Wake()
         self._room = asyncio.Semaphore(_COMMITS)
         self._giving = Background("dispatch")
+        self.doubt: Callable[[Sequence[str]], None] = lambda _: None
         sessions.watch(self)
 
     def opened(self, session: Session) -> None:
@@ -163,12 +164,13 @@ class Dispatcher:
                 break
         if open_to:
             best = open_to[self.chooser.spread(lane, open_to, 1)[0]]
-        if best is not None:
-            self._reserve(best, task.id, lane)
-            if self.shares.keyed:
-                now = self._monotonic()
-                self._begin(lane, now)
-                self.shares.served(lane.line, 1, now)
+        if best is None or task.id in best.held:  # somebody else is about to begin the same task
+            return None
+        self._reserve(best, task.id, lane)
+        if self.shares.keyed:
+            now = self._monotonic()
+            self._begin(lane, now)
+            self.shares.served(lane.line, 1, now)
         return best
 
     def _reserve(self, session: Session, task_id: str, lane: Lane) -> None:
@@ -335,12 +337,11 @@ class Dispatcher:
         # Slots may have gone while this waited; those entries go back.
         sessions = [session for session in sessions if lane.room(session) > 0]
         chosen = self.chooser.spread(lane, sessions, len(entries))
-        # An entry of a task that its session holds already is a leftover; giving its slot back later would free a slot in use.
-        pairs = [
-            (entry.id, sessions[at])
-            for entry, at in zip(entries, chosen, strict=False)
-            if entry.id not in sessions[at].held
-        ]
+        taken = [(entry.id, sessions[at]) for entry, at in zip(entries, chosen, strict=False)]
+        # What a session holds already is left over, or reserved by somebody who began the same task and lost: the store knows which.
+        if held := [task_id for task_id, session in taken if task_id in session.held]:
+            self.doubt(held)
+        pairs = [pair for pair in taken if pair[0] not in held]
         for task_id, session in pairs:
             self._reserve(session, task_id, lane)
         if len(chosen) < len(entries):

@@ -62,6 +62,7 @@ class Settler:
         self.handing = Handing(
             ledger, sessions, dispatcher, clock, ids, self._take_back, generation, point_ms, expected
         )
+        dispatcher.doubt = self.handing.doubt
         self.follower: Follower | None = None
 
     async def settle(self, intents: Sequence[Intent]) -> list[Task | Problem]:
