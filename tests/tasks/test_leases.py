@@ -498,34 +498,52 @@ async def test_a_task_is_not_forgotten_when_the_store_does_not_answer(
         await no_drift(world)
 
 
-async def test_a_waiting_caller_is_not_cancelled_with_another(tmp_path: Path) -> None:
-    """Whoever left a report to a caller that went away hears that its outcome is unknown, and may repeat it."""
+async def test_a_caller_that_goes_away_takes_nobody_s_report_with_it(tmp_path: Path) -> None:
+    """What was reported is settled although the connection is gone, and so is what others left for the same run meanwhile."""
     async with world_at(tmp_path) as world:
         peer = await world.agent(slots=2)
-        world.settler.follower = _SlowFollower()
+        follower = world.settler.follower = _SlowFollower()
         first, second = [await _of_run(world) for _ in range(2)]
         given = {one.task_id: one for one in await peer.until_given(2)}
         gone = asyncio.create_task(peer.done(given[first.id]))
-        await world.settler.follower.entered.wait()
+        await follower.entered.wait()
         waiting = asyncio.create_task(peer.done(given[second.id]))
         await asyncio.sleep(0.01)
         gone.cancel()
-        assert (await waiting).retry
-        world.settler.follower.release.set()
-        assert (await peer.done(given[second.id])).refused == []
-        assert (await world.task(second.id)).state is S.COMPLETED
+        for _ in range(2):
+            follower.turns.release()
+        assert (await waiting).refused == []
+        assert [(await world.task(one.id)).state for one in (first, second)] == [S.COMPLETED] * 2
+
+
+async def test_a_caller_is_answered_although_its_run_stays_busy(tmp_path: Path) -> None:
+    """Whoever settles a report does not wait for those that others leave for the same run: its own next frames are due."""
+    async with world_at(tmp_path) as world:
+        peer = await world.agent(slots=2)
+        follower = world.settler.follower = _SlowFollower()
+        tasks = [await _of_run(world) for _ in range(2)]
+        given = {one.task_id: one for one in await peer.until_given(2)}
+        first = asyncio.create_task(peer.done(given[tasks[0].id]))
+        await follower.entered.wait()
+        second = asyncio.create_task(peer.done(given[tasks[1].id]))
+        await asyncio.sleep(0.01)
+        follower.turns.release()
+        assert (await asyncio.wait_for(first, 5)).refused == []
+        assert not second.done()
+        follower.turns.release()
+        assert (await second).refused == []
 
 
 class _SlowFollower:
-    """A follower that takes as long as it is told to."""
+    """A follower that follows when it is told to, once for each turn."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
-        self.release = asyncio.Event()
+        self.turns = asyncio.Semaphore(0)
 
     async def follow(self, run_id: str, finished: Any, now: int) -> Advance:
         self.entered.set()
-        await self.release.wait()
+        await self.turns.acquire()
         return Advance()
 
     def settled(self, run_id: str, advance: Any, ok: bool) -> None:

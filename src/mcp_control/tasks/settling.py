@@ -169,7 +169,8 @@ class Settler:
                 self._busy[run_id] = []
                 mine[run_id] = entries
         if mine:
-            await self._work_off(mine)
+            # Beside the caller: what others leave here meanwhile must not keep it from its next report, or from saying that it lives.
+            self.handing.background.begin(self._work_off(mine))
         for place, future in waiting:
             try:
                 results[place] = await future
@@ -199,11 +200,12 @@ class Settler:
                         del self._busy[run_id]
                 mine = following
         except BaseException as error:
-            # Nobody may wait for ever: whoever left an intent here hears of the failure too, but is not cancelled with this caller.
+            # Nobody may wait for ever: whoever left an intent here hears of the failure.
             told = error if isinstance(error, Exception) else OutcomeUnknown()
             for run_id, entries in mine.items():
                 _fail([*entries, *self._busy.pop(run_id, [])], told)
-            raise
+            if not isinstance(error, Exception):
+                raise
 
     async def _advance(self, mine: dict[str, list[_Waiting]]) -> set[str]:
         """Commit one advance for each of these runs; returns the runs that conflicted."""
