@@ -4,26 +4,31 @@ import asyncio
 import json
 import secrets
 import time
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Final
 from urllib.request import urlopen
 
 import msgspec
+import pymongo
 
 from bench.cluster_stand import Cluster, Databases, cluster, new_database
 from bench.http import Connection, Refused, connections
 from bench.loads import TEXT
 from bench.statistics import Line, percentile, rounded
 from mcp_control.app import KINDS
-from mcp_control.kernel.changes import Change
+from mcp_control.kernel.changes import Change, Entity
 from mcp_control.kernel.clock import SystemClock
 from mcp_control.kernel.ids import IdSource
 from mcp_control.storage.mongo.store import MongoStore
-from mcp_control.tasks.model import Origin, TaskSpec
+from mcp_control.tasks.model import TASK_KIND, Origin, TaskSpec
 from mcp_control.tasks.records import write
 from mcp_control.tasks.submission import new_task
+from mcp_control.testing.loading import load_mongo
 
 TYPE: Final = "bench.queued"
 _FILL: Final = 500
+_THROUGH: Final = 10_000  # more than are ever claimed
 _SINGLE: Final = 100
 _BATCH: Final = 100
 _SPARE: Final = 10  # no more than this part of what waits is claimed by the hundred
@@ -38,34 +43,44 @@ _FILTERS: Final = (
 
 
 async def fill(uri: str, count: int) -> float:
-    """Put so many waiting tasks into a database, through the store; return how many it took in a second."""
+    """Put so many waiting tasks into a database; return how many the store took in a second. Beyond 10,000 they go straight into it."""
     store = MongoStore(uri, node="bench")
     await store.open(KINDS, lambda _: None)
     clock = SystemClock()
+    tasks = _waiting(clock, count)
+    through = min(count, _THROUGH)
+    began = time.perf_counter()
+    try:
+        while changes := [Change([entity]) for entity in islice(tasks, min(_FILL, through))]:
+            through -= len(changes)
+            if any(await store.commit(changes)):
+                raise AssertionError("a task was refused")
+        rate = min(count, _THROUGH) / (time.perf_counter() - began)
+    finally:
+        await store.close()
+    if count <= _THROUGH:
+        return rate
+    with pymongo.MongoClient[dict[str, Any]](uri) as client:
+        rows = ((one.id, one.index, one.hot) for one in tasks)
+        await asyncio.to_thread(load_mongo, client.get_default_database(), TASK_KIND, rows)
+    return rate
+
+
+def _waiting(clock: SystemClock, count: int) -> Iterator[Entity]:
     ids = IdSource(clock)
     spec = TaskSpec(type=TYPE)
     origin = Origin(principal="bench")
-    began = time.perf_counter()
-    try:
-        for first in range(0, count, _FILL):
-            changes: list[Change] = []
-            for number in range(first, min(first + _FILL, count)):
-                now = clock.now()
-                made = new_task(
-                    spec,
-                    task_id=ids.new("task"),
-                    tenant="default",
-                    origin=origin,
-                    now=now,
-                    order=(now << _SHIFT) + number,
-                )
-                _, entity = write(made, msgspec.json.encode({"i": number, "text": TEXT}))
-                changes.append(Change([entity]))
-            if any(await store.commit(changes)):
-                raise AssertionError("a task was refused")
-    finally:
-        await store.close()
-    return count / (time.perf_counter() - began)
+    for number in range(count):
+        now = clock.now()
+        made = new_task(
+            spec,
+            task_id=ids.new("task"),
+            tenant="default",
+            origin=origin,
+            now=now,
+            order=(now << _SHIFT) + number,
+        )
+        yield write(made, msgspec.json.encode({"i": number, "text": TEXT}))[1]
 
 
 class _Claimer:

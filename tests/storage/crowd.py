@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Final
 
 import apsw
@@ -11,13 +10,11 @@ import pymongo
 
 from mcp_control.kernel.changes import Index, IndexValue, Kind
 from mcp_control.storage.mongo.schema import index_name
-from mcp_control.storage.sqlite.schema import Table
 from mcp_control.tasks.model import TASK_KIND
+from mcp_control.testing.loading import load_mongo, load_sqlite
 
 Document = dict[str, Any]
-Row = tuple[str, Mapping[str, IndexValue], bytes]  # id, index fields, hot bytes
 _ID: Final = re.compile(r"[a-z]+_[0-9a-v]{36}")
-_AT_ONCE: Final = 20_000
 _OTHERS: Final = 20_000
 _HOT: Final = b"x" * 100
 
@@ -66,38 +63,6 @@ def copies(
 def _most(kind: Kind, tasks: int) -> int:
     """Return how many rows there shall be of a kind: of tasks as many as wanted, of others a bounded number."""
     return tasks if kind is TASK_KIND else min(tasks, _OTHERS)
-
-
-def load_mongo(database: "pymongo.database.Database[Document]", kind: Kind, rows: Iterable[Row]) -> None:
-    """Put rows into the collection of a kind as fast as it goes. Its indexes are built at the end."""
-    target = database[kind.name].with_options(write_concern=pymongo.WriteConcern(1, j=False))
-    indexes = [{**index} for index in target.list_indexes() if index["name"] != "_id_"]
-    target.drop_indexes()
-    documents = (
-        {"_id": name, "v": 1, "h": hot, "i": {field: value for field, value in index.items() if value is not None}}
-        for name, index, hot in rows
-    )
-    while batch := [*islice(documents, _AT_ONCE)]:
-        target.insert_many(batch, ordered=False)
-    if indexes:
-        database.command("createIndexes", kind.name, indexes=indexes)
-
-
-def load_sqlite(connection: apsw.Connection, kind: Kind, rows: Iterable[Row]) -> None:
-    """Put rows into the table of a kind as fast as it goes. Its indexes are built at the end."""
-    connection.execute("PRAGMA synchronous = OFF; PRAGMA cache_size = -200000")
-    columns = [field.name for field in kind.fields]
-    indexes = connection.execute(
-        "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND tbl_name = ? AND sql IS NOT NULL", (kind.name,)
-    ).fetchall()
-    with connection:
-        for name, _ in indexes:
-            connection.execute(f'DROP INDEX "{name}"')
-        connection.executemany(
-            Table(kind).insert_sql, ((one, hot, *(index.get(name) for name in columns)) for one, index, hot in rows)
-        )
-        for _, sql in indexes:
-            connection.execute(sql)
 
 
 class MongoCrowd:

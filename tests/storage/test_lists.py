@@ -22,9 +22,9 @@ from mcp_control.tasks.records import write
 from mcp_control.tasks.submission import new_task
 from mcp_control.testing.backends import backend, pytest_generate_tests
 from mcp_control.testing.databases import MongoSet
+from mcp_control.testing.loading import Row, load_mongo, load_sqlite
 from mcp_control.testing.server import databases_for, running_server
 from tests.integration.support import API, say
-from tests.storage.crowd import Row, load_mongo, load_sqlite
 
 __all__ = ["backend", "pytest_generate_tests"]
 
