@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.expressions import Expression, Scope
 from mcp_control.pipelines.templates import Template
 

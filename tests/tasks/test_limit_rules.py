@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.errors import Invalid
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.tasks.limit_expressions import LimitExpression
 from mcp_control.tasks.limit_model import Gate, Hold, Rate, Taken
 from mcp_control.tasks.limiting import (

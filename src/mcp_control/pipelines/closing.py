@@ -5,7 +5,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.counting import items_in, needed, numbers, open_in, outstanding, spoiled, tasks_of, told_by
 from mcp_control.pipelines.decision import Missing
 from mcp_control.pipelines.draft import OPEN, Draft

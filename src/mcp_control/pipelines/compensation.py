@@ -5,7 +5,7 @@ The pattern is that of sagas (Garcia-Molina and Salem, 1987). One runs at a time
 
 from msgspec.structs import replace
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.draft import Draft
 from mcp_control.pipelines.input_model import COMPENSATION, Compensation, CompensationState
 from mcp_control.pipelines.model import RunState, StageState

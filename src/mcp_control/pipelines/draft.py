@@ -5,7 +5,7 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.expressions import Raw, Scope
 from mcp_control.pipelines.model import STAGE_FINAL, Run, RunState, StageRun, StageState

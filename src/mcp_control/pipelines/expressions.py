@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mcp_control.kernel.expressions import (
+from mcp_control.expressions.programs import (
     DATA_MAX,
     FUNCTIONS,
     TEXT,

@@ -11,10 +11,10 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.changes import Change, Entity, Fact
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import Conflict, FieldError, Invalid, NotFound, Problem
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.expressions import Scope
 from mcp_control.pipelines.model import RunRequest
 from mcp_control.pipelines.params import resolve

@@ -6,7 +6,7 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.adaptive import allowed
 from mcp_control.pipelines.closing import complete, failures_of, items_of
 from mcp_control.pipelines.control import as_millis

@@ -10,10 +10,10 @@ from typing import Final
 import msgspec
 from msgspec.structs import replace
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Conflict, Problem
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines import control
 from mcp_control.pipelines.counting import child_id, outstanding, spoiled
 from mcp_control.pipelines.definition_model import NESTED_MAX

@@ -7,9 +7,9 @@ import msgspec
 from msgspec.structs import replace
 
 from mcp_control.agents.service import AgentManager
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import FieldError, Invalid
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.expressions import Expression, Scope

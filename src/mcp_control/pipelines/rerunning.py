@@ -4,8 +4,8 @@ from typing import Final
 
 import msgspec
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.errors import FieldError, Invalid, NotFound
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.expressions import Scope
 from mcp_control.pipelines.input_model import RerunRequest
 from mcp_control.pipelines.model import Run, RunRequest

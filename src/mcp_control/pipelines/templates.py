@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.kernel.expressions import ExpressionError
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.pipelines.expressions import Expression, Raw, Scope, kind_of
 
 _OPEN: Final = re.compile(r"(\$\$\{\{)|\$\{\{(.*?)\}\}", re.DOTALL)

@@ -11,8 +11,8 @@ from typing import Final
 
 import msgspec
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.errors import FieldError, Invalid, InvalidPipeline
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.kernel.text import label_errors, name_errors, range_errors, text_errors
 from mcp_control.pipelines.definition import from_data, parse_json, parse_yaml, readable
 from mcp_control.pipelines.definition_model import NESTED, NO_NEEDS, FanOut, PipelineSpec, Stage

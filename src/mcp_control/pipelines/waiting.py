@@ -3,8 +3,8 @@
 import msgspec
 from msgspec.structs import replace
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.pipelines.closing import complete
 from mcp_control.pipelines.control import as_millis
 from mcp_control.pipelines.decision import Missing

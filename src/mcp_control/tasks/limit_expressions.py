@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mcp_control.kernel.expressions import DATA_MAX, FUNCTIONS, ExpressionError, Program, check_length
+from mcp_control.expressions.programs import DATA_MAX, FUNCTIONS, ExpressionError, Program, check_length
 
 _MACRO: Final = re.compile(r"\.\s*(all|exists|exists_one|map|filter)\s*\(", re.ASCII)
 _value: Final = msgspec.json.Decoder().decode

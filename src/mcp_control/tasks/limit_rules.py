@@ -9,8 +9,8 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.changes import Entity, Query, StoredFact
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.limit_expressions import LimitExpression
 from mcp_control.tasks.limit_model import AT_ONCE_MAX, RULE_KIND, Gate, LimitRule

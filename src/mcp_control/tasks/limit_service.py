@@ -9,11 +9,11 @@ import structlog
 from msgspec.structs import replace
 
 from mcp_control.events.log import fact
+from mcp_control.expressions.programs import ExpressionError
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change, Fact, Key, Query, StoredFact, Where
 from mcp_control.kernel.clock import Clock, to_datetime
 from mcp_control.kernel.errors import Conflict, FieldError, Invalid, NotFound, Problem
-from mcp_control.kernel.expressions import ExpressionError
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import label_errors, name_errors, range_errors
