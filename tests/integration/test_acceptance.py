@@ -258,6 +258,9 @@ async def test_replacing_every_agent_under_load_loses_doubles_and_delays_nothing
     attempts = [[attempt.outcome for attempt in one.attempts] for one in found.tasks.values()]
     again = [outcomes for outcomes in attempts if outcomes != ["completed"]]
     assert all(outcomes == ["released", "completed"] for outcomes in again), "work was lost and done again"
+    back = [one.attempts for one in found.tasks.values() if len(one.attempts) > 1]
+    waits = [after.assigned_at - before.ended_at for before, after in back]
+    say(f"handed back work waited {sorted(waits)} ms after {[b.ended_at - b.assigned_at for b, _ in back]} ms")
     delays = sorted(one.attempts[-1].assigned_at - one.created_at for one in found.tasks.values())
     worst = delays[len(delays) * 99 // 100]
     say(f"{len(acknowledged)} tasks in {seconds:.1f} s, {len(again)} handed back; begun after {worst} ms at most (p99)")
