@@ -225,7 +225,7 @@ async def test_replacing_every_agent_under_load_loses_doubles_and_delays_nothing
     agents: int, rounds: int, backend: str, tmp_path: Path
 ) -> None:
     """Pain 17: a rolling restart of all agents: every task completes at its first attempt, and 99 of 100 begin within a second."""
-    rate = 100 if backend == "embedded" else 40
+    rate = 100 if backend == "embedded" else 10  # no more than a busy machine with three databases on it can do
     names = [f"agent-{number}" for number in range(agents)]
     acknowledged: dict[str, str] = {}
     async with world(tmp_path) as w:
