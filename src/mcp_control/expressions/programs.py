@@ -5,7 +5,7 @@ length of the input; a source is at most `LENGTH_MAX` characters, and nobody eva
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 import cel
@@ -57,7 +57,7 @@ class Program:
         self.names = frozenset(names)
         self._program = program
 
-    def run(self, given: Mapping[str, object]) -> Any:
+    def run(self, given: dict[str, Any]) -> Any:
         """Evaluate over values by name. Raises ExpressionError where something is not there or has another type."""
         try:
             return self._program.execute(given)
