@@ -20,11 +20,11 @@ from mcp_control.storage.sqlite.store import SqliteStore
 from mcp_control.tasks.control import TaskEdit
 from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.followers import NewTask
-from mcp_control.tasks.model import Links, Origin, Task, TaskSpec, TaskState
+from mcp_control.tasks.model import Failure, Links, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.polling import PollOutbox
 from mcp_control.tasks.records import read
 from mcp_control.tasks.service import Submitted
-from mcp_control.tasks.wire import Assignment, Done, Hello
+from mcp_control.tasks.wire import UNKNOWN_TYPE, Assignment, Done, Hello
 from mcp_control.testing.clock import FakeClock
 from mcp_control.testing.faulty_store import FaultyStore
 from tests.tasks.world import ADMIN, Peer, World, world_at
@@ -543,3 +543,24 @@ async def test_of_two_that_begin_one_task_at_once_one_does_and_the_task_is_given
         await peer.done(given)
         assert (await world.task("task_one")).state is S.COMPLETED
         assert peer.live.free == 2
+
+
+async def test_work_that_an_older_instance_has_no_handler_for_goes_to_a_newer_one(tmp_path: Path) -> None:
+    """While a fleet of one name is replaced, the agent has the capabilities of its newest instance: that costs no attempt of a task."""
+    async with world_at(tmp_path) as world:
+        old = await world.agent("worker", "resize", "crop", slots=4)
+        crop = await world.submit("crop")
+        (given,) = await old.until_given()
+        failure = Failure(cause="infra", code=UNKNOWN_TYPE, retry_after=0.0)
+        await old.done(given, "failed", failure=failure)
+        world.advance(1)
+        await world.timekeeper.once()
+        await _calm(world)
+        waiting = await world.task(crop.id)
+        assert (waiting.state, waiting.failures) == (S.QUEUED, 0)
+        new = Peer(world, old.actor, old.spec)
+        await new.connect()
+        assert [one.task_id for one in await new.until_given()] == [crop.id]
+        resize = await world.submit("resize")
+        await old.until_given(2)
+        assert resize.id in old.given

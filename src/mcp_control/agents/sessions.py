@@ -34,6 +34,7 @@ class Session:
         asked: how often it has asked for work, for one that polls.
         probing: it gets one task, to show that its agent is well; and the next when that says nothing (`try_again`).
         last: it is chosen when nobody else can, as its agent is slow.
+        unable: types of tasks that it has said it has no handler for, though its agent has them: an older process of that name.
         parted: called when the session is dropped; a long poll sets it while it waits.
     """
 
@@ -54,6 +55,7 @@ class Session:
         "slots",
         "stalled",
         "types",
+        "unable",
     )
 
     def __init__(
@@ -80,6 +82,7 @@ class Session:
         self.probing = False
         self._tried = False
         self.last = False
+        self.unable: set[str] = set()
         self.refresh(agent)
 
     @property
@@ -240,6 +243,15 @@ class Sessions:
             if unchanged and accepted == (session.accepting, session.probing):
                 continue
             session.slots = agent.spec.slots
-            for watcher in self._watchers:
-                watcher.closed(session)
-                watcher.opened(session)
+            session.unable.clear()
+            self._match(session)
+
+    def turned_down(self, session: Session, task_type: str) -> None:
+        """Hear that an instance has no handler for a type: it gets no more of it until its agent is changed or it comes anew."""
+        session.unable.add(task_type)
+        self._match(session)
+
+    def _match(self, session: Session) -> None:
+        for watcher in self._watchers:
+            watcher.closed(session)
+            watcher.opened(session)

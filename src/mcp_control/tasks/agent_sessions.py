@@ -27,7 +27,7 @@ from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.speeds import Speeds
 from mcp_control.tasks.spending import Spending, Told
 from mcp_control.tasks.verbs import losing, releasing
-from mcp_control.tasks.wire import Ack, BeatAck, Done, Hello, Refusal, Report, Tasks, Welcome
+from mcp_control.tasks.wire import UNKNOWN_TYPE, Ack, BeatAck, Done, Hello, Refusal, Report, Tasks, Welcome
 
 _HELD_MAX: Final = 10_000
 _ON_ITS_WAY_MS: Final = 3000  # how long an assignment may be under way to an agent that polls
@@ -264,6 +264,8 @@ class AgentSessions:
                 await self._refused(session, intent.task_id)
             elif outcome:
                 self._let_go(session, result)
+                if outcome == UNKNOWN_TYPE:
+                    self._manager.sessions.turned_down(session, result.type)
                 if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
                     if outcome == "completed" and self.speeds is not None and self.speeds.asked:
@@ -372,6 +374,8 @@ def _ended(done: Done | None) -> str:
     """Return how an attempt ended, for the figures of its agent; that what it needs is not to be had is no failure of it."""
     if done is None:
         return ""
+    if done.failure is not None and done.failure.code == UNKNOWN_TYPE:
+        return UNKNOWN_TYPE
     return "postponed" if done.failure is not None and done.failure.retry_after is not None else done.outcome
 
 

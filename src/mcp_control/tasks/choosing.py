@@ -48,7 +48,7 @@ class Chooser:
     def fits(self, lane: Lane, session: Session) -> bool:
         """Say whether a session may take tasks of a lane."""
         agent = session.agent
-        if lane.demand.waits and lane.home != agent.id:
+        if lane.demand.type in session.unable or (lane.demand.waits and lane.home != agent.id):
             return False
         return agent.tenant == lane.tenant and misfit(agent.id, agent.spec, lane.demand) is None
 

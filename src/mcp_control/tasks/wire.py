@@ -4,13 +4,16 @@ Every frame that takes one item takes many: each side sends what has gathered wh
 (architecture, section 4, "Natural batching").
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from mcp_control.agents.model import AgentSpec, Beat
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import NULL, Failure, LogLine
+
+UNKNOWN_TYPE: Final = "unknown-type"
+"""The code of a failure that says that an instance has no handler for a type of task."""
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

@@ -18,7 +18,7 @@ from mcp_control.sdk.runtime.processes import ProcessPool
 from mcp_control.sdk.runtime.work import Outcome, StopReason, Work, told
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
-from mcp_control.tasks.wire import Assignment, Done
+from mcp_control.tasks.wire import UNKNOWN_TYPE, Assignment, Done
 
 _NULL: Final = msgspec.Raw(b"null")
 _WEIGHT: Final = {"": 0, "timeout": 1, "cancel": 2, "drain": 3, "lease": 4, "budget": 5, "gone": 6}
@@ -135,8 +135,12 @@ class Workbench:
                 continue  # done already; the server has not heard yet
             handler = self._handlers.get(assignment.type)
             if handler is None:
+                # No failure of the task: another process of this agent may be newer, and have one.
                 failure = Failure(
-                    cause="infra", code="unknown-type", message=f"this agent has no handler for {assignment.type}"
+                    cause="infra",
+                    code=UNKNOWN_TYPE,
+                    message=f"this agent has no handler for {assignment.type}",
+                    retry_after=0.0,
                 )
                 self._outbox.done(
                     Done(
