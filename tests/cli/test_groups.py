@@ -26,9 +26,9 @@ def test_a_group_is_made_waited_for_and_tried_again_from_the_command_line(cli: C
     again = cli.json("groups", "wait", made["id"], code=8)
     assert (again["state"], again["total"], again["first_failure"] != bad["id"]) == ("failed", 2, True)
     opened = cli.json("groups", "create", "--open")
-    assert cli.json("groups", "add", opened["id"], '[{"type": "tests.nobody"}]')["total"] == 1
+    assert cli.json("groups", "add", opened["id"], '[{"type": "tests.nobody.in.groups"}]')["total"] == 1
     assert cli.json("groups", "seal", opened["id"])["state"] == "sealed"
-    cli.inside("groups", "add", opened["id"], '[{"type": "tests.nobody"}]', code=5)
+    cli.inside("groups", "add", opened["id"], '[{"type": "tests.nobody.in.groups"}]', code=5)
     assert cli.json("groups", "cancel", opened["id"], "--yes")["state"] == "cancelling"
     assert cli.json("groups", "wait", opened["id"], code=8)["state"] == "cancelled"
     assert [one["id"] for one in cli.json("groups", "ls", "--name", "import")] == [made["id"]]

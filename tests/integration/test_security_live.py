@@ -44,6 +44,7 @@ AGENT_MAY = {
     ("DELETE", "/api/v1/agents/session/{instance_id}"),
     ("POST", "/api/v1/artifacts"),
     ("POST", "/api/v1/tasks/{task_id}/usage"),
+    ("POST", "/api/v1/tasks/{task_id}/children"),  # with the live lease of that task alone
     ("GET", "/api/v1/artifacts"),
     ("GET", "/api/v1/artifacts/{artifact_id}"),
     ("GET", "/api/v1/artifacts/{artifact_id}/content"),
