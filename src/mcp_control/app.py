@@ -31,6 +31,7 @@ from mcp_control.monitoring.health import Health
 from mcp_control.monitoring.loop_lag import LoopLag
 from mcp_control.monitoring.metrics import Metrics
 from mcp_control.observing import watch_breakers, watch_figures, watch_health
+from mcp_control.pipelines.asks import settled as questions
 from mcp_control.pipelines.capacity import Capacity
 from mcp_control.pipelines.catalogue import Catalogue
 from mcp_control.pipelines.explaining import RunExplainer
@@ -164,6 +165,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
         manager = AgentManager(store, clock, ids, sessions, server=base.server)
         await manager.registry.start()
         ledger = Ledger(store, shared=shared)
+        ledger.questions = questions
         peers = Peers(base.bus, base.server)
 
         async def hand_out(pairs: list[tuple[str, Session]]) -> None:
@@ -268,7 +270,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             sessions=agent_sessions,
             dispatcher=dispatcher,
             pipelines=engine,
-            inputs=Inputs(store, clock, ids, engine),
+            inputs=Inputs(store, clock, ids, engine, settler),
             reruns=Reruns(engine),
             scheduler=Scheduler(store, clock, ids, firing),
             limits=limiting,

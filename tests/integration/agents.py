@@ -113,6 +113,20 @@ def spawn_sync(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
     return {"ids": ids, "again": ctx.submit("it.echo", 0, key="part-0").id}
 
 
+async def ask(payload: dict[str, Any], ctx: Context) -> dict[str, Any]:
+    """Ask a person before the work is done."""
+    _note(payload["journal"], ctx)
+    answer = await ctx.ask("Delete 40 rows?", key="delete", options=["yes", "no"], message="of the old ones")
+    return {"option": answer.option, "by": answer.by}
+
+
+def ask_sync(payload: dict[str, Any], ctx: SyncContext) -> dict[str, Any]:
+    """Ask a person before the work is done, in a thread."""
+    _note(payload["journal"], ctx)
+    answer = ctx.ask("Delete 40 rows?", key="delete", options=["yes", "no"], message="of the old ones")
+    return {"option": answer.option, "by": answer.by}
+
+
 async def call(payload: dict[str, Any], ctx: Context) -> int:
     """Ask a peer over HTTP, unless it is left alone."""
     async with ctx.breaker("shop", failures=2, open_for=payload["open_for"]), httpx2.AsyncClient() as peer:
@@ -193,6 +207,8 @@ def build(name: str, options: dict[str, str]) -> Agent:
         ("it.chat", chat),
         ("it.spawn", spawn),
         ("it.spawn_sync", spawn_sync),
+        ("it.ask", ask),
+        ("it.ask_sync", ask_sync),
         ("it.call", call),
         ("it.split", split),
         ("it.make", make),

@@ -72,7 +72,7 @@ class World:
         self.engine = PipelineEngine(self.store, self.clock, self.ids, self.settler, self.catalogue, kept=self.kept)
         self.settler.follower = self.engine
         self.nesting = Nesting(self.store, self.clock, self.engine)
-        self.inputs = Inputs(self.store, self.clock, self.ids, self.engine)
+        self.inputs = Inputs(self.store, self.clock, self.ids, self.engine, self.settler)
         self.healer = RunHealer(self.store, self.engine)
 
     async def start(self, spec: PipelineSpec, **params: object) -> Run:

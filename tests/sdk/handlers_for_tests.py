@@ -59,3 +59,12 @@ def call(payload: dict[str, Any], ctx: SyncContext) -> str:
     """Call a peer that does not answer."""
     with ctx.breaker("peer", failures=1, open_for=60.0):
         raise ConnectionError("refused")
+
+
+@template.task("proc.ask", executor="process")
+def ask(payload: dict[str, Any], ctx: SyncContext) -> str:
+    """Ask a person."""
+    try:
+        return ctx.ask("Go on?", key="go").option
+    except Exception:
+        return "passed over"

@@ -297,14 +297,17 @@ async def test_a_thread_that_does_not_stop_is_abandoned(peer: Peer, make_agent: 
 
 
 async def test_processes_do_work_and_are_reused(peer: Peer, make_agent: MakeAgent, running: Running) -> None:
-    """A process does one attempt after the other; its errors keep their class."""
+    """A process does one attempt after the other; its errors keep their class, and its questions are passed on."""
     agent = make_agent()
     agent.add(handlers_for_tests.double)
     agent.add(handlers_for_tests.refuse)
+    agent.add(handlers_for_tests.ask)
     async with running(agent):
         first = msgspec.json.decode((await peer.run("proc.double", {"n": 4})).result)
         second = msgspec.json.decode((await peer.run("proc.double", {"n": 5})).result)
         failure = (await peer.run("proc.refuse", {})).failure
+        asked = await peer.run("proc.ask", {})
+    assert (asked.outcome, asked.ask and asked.ask.key) == ("asked", "go")
     assert (first["n"], second["n"]) == (8, 10)
     assert first["pid"] == second["pid"]
     assert failure is not None

@@ -22,7 +22,11 @@ from mcp_control.kernel.errors import (
     LeaseSuperseded,
     Unroutable,
 )
+from mcp_control.pipelines.approvals import read_question
+from mcp_control.pipelines.input_model import ApprovalState
 from mcp_control.security.model import Actor
+from mcp_control.tasks.ask_model import Answered, Ask
+from mcp_control.tasks.ledger import Intent
 from mcp_control.tasks.model import (
     FINAL_STATES,
     HELD_STATES,
@@ -37,6 +41,7 @@ from mcp_control.tasks.model import (
 from mcp_control.tasks.records import CANCEL_GRACE_MS, read
 from mcp_control.tasks.service import Submitted
 from mcp_control.tasks.transitions import TRANSITIONS
+from mcp_control.tasks.verbs import answering
 from mcp_control.tasks.wire import Assignment, Done, Progress, Started
 from mcp_control.testing.clock import FakeClock
 from tests.tasks.world import ADMIN, Peer, World, world_at
@@ -68,6 +73,9 @@ class Known:
         self.result: bytes | None = None
         self.given: list[Assignment] = []
         self.ended: Done | None = None
+        self.ask: Ask | None = None
+        self.answer_due = 0
+        self.answers: dict[str, str] = {}
 
     @property
     def held(self) -> bool:
@@ -247,7 +255,7 @@ class Tasks(RuleBasedStateMachine):
 
     @rule(
         number=st.integers(0, 99),
-        outcome=st.sampled_from(["completed", "completed", "failed", "permanent", "cancelled", "released"]),
+        outcome=st.sampled_from(["completed", "completed", "failed", "permanent", "cancelled", "released", "asked"]),
     )
     def done(self, number: int, outcome: str) -> None:
         """An attempt ends, even one whose instance has lost its connection meanwhile."""
@@ -261,12 +269,18 @@ class Tasks(RuleBasedStateMachine):
         if outcome in ("failed", "permanent"):
             failure = Failure(error_class="temporary" if outcome == "failed" else "permanent", code=outcome)
         result = f'"{task_id} {task.given[-1].fence}"'.encode()
+        ask = None
+        if outcome == "asked":
+            default = "approve" if number % 2 else None
+            ask = Ask(key=f"q{len(task.given)}", title="Go on?", timeout_seconds=20, default=default)
+            task.ask, task.answer_due = ask, self.clock.now() + 20_000
         told = Done(
             task_id=task_id,
             lease_token=token,
-            outcome="failed" if failure else outcome,  # type: ignore[arg-type]  # the strategy has the four outcomes
+            outcome="failed" if failure else outcome,  # type: ignore[arg-type]  # the strategy has the five outcomes
             result=msgspec.Raw(result),
             failure=failure,
+            ask=ask,
         )
         self._accepted(task, done=[told])
         if outcome == "completed":
@@ -279,8 +293,8 @@ class Tasks(RuleBasedStateMachine):
             task.end(S.CANCELLED if cancelled else S.SCHEDULED)
             if not cancelled:
                 task.due = self.run(self.world.task(task_id)).not_before
-        elif outcome == "released":
-            task.end(S.CANCELLED if cancelled else S.QUEUED)
+        elif outcome in ("released", "asked"):
+            task.end(S.CANCELLED if cancelled else S.QUEUED if outcome == "released" else S.INPUT_REQUIRED)
         else:
             task.end({"completed": S.COMPLETED, "cancelled": S.CANCELLED}.get(outcome, S.FAILED))
         if task.state in FINAL_STATES:
@@ -289,6 +303,26 @@ class Tasks(RuleBasedStateMachine):
     def _accepted(self, task: Known, **report: Any) -> None:
         ack = self.run(self.instances[task.holder].peer.report(**report))
         assert (ack.refused, ack.retry) == ([], False)
+
+    @rule(number=st.integers(0, 99), option=st.sampled_from(["approve", "reject"]))
+    def answer(self, number: int, option: str) -> None:
+        """A person answers: the task waits for an agent again, with the answer; the second answer is refused."""
+        found = self.pick(number, S.INPUT_REQUIRED)
+        if found is None:
+            return
+        task_id, task = found
+        assert task.ask is not None
+        now = self.clock.now()
+        given = Answered(title=task.ask.title, option=option, by="user_anna", at=now)
+        intents = [Intent(task_id, answering(task.ask.key, given, now))]
+        (result,) = self.run(self.world.settler.settle(intents))
+        if task.answer_due <= now:
+            assert isinstance(result, InvalidTransition)
+            return
+        task.answers[task.ask.key] = option
+        task.state = S.QUEUED
+        (refused,) = self.run(self.world.settler.settle(intents))
+        assert isinstance(refused, InvalidTransition)
 
     @rule(number=st.integers(0, 99), name=st.sampled_from(sorted(AGENTS)))
     def done_again(self, number: int, name: str) -> None:
@@ -413,6 +447,10 @@ class Tasks(RuleBasedStateMachine):
             task.end(S.CANCELLED)
         elif task.state is S.SCHEDULED and (task.due or 0) <= now:
             task.state = S.QUEUED
+        elif task.state is S.INPUT_REQUIRED and task.ask is not None and task.answer_due <= now:
+            task.state = S.FAILED if task.ask.default is None else S.QUEUED
+            if task.ask.default is not None:
+                task.answers[task.ask.key] = task.ask.default
 
     @rule()
     def restart(self) -> None:
@@ -432,6 +470,7 @@ class Tasks(RuleBasedStateMachine):
                 assert task.fits(name)
                 if task.given:
                     assert _fence(assignment) > _fence(task.given[-1]), "fences grow"
+                assert {key: given.option for key, given in assignment.answers.items()} == task.answers
                 task.given.append(assignment)
                 task.state, task.holder = S.ASSIGNED, name
 
@@ -496,6 +535,10 @@ class Tasks(RuleBasedStateMachine):
         assert len(set(tokens)) == len(tokens)
         for session in self.world.sessions.all():
             assert len(session.held) <= session.slots, "credit is never exceeded"
+        inbox = [read_question(row) for row in await self.world.store.find("approval", Query(limit=5000))]
+        pending = sorted(one.task_id for one in inbox if one.state is ApprovalState.PENDING)
+        waiting = sorted(task_id for task_id, task in self.known.items() if task.state is S.INPUT_REQUIRED)
+        assert pending == waiting, "who waits for a person is in the inbox, nobody else"
         await self._facts()
 
     async def _facts(self) -> None:

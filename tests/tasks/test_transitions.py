@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from mcp_control.kernel.errors import InvalidTransition
-from mcp_control.tasks import gating, transitions
+from mcp_control.tasks import asking, gating, transitions
+from mcp_control.tasks.ask_model import Ask
 from mcp_control.tasks.due import due_at, on_time
 from mcp_control.tasks.limit_model import Gate
 from mcp_control.tasks.model import FINAL_STATES, HELD_STATES, Failure, Lease, Request, RetryPolicy, Task, TaskState
@@ -46,6 +47,10 @@ def apply(verb: str, task: Task, now: int = NOW + 1, chance: float = 0.5, failur
             return gating.admit(task, [], now)
         case "fail":
             return transitions.fail(task, failure, now, chance)
+        case "ask":
+            return asking.ask(task, Ask(key=f"k{task.attempt}", title="Go on?", timeout_seconds=chance or None), now)
+        case "lapse":
+            return asking.lapse(task, now)
         case "exhaust":
             return transitions.exhaust(task, failure, now, stop=task.retry.max_attempts == 1)
         case _:

@@ -14,6 +14,8 @@ from mcp_control.kernel.changes import StoredFact
 from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import Problem
 from mcp_control.kernel.ids import IdSource
+from mcp_control.pipelines.asks import settled
+from mcp_control.pipelines.input_model import APPROVAL_KIND
 from mcp_control.security.model import Actor
 from mcp_control.storage.local.bus import LocalBus
 from mcp_control.storage.local.queue import LocalQueue
@@ -54,6 +56,7 @@ KINDS = (
     AGENT_KIND,
     INSTANCE_KIND,
     STATISTIC_KIND,
+    APPROVAL_KIND,
 )
 
 
@@ -76,6 +79,7 @@ class World:
         self.sessions = Sessions()
         self.manager = AgentManager(store, clock, self.ids, self.sessions, server=server)
         self.ledger = Ledger(store, shared=bool(server))
+        self.ledger.questions = settled
         self.speeds = Speeds(store, clock.monotonic)
         chooser = Chooser(fleet=self.manager.registry, speeds=self.speeds)
         self.dispatcher = Dispatcher(

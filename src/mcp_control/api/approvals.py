@@ -42,7 +42,7 @@ async def get_approval(call: Call) -> Reply:
 
 
 async def answer_approval(call: Call) -> Reply:
-    """Answer a question; its run goes on in the same commit. Of several answers one wins."""
+    """Answer a question; its run or task goes on in the same commit. Of several answers one wins."""
     version = call.if_match()
     request = await call.decode(_ANSWER)
     if not version.isdigit():

@@ -12,10 +12,12 @@ from mcp_control.cli.output import View
 if TYPE_CHECKING:
     from mcp_control.sdk.client import Client
 
-app = typer.Typer(name="approvals", help="Questions that runs ask people: list, show, answer.", no_args_is_help=True)
-COLUMNS = ("id", "state", "title", "options", "pipeline", "stage", "asked_at", "due_at", "mine")
+app = typer.Typer(
+    name="approvals", help="Questions that runs and tasks ask people: list, show, answer.", no_args_is_help=True
+)
+COLUMNS = ("id", "state", "title", "options", "pipeline", "stage", "task_id", "asked_at", "due_at", "mine")
 WIDE = ("run_id", "message", "default", "assignees", "roles")
-SHOWN = ("id", "state", "title", "message", "options", "fields", "default", "assignees", "roles", "run_id", "pipeline",
+SHOWN = ("id", "state", "title", "message", "options", "fields", "default", "assignees", "roles", "task_id", "run_id", "pipeline",
          "stage", "asked_at", "due_at", "answer", "mine")  # fmt: skip
 Id = Annotated[str, typer.Argument(metavar="ID", help="Id of an approval, or the end of one.")]
 
@@ -60,7 +62,7 @@ def answer(
     out: Out = None,
     fields: Fields = "",
 ) -> None:
-    """Answer a question; its run goes on."""
+    """Answer a question; its run or task goes on."""
     view = View.of(out, as_json, fields)
     with connect() as client:
         asked = client.approvals.get(_approval_id(client, id))

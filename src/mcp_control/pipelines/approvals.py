@@ -163,7 +163,7 @@ def write_question(question: Question) -> Entity:
         "tenant": question.tenant,
         "state": scoped(question.tenant, question.state),
         "asked": question.asked_at,
-        "run": question.run_id,
+        "run": question.run_id or None,
     }
     after = replace(question, version=question.version + 1)
     return Entity(APPROVAL_KIND.name, question.id, question.version, index, _encode(after))
@@ -178,6 +178,8 @@ def question_fact(question: Question, actor: str, now: int) -> Fact:
     """Return the fact that a question was asked or closed."""
     verb = "requested" if question.state is ApprovalState.PENDING else question.state.value
     data: dict[str, object] = {"stage": question.stage, "title": question.title, "state": question.state.value}
+    if question.task_id:
+        data["task_id"] = question.task_id
     if question.output:
         answer = _read_answer(question.output)
         data.update(option=answer.option, by=answer.by)
@@ -197,6 +199,7 @@ def question_view(question: Question, actor: Actor) -> ApprovalView:
         assignees=asks.assignees,
         roles=asks.roles,
         default=asks.default,
+        task_id=question.task_id,
         run_id=question.run_id,
         pipeline=question.pipeline,
         stage=question.stage,

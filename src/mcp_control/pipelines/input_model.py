@@ -133,7 +133,7 @@ class Compensation(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_def
 
 
 class ApprovalState(StrEnum):
-    """Where a question stands. `withdrawn`: its run ended, or was repeated, before anybody answered."""
+    """Where a question stands. `withdrawn`: its task or run ended, or was repeated, before anybody answered."""
 
     PENDING = "pending"
     ANSWERED = "answered"
@@ -142,15 +142,20 @@ class ApprovalState(StrEnum):
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A question to people as it is stored. It is written twice: when it is asked, and when it is closed."""
+    """A question to people as it is stored. It is written twice: when it is asked, and when it is closed.
+
+    `task_id`, `ask_key`: the task whose handler asks, and what the question is to it; else a stage of a run does.
+    """
 
     id: str
     version: int
     tenant: str = DEFAULT_TENANT
-    run_id: str
-    pipeline: str
-    stage: str
-    round: int
+    task_id: str = ""
+    ask_key: str = ""
+    run_id: str = ""
+    pipeline: str = ""
+    stage: str = ""
+    round: int = 0
     asks: Approval
     title: str
     message: str
@@ -181,7 +186,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ApprovalView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A question to people as callers see it. `mine`: the caller may answer it."""
+    """A question to people as callers see it. `task_id`: the task that asks; else `stage` does. `mine`: the caller may answer it."""
 
     id: str
     state: ApprovalState
@@ -192,9 +197,10 @@ class ApprovalView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     assignees: list[str] = []
     roles: list[str] = []
     default: str | None = None
-    run_id: str
-    pipeline: str
-    stage: str
+    task_id: str = ""
+    run_id: str = ""
+    pipeline: str = ""
+    stage: str = ""
     asked_at: datetime
     due_at: datetime | None = None
     answer: Answer | None = None

@@ -6,7 +6,7 @@ from typing import Final
 
 from mcp_control.kernel.changes import Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import FieldError, Invalid, NotFound, VersionConflict
+from mcp_control.kernel.errors import FieldError, Invalid, NotFound, Problem, VersionConflict
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.approvals import (
@@ -18,6 +18,7 @@ from mcp_control.pipelines.approvals import (
     read_question,
     scoped,
 )
+from mcp_control.pipelines.asks import answer_of
 from mcp_control.pipelines.input_model import (
     APPROVAL_KIND,
     SIGNAL_BYTES_MAX,
@@ -33,7 +34,10 @@ from mcp_control.pipelines.signals import SIGNAL_NAME, received, repeated, signa
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
+from mcp_control.tasks.ledger import Intent
+from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.submission import check_key
+from mcp_control.tasks.verbs import answering
 
 _PAGES: Final = 20
 
@@ -41,11 +45,12 @@ _PAGES: Final = 20
 class Inputs:
     """Lists and answers questions, and takes signals."""
 
-    def __init__(self, store: Store, clock: Clock, ids: IdSource, engine: PipelineEngine) -> None:
+    def __init__(self, store: Store, clock: Clock, ids: IdSource, engine: PipelineEngine, settler: Settler) -> None:
         self._store = store
         self._clock = clock
         self._ids = ids
         self._engine = engine
+        self._settler = settler
 
     # --- the inbox ------------------------------------------------------------------------------------------------
 
@@ -98,7 +103,7 @@ class Inputs:
         return question_view(await self._load(actor, approval_id), actor)
 
     async def answer(self, actor: Actor, approval_id: str, request: AnswerRequest, version: int) -> ApprovalView:
-        """Answer a question; the run goes on in the same commit. Of several answers one wins.
+        """Answer a question; the run or task goes on in the same commit. Of several answers one wins.
 
         Raises:
             NotFound: no such question.
@@ -112,13 +117,20 @@ class Inputs:
         answer = given(question, actor, request, self._clock.now())
         if question.version != version:
             raise VersionConflict("If-Match does not name the current version")
-        await self._engine.ask(
-            actor,
-            question.run_id,
-            lambda plan, run, now: answered(plan, run, question, answer, now),
-            "",
-            action="approvals.answer",
-        )
+        if question.task_id:
+            now = self._clock.now()
+            decide = answering(question.ask_key, answer_of(question, answer), now)
+            (outcome,) = await self._settler.settle([Intent(question.task_id, decide)])
+            if isinstance(outcome, Problem):
+                raise outcome
+        else:
+            await self._engine.ask(
+                actor,
+                question.run_id,
+                lambda plan, run, now: answered(plan, run, question, answer, now),
+                "",
+                action="approvals.answer",
+            )
         after = await self._load(actor, approval_id)
         if after.output != answer.output:
             raise closed_already(after)

@@ -6,15 +6,12 @@ from typing import Final
 import msgspec
 
 from mcp_control.kernel.errors import FieldError
-from mcp_control.kernel.text import name_errors, range_errors, text_errors
 from mcp_control.pipelines.definition_model import NO_NEEDS, Stage
 from mcp_control.pipelines.input_model import SIGNAL_BYTES_MAX, Approval, WaitFor
 from mcp_control.pipelines.signals import SIGNAL_NAME
+from mcp_control.tasks.ask_model import question_errors, timeout_errors
 
-_OPTIONS_MAX: Final = 20
-_PEOPLE_MAX: Final = 100
 FIELDS_MAX: Final = 50
-_TIMEOUT_MAX: Final = 366 * 86_400.0
 
 
 def waiting_errors(stage: Stage, pointer: str) -> Iterator[FieldError]:
@@ -47,31 +44,12 @@ def waiting_errors(stage: Stage, pointer: str) -> Iterator[FieldError]:
 
 
 def _approval(asks: Approval, pointer: str) -> Iterator[FieldError]:
-    if not asks.title.strip():
-        yield _error(f"{pointer}/title", "out-of-range", "a title says what is asked")
-    yield from text_errors(f"{pointer}/title", asks.title, 500)
-    yield from text_errors(f"{pointer}/message", asks.message.replace("\n", " "), 4000)
-    if not 1 <= len(asks.options) <= _OPTIONS_MAX:
-        yield _error(f"{pointer}/options", "out-of-range", f"1 to {_OPTIONS_MAX} options")
-    for at, option in enumerate(asks.options):
-        yield from name_errors(f"{pointer}/options/{at}", option, 64)
-        if option in asks.options[:at]:
-            yield _error(f"{pointer}/options/{at}", "invalid-value", f"`{option:.64}` is there twice")
+    yield from question_errors(asks, pointer)
     for at, option in enumerate(asks.stop_on or ()):
         if option not in asks.options:
             yield _error(f"{pointer}/stop_on/{at}", "unknown-reference", f"`{option:.64}` is no option")
-    if asks.default is not None and asks.default not in asks.options:
-        yield _error(f"{pointer}/default", "unknown-reference", f"`{asks.default:.64}` is no option")
-    if asks.default is not None and asks.timeout_seconds is None:
-        yield _error(f"{pointer}/default", "invalid-value", "it is taken after `timeout_seconds`: say how long to wait")
-    for name, people in (("assignees", asks.assignees), ("roles", asks.roles)):
-        if len(people) > _PEOPLE_MAX:
-            yield _error(f"{pointer}/{name}", "limit-exceeded", f"at most {_PEOPLE_MAX}")
-        for at, one in enumerate(people[:_PEOPLE_MAX]):
-            yield from name_errors(f"{pointer}/{name}/{at}", one, 128)
     if len(asks.fields) > FIELDS_MAX:
         yield _error(f"{pointer}/fields", "limit-exceeded", f"at most {FIELDS_MAX} fields")
-    yield from _timeout(asks.timeout_seconds, pointer)
 
 
 def _wait_for(wait: WaitFor, pointer: str) -> Iterator[FieldError]:
@@ -84,12 +62,7 @@ def _wait_for(wait: WaitFor, pointer: str) -> Iterator[FieldError]:
             yield _error(f"{pointer}/default", "invalid-value", detail)
         if len(msgspec.json.encode(wait.default)) > SIGNAL_BYTES_MAX:
             yield _error(f"{pointer}/default", "limit-exceeded", f"at most {SIGNAL_BYTES_MAX >> 10} KiB")
-    yield from _timeout(wait.timeout_seconds, pointer)
-
-
-def _timeout(seconds: float | None, pointer: str) -> Iterator[FieldError]:
-    if seconds is not None:
-        yield from range_errors(f"{pointer}/timeout_seconds", seconds, 0.001, _TIMEOUT_MAX)
+    yield from timeout_errors(wait.timeout_seconds, pointer)
 
 
 def _error(pointer: str, code: str, detail: str) -> FieldError:

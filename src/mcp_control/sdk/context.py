@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final, Generic, Literal, Protocol, TypeVar, Un
 
 import msgspec
 
+from mcp_control.sdk.asking import AskOptions, asked
 from mcp_control.sdk.errors import Cancelled
 from mcp_control.sdk.guards import AsyncGuarded, Counts, Guarded, Guards
 from mcp_control.sdk.usage import Meter, Money, Reservation, counted
+from mcp_control.tasks.ask_model import Answered
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import LogLine
 from mcp_control.tasks.wire import Assignment
@@ -289,6 +291,17 @@ class Context(BaseContext):
 
         return await self.client.do(children.submit(self.task_id, self._lease_token, type, payload, options))
 
+    async def ask(self, question: str, **options: Unpack[AskOptions]) -> Answered:
+        """Ask people and return their answer. Until it is there the attempt ends here, and no slot is held.
+
+        The handler then runs anew, and gets the answer at this same place: what it did before it asked, it does once more. An attempt
+        that ends so counts as none.
+
+        Raises:
+            Permanent: the question, or a key that stood for another one; at most 20 in a task.
+        """
+        return asked(self._assignment.answers, question, options)
+
     def breaker(
         self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None
     ) -> AsyncGuarded:
@@ -356,6 +369,10 @@ class SyncContext(BaseContext):
         from mcp_control.sdk import children  # handlers that submit nothing need no client
 
         return self.client.do(children.submit(self.task_id, self._lease_token, type, payload, options))
+
+    def ask(self, question: str, **options: Unpack[AskOptions]) -> Answered:
+        """Ask people and return their answer; see `Context.ask`."""
+        return asked(self._assignment.answers, question, options)
 
     def breaker(self, name: str, *, failures: int = 5, open_for: float = 30.0, counts: Counts | None = None) -> Guarded:
         """Guard a call of yours: `with ctx.breaker("mail"): ...`, or `ctx.breaker("mail").call(...)`; see `Context.breaker`.

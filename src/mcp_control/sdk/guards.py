@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from mcp_control.kernel.breaker import Breaker, BreakerOpen, Guard
 from mcp_control.kernel.breaker_rules import NAME_MAX, NAMES_MAX, BreakerStatus, Policy, State, Verdict, judged
 from mcp_control.kernel.clock import SystemClock
+from mcp_control.sdk.asking import Asking
 from mcp_control.sdk.errors import Cancelled, Permanent, Unavailable
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class _Block:
     def _judge(self, error: BaseException) -> Verdict:
         if isinstance(error, Permanent):
             return "answered"
-        if isinstance(error, Cancelled | Unavailable):
+        if isinstance(error, Cancelled | Unavailable | Asking):
             return "unknown"
         if isinstance(error, asyncio.CancelledError):
             # An attempt that took too long is how a peer that hangs shows.

@@ -9,6 +9,7 @@ from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import AgentSpec, AgentState
 from mcp_control.agents.reserving import Load, amount, limits_of, load_of, short_of
 from mcp_control.kernel.clock import to_datetime
+from mcp_control.tasks.asking import awaited, question_id
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.view_model import Explanation
 
@@ -75,6 +76,12 @@ def explain(task: Task, demand: Demand, agents: Sequence[Seen], ahead: int | Non
         )
     if task.state is TaskState.BLOCKED:
         return _because(task, task.reason, task.message, task.state_at)
+    if task.asked is not None and task.state is TaskState.INPUT_REQUIRED:
+        ask = task.asked.ask
+        people = awaited(ask)
+        whom = ", ".join(people[:5]) + ("…" if len(people) > 5 else "") if people else "anybody who may answer"
+        message = f"it asks {whom}: {ask.title} ({question_id(task.id, ask.key)})"
+        return _because(task, "input-required", message, task.state_at, people[:10])
     if task.state is not TaskState.QUEUED:
         return _because(task, task.state.value.replace("_", "-"), task.message or "it waits", task.state_at)
     return _queued(task, demand, agents, ahead, elsewhere)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from mcp_control.kernel.errors import InvalidTransition
 from mcp_control.tasks.limit_model import Gate, Hold
 from mcp_control.tasks.limiting import wait_at_first, waiting_message
 from mcp_control.tasks.model import Task, TaskState
-from mcp_control.tasks.transitions import TRANSITIONS, allowed_verbs
+from mcp_control.tasks.transitions import check
 
 
 def gated(task: Task, gates: list[Gate], now: int) -> Task:
@@ -19,7 +18,7 @@ def gated(task: Task, gates: list[Gate], now: int) -> Task:
 
 def wait_at(task: Task, name: str, gate: Gate, holds: Sequence[Hold]) -> Task:
     """Let a blocked task wait for another of its limits, with what it may keep meanwhile. Not a change of state."""
-    _check(task, "admit")
+    check(task, "admit")
     reason, message = waiting_message(gate)
     return replace(
         task,
@@ -33,7 +32,7 @@ def wait_at(task: Task, name: str, gate: Gate, holds: Sequence[Hold]) -> Task:
 
 def admit(task: Task, holds: Sequence[Hold], now: int) -> Task:
     """Queue a task that has passed its limits."""
-    _check(task, "admit")
+    check(task, "admit")
     return replace(
         task,
         state=TaskState.QUEUED,
@@ -48,14 +47,5 @@ def admit(task: Task, holds: Sequence[Hold], now: int) -> Task:
 
 def postpone(task: Task, until: int, now: int) -> Task:
     """Let a task that waits for its time wait longer. Not a change of state."""
-    _check(task, "promote")
+    check(task, "promote")
     return replace(task, not_before=until, state_at=now)
-
-
-def _check(task: Task, verb: str) -> None:
-    if task.state not in TRANSITIONS[verb]:
-        raise InvalidTransition(
-            f"a task that is {task.state.value} cannot {verb}",
-            state=task.state.value,
-            allowed=allowed_verbs(task.state),
-        )

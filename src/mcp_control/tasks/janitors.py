@@ -13,6 +13,8 @@ from mcp_control.kernel.clock import Clock
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.storage.ports import Queue, Store
 from mcp_control.tasks.agent_sessions import AgentSessions
+from mcp_control.tasks.asking import KIND as QUESTION_KIND
+from mcp_control.tasks.asking import inbox_ids
 from mcp_control.tasks.budget_model import BUDGET_KIND
 from mcp_control.tasks.dispatcher import Dispatcher, queued
 from mcp_control.tasks.ledger import Intent, Ledger
@@ -217,7 +219,7 @@ class Reconciler:
 
 
 class Retention:
-    """Removes finished tasks, their logs and their budgets after their time, a bounded batch at once."""
+    """Removes finished tasks, their logs, budgets and questions after their time, a bounded batch at once."""
 
     def __init__(self, store: Store, clock: Clock, keep_ms: int) -> None:
         self._store = store
@@ -237,6 +239,8 @@ class Retention:
                 await self._store.commit([Change(deletes=[Key("log", log.id) for log in found])])
             known = readable(task)
             own = [Key(BUDGET_KIND.name, task.id)] if known is not None and task.id in known.draws else []
+            if known is not None:
+                own += [Key(QUESTION_KIND, each) for each in inbox_ids(known)]
             logged = [Key("log", log.id) for log in found]
             await self._store.commit([Change(deletes=[Key("task", task.id, task.version), *logged, *own])])
         return len(old)

@@ -72,6 +72,13 @@ class HoldWatcher(Protocol):
         ...
 
 
+Questions = Callable[[Task, str], tuple[Task, Sequence[Entity], Sequence[Fact]]]
+
+
+def _nobody_asks(task: Task, actor: str) -> tuple[Task, Sequence[Entity], Sequence[Fact]]:
+    raise RuntimeError("nobody keeps the questions")
+
+
 class _Kept:
     __slots__ = ("payload", "task")
 
@@ -85,7 +92,8 @@ def _plain(group: Group) -> Move | None:
     if len(group.moves) != 1 or group.writes or group.facts:
         return None
     move = group.moves[0]
-    return None if move.lines or move.writes or move.after.holds else move
+    after = move.after
+    return None if move.lines or move.writes or after.holds or after.asked is not None else move
 
 
 class Ledger:
@@ -95,6 +103,7 @@ class Ledger:
         finished: called with the id of every task that became final by this server, after the commit.
         drew: called with those among them that draw from budgets.
         joined: called with the group of those among them that are members of one.
+        questions: makes of a task with a question what that writes to the inbox and tells, with the actor of its move.
         unreadable: rows that cannot be decoded, by id; to whoever asks for them they are not there, until they are parked.
 
     Args:
@@ -114,6 +123,7 @@ class Ledger:
         self.holds: HoldWatcher | None = None
         self.drew: Callable[[Task], None] = lambda _: None
         self.joined: Callable[[str], None] = lambda _: None
+        self.questions: Questions = _nobody_asks
 
     async def load(self, ids: Sequence[str], *, fresh: bool = False) -> list[Task | None]:
         """Return tasks in the order of the ids, None where there is none. `fresh`: as the store has them, whoever wrote them."""
@@ -201,6 +211,10 @@ class Ledger:
                     entities += holds
                     deletes += let_go
                     held.setdefault(len(changes), []).extend(became)
+                if task.asked is not None:
+                    task, asked, told = self.questions(task, move.facts[0].actor if move.facts else "system")
+                    entities += asked
+                    facts += told
                 task, entity = write(task, move.payload, move.result)
                 entities.append(entity)
                 entities += move.writes

@@ -13,6 +13,7 @@ import msgspec
 from mcp_control.agents.model import Resources, Strategy
 from mcp_control.kernel.changes import Field, Index, Kind
 from mcp_control.security.model import DEFAULT_TENANT
+from mcp_control.tasks.ask_model import Answered, Asked
 from mcp_control.tasks.budget_model import Budget, Ceiling, Usage
 from mcp_control.tasks.limit_model import Debounce, Gate, Hold, Limit, Unique
 
@@ -157,7 +158,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """One assignment that ended. `outcome` is completed, failed, timeout, cancelled, lost, released, restored,
-    expired or budget."""
+    expired, budget or asked."""
 
     number: int
     agent_id: str
@@ -208,6 +209,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
         holds: what it holds of limits and keys (`limiting.py`).
         draws: whose budgets it draws from (ids of tasks and of its run), its own first.
         usage: what it has used; None while nothing was counted.
+        asked: the question it waits for, or ended with; answers: those it got, by the keys of their questions (`asking.py`).
         ceiling: when the attempt under way has used up the time of its budgets; of no meaning without a lease.
     """
 
@@ -268,6 +270,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     draws: list[str] = []
     usage: Usage | None = None
     ceiling: Ceiling | None = None
+    asked: Asked | None = None
+    answers: dict[str, Answered] = {}
     schema: int = 1
 
     @property

@@ -152,6 +152,7 @@ def assignment(task: Task, payload: bytes) -> Assignment:
         budget=None if task.usage is None or not task.draws else shown(task.usage.left),
         traceparent=task.traceparent,
         slots=task.needs.slots,
+        answers=task.answers,
     )
 
 

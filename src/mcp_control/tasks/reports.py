@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from mcp_control.kernel.changes import Fact
 from mcp_control.kernel.errors import AlreadyTerminal, LeaseSuperseded
 from mcp_control.kernel.text import visible
+from mcp_control.tasks.asking import ask, refusal
 from mcp_control.tasks.ledger import Decide, Move
 from mcp_control.tasks.model import Failure, LogLine, Task, TaskState
 from mcp_control.tasks.records import task_fact
@@ -136,7 +137,13 @@ def _end(task: Task, done: Done, now: int, chance: Callable[[], float]) -> tuple
     if done.outcome == "released":
         after = release(task, now)
         return after, "task.cancelled" if after.final else "task.released", None
-    after = fail(task, _bounded(done.failure or Failure()), now, chance(), _attempt_outcome(done.failure))
+    failure = done.failure
+    if done.outcome == "asked":
+        failure = refusal(task, done.ask)
+        if failure is None and done.ask is not None:
+            after = ask(task, done.ask, now)
+            return after, f"task.{after.state.value}", None
+    after = fail(task, _bounded(failure or Failure()), now, chance(), _attempt_outcome(failure))
     return after, f"task.{after.state.value}" if after.final else "task.retrying", None
 
 

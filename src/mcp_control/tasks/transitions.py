@@ -41,6 +41,8 @@ TRANSITIONS: Final[Mapping[str, Mapping[TaskState, tuple[TaskState, ...]]]] = Ma
         "restore": _rows(_HELD, S.QUEUED, S.FAILED, S.CANCELLED),
         "exhaust": _rows((*_HELD, S.QUEUED), S.FAILED, S.INPUT_REQUIRED, S.CANCELLED)
         | _rows((S.INPUT_REQUIRED,), S.FAILED),
+        "ask": _rows(_HELD, S.INPUT_REQUIRED, S.CANCELLED),
+        "lapse": _rows((S.INPUT_REQUIRED,), S.FAILED),
         "answer": _rows((S.INPUT_REQUIRED,), S.QUEUED, S.BLOCKED),
         "cancel": _rows((*_WAITING, *_HELD), S.CANCELLED),
         "expire": _rows((*_WAITING, *_HELD), S.EXPIRED),
@@ -54,25 +56,23 @@ def allowed_verbs(state: TaskState) -> list[str]:
     return sorted(verb for verb, rows in TRANSITIONS.items() if state in rows)
 
 
-def _check(task: Task, verb: str) -> None:
+def check(task: Task, verb: str) -> None:
+    """Raise InvalidTransition where the table has no row for a verb in the task's state."""
     if task.state not in TRANSITIONS[verb]:
-        raise InvalidTransition(
-            f"a task that is {task.state.value} cannot {verb}",
-            state=task.state.value,
-            allowed=allowed_verbs(task.state),
-        )
+        told = f"a task that is {task.state.value} cannot {verb}"
+        raise InvalidTransition(told, state=task.state.value, allowed=allowed_verbs(task.state))
 
 
 def promote(task: Task, now: int) -> Task:
     """Queue a scheduled task whose time has come; one with limits is blocked until it has passed them."""
-    _check(task, "promote")
+    check(task, "promote")
     due = replace(task, state=S.QUEUED, state_at=now, not_before=None, reason="", message="")
     return wait_at_first(due, now) if task.gates else due
 
 
 def assign(task: Task, agent_id: str, instance_id: str, token: str, now: int) -> Task:
     """Give a queued task to an agent instance: a new attempt, a new fence, a new lease."""
-    _check(task, "assign")
+    check(task, "assign")
     return replace(
         task,
         state=S.ASSIGNED,
@@ -91,7 +91,7 @@ def assign(task: Task, agent_id: str, instance_id: str, token: str, now: int) ->
 
 def start(task: Task, now: int) -> Task:
     """Record that the attempt has begun."""
-    _check(task, "start")
+    check(task, "start")
     return replace(task, state=S.RUNNING, state_at=now, started_at=now)
 
 
@@ -101,7 +101,8 @@ def progress(task: Task, fraction: float, message: str, now: int) -> Task:
     return replace(running, progress=min(1.0, max(0.0, fraction)), progress_message=message, moved_at=now)
 
 
-def _end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = None) -> list[Attempt]:
+def end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = None) -> list[Attempt]:
+    """Return the attempts of a task with the one under way ended."""
     lease = task.lease
     if lease is None:
         return task.attempts
@@ -135,13 +136,13 @@ def _shortened(attempt: Attempt) -> Attempt:
 
 def complete(task: Task, now: int) -> Task:
     """Record the one final result of a task."""
-    _check(task, "complete")
+    check(task, "complete")
     return replace(
         task,
         state=S.COMPLETED,
         state_at=now,
         finished_at=now,
-        attempts=_end_attempt(task, "completed", now),
+        attempts=end_attempt(task, "completed", now),
         started_at=task.started_at or task.state_at,
         lease=None,
         last_lease=task.lease,
@@ -161,8 +162,8 @@ def fail(task: Task, failure: Failure, now: int, chance: float, outcome: str = "
         chance: random number in [0, 1) for the jitter.
         outcome: how the attempt is remembered: `failed` or `timeout`.
     """
-    _check(task, "fail")
-    attempts = _end_attempt(task, outcome, now, failure)
+    check(task, "fail")
+    attempts = end_attempt(task, outcome, now, failure)
     later = postponed(task.retry, failure)
     failures = task.failures + (not later)
     again = later or may_retry(task.retry, failures, failure)
@@ -223,8 +224,8 @@ def lose(task: Task, now: int) -> Task:
     Raises `lost`, not the failures: the work may be fine, its worker was not. The fence moves at once, so the old holder is refused from
     now on, not only after the next assignment (reliability, rule R2).
     """
-    _check(task, "lose")
-    attempts = _end_attempt(task, "lost", now)
+    check(task, "lose")
+    attempts = end_attempt(task, "lost", now)
     lost = task.lost + 1
     held = replace(task, attempts=attempts, lost=lost, lease=None, started_at=None, epoch=task.epoch + 1, state_at=now)
     if task.cancel is not None:
@@ -253,10 +254,10 @@ def lose(task: Task, now: int) -> Task:
 
 def release(task: Task, now: int) -> Task:
     """Take back a task that its agent hands over unfinished (drain). Costs no attempt."""
-    _check(task, "release")
+    check(task, "release")
     held = replace(
         task,
-        attempts=_end_attempt(task, "released", now),
+        attempts=end_attempt(task, "released", now),
         lease=None,
         started_at=None,
         epoch=task.epoch + 1,
@@ -280,10 +281,10 @@ def restore(task: Task, now: int) -> Task:
     Counts neither as a failure nor as a lost lease: the work and its agent may be fine. A task with `max_attempts` 1 fails with the code
     `lost`, as it may be started only once (promise G5).
     """
-    _check(task, "restore")
+    check(task, "restore")
     held = replace(
         task,
-        attempts=_end_attempt(task, "restored", now),
+        attempts=end_attempt(task, "restored", now),
         lease=None,
         started_at=None,
         epoch=task.epoch + 1,
@@ -320,12 +321,12 @@ def exhaust(task: Task, failure: Failure, now: int, *, stop: bool) -> Task:
     Args:
         stop: end it; where it waits already, somebody has said no.
     """
-    _check(task, "exhaust")
+    check(task, "exhaust")
     held = replace(
         task,
         state=S.INPUT_REQUIRED,
         state_at=now,
-        attempts=_end_attempt(task, "budget", now, failure),
+        attempts=end_attempt(task, "budget", now, failure),
         lease=None,
         last_lease=task.lease or task.last_lease,
         started_at=None,
@@ -344,7 +345,7 @@ def exhaust(task: Task, failure: Failure, now: int, *, stop: bool) -> Task:
 
 def answer(task: Task, now: int) -> Task:
     """Queue a task again that waited for a person, at its old place."""
-    _check(task, "answer")
+    check(task, "answer")
     back = replace(task, state=S.QUEUED, state_at=now, failure=None, reason="", message="")
     return wait_at_first(back, now) if task.gates else back
 
@@ -363,13 +364,13 @@ def request_cancel(task: Task, request: Request) -> Task:
 
 def cancel(task: Task, now: int) -> Task:
     """End a task as cancelled: a waiting one at once, a held one when its agent says so or its time to do so is over."""
-    _check(task, "cancel")
+    check(task, "cancel")
     return replace(
         task,
         state=S.CANCELLED,
         state_at=now,
         finished_at=now,
-        attempts=_end_attempt(task, "cancelled", now),
+        attempts=end_attempt(task, "cancelled", now),
         lease=None,
         last_lease=task.lease,
         epoch=task.epoch + 1,
@@ -380,13 +381,13 @@ def cancel(task: Task, now: int) -> Task:
 
 def expire(task: Task, now: int) -> Task:
     """End a task whose deadline has passed; `reason` tells whether it ever started."""
-    _check(task, "expire")
+    check(task, "expire")
     return replace(
         task,
         state=S.EXPIRED,
         state_at=now,
         finished_at=now,
-        attempts=_end_attempt(task, "expired", now),
+        attempts=end_attempt(task, "expired", now),
         lease=None,
         last_lease=task.lease,
         epoch=task.epoch + 1,

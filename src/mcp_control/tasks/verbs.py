@@ -7,6 +7,8 @@ from msgspec.structs import replace
 from mcp_control.agents.matching import misfit
 from mcp_control.agents.model import Agent
 from mcp_control.kernel.errors import AlreadyTerminal, InvalidTransition, Unroutable, VersionConflict
+from mcp_control.tasks.ask_model import Answered
+from mcp_control.tasks.asking import answered
 from mcp_control.tasks.budgets import CODE
 from mcp_control.tasks.due import on_time
 from mcp_control.tasks.exhaustion import exhausted_facts
@@ -69,6 +71,16 @@ def timing(now: int, chance: float) -> Decide:
             return Move(after, exhausted_facts(task, after, "system", now))
         kind = "task.retrying" if after.state is TaskState.SCHEDULED else f"task.{after.state.value}"
         return Move(after, [task_fact(kind, after, "system", now)])
+
+    return decide
+
+
+def answering(key: str, given: Answered, now: int) -> Decide:
+    """Let a task go on that waits for the answer to this question; the decision raises InvalidTransition where it does not."""
+
+    def decide(task: Task) -> Move | None:
+        after = answered(task, key, given, now)
+        return Move(after, [task_fact(f"task.{after.state.value}", after, given.by, now)])
 
     return decide
 

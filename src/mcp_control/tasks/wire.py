@@ -9,6 +9,7 @@ from typing import Final, Literal
 import msgspec
 
 from mcp_control.agents.model import AgentSpec, Beat
+from mcp_control.tasks.ask_model import Answered, Ask
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import NULL, Failure, LogLine
 
@@ -24,6 +25,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
         deadline_at: wall milliseconds, None where there is none.
         budget: what is left of what is limited, by the names of a budget; None where it draws from no budget.
         slots: how many of the agent's slots it takes.
+        answers: what people answered to questions of earlier attempts, by the keys of these.
     """
 
     task_id: str
@@ -42,6 +44,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defau
     budget: dict[str, float] | None = None
     traceparent: str | None = None
     slots: int = 1
+    answers: dict[str, Answered] = {}
 
 
 class Started(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True):
@@ -77,13 +80,15 @@ class Used(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_f
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unknown_fields=True, omit_defaults=True):
-    """An attempt has ended. `released` hands the task back unfinished (drain); `failure` goes with `failed`."""
+    """An attempt has ended. `released` hands the task back unfinished (drain); `failure` goes with `failed`, `ask` with `asked`: a person
+    must answer first."""
 
     task_id: str
     lease_token: str
-    outcome: Literal["completed", "failed", "cancelled", "released"]
+    outcome: Literal["completed", "failed", "cancelled", "released", "asked"]
     result: msgspec.Raw = msgspec.field(default_factory=lambda: NULL)
     failure: Failure | None = None
+    ask: Ask | None = None
 
 
 class Hello(

@@ -11,6 +11,7 @@ from mcp_control.tasks.wire import Ack, Done, Logged, Progress, Report, Started,
 FRAME_BYTES: Final = 768 * 1024
 MAX_LINES: Final = 2000
 _ENVELOPE: Final = 300
+_ASK: Final = 64 * 1024  # more than a question may have
 
 
 class Outbox:
@@ -115,7 +116,7 @@ class Outbox:
             not self._progress
             and not self._logs
             and len(self._done) < 100
-            and not any(item.failure is not None for item in self._done)
+            and not any(item.failure is not None or item.ask is not None for item in self._done)
             and sum(len(item.result) for item in self._done) < FRAME_BYTES
         ):
             used = list(self._used.values()) if self._used else []
@@ -163,6 +164,7 @@ class Outbox:
             if item.task_id in self._logs:
                 break  # its lines go first
             size = len(item.result) + _ENVELOPE + (len(item.failure.traceback) * 2 + 4096 if item.failure else 0)
+            size += _ASK if item.ask else 0
             if size > room and (count or logs):
                 break
             room -= size

@@ -19,11 +19,12 @@ import msgspec
 from mcp_control.sdk.context import StopFlag
 from mcp_control.sdk.handlers import Handler, capped
 from mcp_control.sdk.runtime.processes import WorkerProcess
+from mcp_control.tasks.ask_model import Ask
 from mcp_control.tasks.model import Failure
 from mcp_control.tasks.wire import Assignment, Done
 
 StopReason = Literal["cancel", "gone", "lease", "drain", "timeout", "budget"]
-Outcome = Literal["completed", "failed", "cancelled"]
+Outcome = Literal["completed", "failed", "cancelled", "asked"]
 
 
 class Work:
@@ -58,11 +59,13 @@ class Work:
             self.worker.stop(reason)
 
 
-def told(work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | None) -> Done:
+def told(work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | None, ask: Ask | None = None) -> Done:
     """Return what to tell of an attempt that has ended, in view of why it was stopped, if it was."""
     assignment = work.assignment
     if outcome == "completed":
         return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="completed", result=result)
+    if outcome == "asked":
+        return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="asked", ask=ask)
     if work.stop in ("lease", "drain"):
         return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome="released")
     if work.stop == "cancel":
@@ -73,5 +76,6 @@ def told(work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | N
         failure = Failure(cause="timeout", code="timeout", message="the attempt took longer than it may")
         outcome = "failed"
     if outcome == "failed" and failure is not None:
-        failure = capped(failure, work.handler.retries, assignment.attempt)
+        # Each answer took an attempt that counts as none.
+        failure = capped(failure, work.handler.retries, assignment.attempt - len(assignment.answers))
     return Done(task_id=assignment.task_id, lease_token=assignment.lease_token, outcome=outcome, failure=failure)

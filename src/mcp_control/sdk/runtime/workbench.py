@@ -9,6 +9,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from mcp_control.sdk.asking import question_in
 from mcp_control.sdk.context import Context, Sink, SyncContext
 from mcp_control.sdk.errors import Cancelled
 from mcp_control.sdk.guards import Guards
@@ -16,6 +17,7 @@ from mcp_control.sdk.handlers import Handler, encode_result, failure_from, inval
 from mcp_control.sdk.runtime.outbox import Outbox
 from mcp_control.sdk.runtime.processes import ProcessPool
 from mcp_control.sdk.runtime.work import Outcome, StopReason, Work, told
+from mcp_control.tasks.ask_model import Ask
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import UNKNOWN_TYPE, Assignment, Done
@@ -244,6 +246,11 @@ class Workbench:
             return self._end(work, "cancelled", failure=failure_from(error))
         except (Exception, SystemExit) as error:
             return self._end(work, "failed", failure=failure_from(error))
+        except BaseException as error:
+            ask = question_in(error)
+            if ask is None:
+                raise
+            return self._end(work, "asked", ask=ask)
 
     def _run_thread(self, work: Work) -> None:
         sink = _ThreadSink(self, work, self._from_thread)
@@ -257,7 +264,7 @@ class Workbench:
     def _thread(self, work: Work, context: SyncContext) -> None:
         handler = work.handler
         outcome: Outcome = "completed"
-        result, failure = _NULL, None
+        result, failure, ask = _NULL, None, None
         try:
             payload = handler.decode(work.assignment.payload)
         except msgspec.MsgspecError as error:
@@ -270,16 +277,23 @@ class Workbench:
                 outcome, failure = "cancelled", failure_from(error)
             except (Exception, SystemExit) as error:
                 outcome, failure = "failed", failure_from(error)
-        self._from_thread(self._thread_ended, work, outcome, result, failure)
+            except BaseException as error:
+                ask = question_in(error)
+                if ask is None:
+                    raise
+                outcome = "asked"
+        self._from_thread(self._thread_ended, work, outcome, result, failure, ask)
 
     def _from_thread(self, function: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _thread_ended(self, work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | None) -> None:
+    def _thread_ended(
+        self, work: Work, outcome: Outcome, result: msgspec.Raw, failure: Failure | None, ask: Ask | None
+    ) -> None:
         if self.works.get(work.assignment.task_id) is not work:
             self.abandoned -= 1
-        self._end(work, outcome, result, failure)
+        self._end(work, outcome, result, failure, ask)
 
     async def _run_process(self, work: Work) -> None:
         pool = self._pool()
@@ -299,10 +313,7 @@ class Workbench:
         finally:
             work.worker = None
             pool.release(worker)
-        outcome: Outcome = (
-            "completed" if ended.outcome == "completed" else "cancelled" if ended.outcome == "cancelled" else "failed"
-        )
-        return self._end(work, outcome, msgspec.Raw(ended.result), ended.failure)
+        return self._end(work, ended.outcome, msgspec.Raw(ended.result), ended.failure, ended.ask)
 
     # --- ends ---
 
@@ -324,7 +335,14 @@ class Workbench:
             work.task.cancel()
             work.timer = self._loop.call_later(max(1.0, self._grace), self._force, work)  # it may swallow the first one
 
-    def _end(self, work: Work, outcome: Outcome, result: msgspec.Raw = _NULL, failure: Failure | None = None) -> None:
+    def _end(
+        self,
+        work: Work,
+        outcome: Outcome,
+        result: msgspec.Raw = _NULL,
+        failure: Failure | None = None,
+        ask: Ask | None = None,
+    ) -> None:
         assignment = work.assignment
         if self.works.get(assignment.task_id) is not work:
             return
@@ -337,7 +355,7 @@ class Workbench:
         if work.stop in ("gone", "budget"):
             self._outbox.forget(assignment.task_id)
         else:
-            self._outbox.done(told(work, outcome, result, failure))
+            self._outbox.done(told(work, outcome, result, failure, ask))
         self._wake()
 
 

@@ -10,15 +10,17 @@ import signal
 import threading
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from mcp_control.kernel.breaker_rules import BreakerStatus
+from mcp_control.sdk.asking import question_in
 from mcp_control.sdk.context import StopFlag, SyncContext
 from mcp_control.sdk.errors import Cancelled
 from mcp_control.sdk.guards import Guards
 from mcp_control.sdk.handlers import Handler, encode_result, failure_from, invalid_payload
+from mcp_control.tasks.ask_model import Ask
 from mcp_control.tasks.budget_model import Spent
 from mcp_control.tasks.model import Failure, LogLine
 from mcp_control.tasks.wire import Assignment
@@ -70,9 +72,10 @@ class Guarding(msgspec.Struct, frozen=True, tag="guarding"):
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """Worker to agent: the attempt has ended; `result` is JSON."""
 
-    outcome: str
+    outcome: Literal["completed", "failed", "cancelled", "asked"]
     result: bytes = b"null"
     failure: Failure | None = None
+    ask: Ask | None = None
 
 
 encode: Final = msgspec.msgpack.Encoder().encode
@@ -160,6 +163,11 @@ def _attempt(run: Run, flag: StopFlag, sink: _PipeSink, client: Any, guards: Gua
         return Ended("cancelled", failure=failure_from(error))
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         return Ended("failed", failure=failure_from(error))
+    except BaseException as error:
+        ask = question_in(error)
+        if ask is None:
+            raise
+        return Ended("asked", ask=ask)
 
 
 def find_handler(module: str, name: str) -> Handler[Any, Any]:
