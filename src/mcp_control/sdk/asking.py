@@ -1,12 +1,12 @@
 """What `ctx.ask` does: the answer that came with the attempt, or the end of the attempt with the question."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, Required, TypedDict
+from typing import Final, Required, TypedDict
 
 from mcp_control.sdk.errors import Permanent
 from mcp_control.tasks.ask_model import QUESTIONS_MAX, Answered, Ask, ask_errors
 
-_LISTS: Final[tuple[Literal["options", "assignees", "roles"], ...]] = ("options", "assignees", "roles")
+_APPROVE_OR_REJECT: Final = ("approve", "reject")
 
 
 class AskOptions(TypedDict, total=False):
@@ -41,14 +41,15 @@ def asked(answers: Mapping[str, Answered], title: str, options: AskOptions) -> A
         Asking: nobody has yet.
         Permanent: `invalid-question`, something is wrong with it, or the same key stands for another question; `too-many-questions`.
     """
-    given: dict[str, Any] = {name: list(options[name]) for name in _LISTS if name in options}
     ask = Ask(
         key=options.get("key", ""),
         title=title,
         message=options.get("message", ""),
+        options=[*options.get("options", _APPROVE_OR_REJECT)],
+        assignees=[*options.get("assignees", ())],
+        roles=[*options.get("roles", ())],
         timeout_seconds=options.get("timeout"),
         default=options.get("default"),
-        **given,
     )
     answer = answers.get(ask.key)
     if answer is not None:
