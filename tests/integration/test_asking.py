@@ -74,6 +74,13 @@ async def test_a_task_waits_for_a_person_over_the_death_of_its_server(backend: s
                 late = f"{API}/approvals/{asked[ids[2]]['id']}"
                 assert (await first.get(late)).json()["state"] == "withdrawn"
                 assert await violations(first) == {}
+
+                async def told_of_all() -> bool:
+                    page = await first.get(f"{API}/events", params={"type": "approval.*", "limit": 100})
+                    return page.status_code == 200 and len(page.json()["items"]) >= 6
+
+                # On a shared store events get their order soon after the commit, by the server that leads.
+                await until(told_of_all, 30, "all events of the questions")
     finally:
         for server in servers:
             assert server.stop() == 0
