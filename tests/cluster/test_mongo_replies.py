@@ -15,7 +15,7 @@ _CUT: dict[str, Any] = {"closeConnection": True}
 
 
 async def _leads(client: httpx2.AsyncClient) -> bool:
-    servers = (await client.get(f"{API}/status")).json()["servers"]
+    servers = (await client.get(f"{API}/status")).json()["cluster"]["servers"]
     return any(server["leader"] for server in servers)
 
 
