@@ -77,9 +77,9 @@ def make_agent(folder: Path, profiles: Profiles, transport: TransportName = "soc
     @agent.task("steps")
     async def steps(payload: int, ctx: Context) -> str:
         for step in range(payload):
+            await asyncio.sleep(0.01)
             ctx.log.info("step", n=step)
             ctx.progress(step / payload, f"step {step}")
-            await asyncio.sleep(0.01)
         return "walked"
 
     @agent.task("copy")
@@ -96,12 +96,16 @@ def make_agent(folder: Path, profiles: Profiles, transport: TransportName = "soc
 
 
 @pytest.fixture
-async def agent(server: RunningServer, tmp_path: Path) -> AsyncIterator[Agent]:
+async def unstarted(server: RunningServer, tmp_path: Path) -> Agent:
     environ = {"MCP_CONTROL_ENROLMENT_TOKEN": await server.enrolment_token(), "MCP_CONTROL_URL": server.url}
-    agent = make_agent(tmp_path, Profiles(tmp_path / "agent", environ))
-    await agent.start()
-    yield agent
-    await agent.stop()
+    return make_agent(tmp_path, Profiles(tmp_path / "agent", environ))
+
+
+@pytest.fixture
+async def agent(unstarted: Agent) -> AsyncIterator[Agent]:
+    await unstarted.start()
+    yield unstarted
+    await unstarted.stop()
 
 
 async def test_a_task_gives_its_result(client: AsyncClient, agent: Agent) -> None:
@@ -142,11 +146,16 @@ async def test_waiting_ends_after_its_time(client: AsyncClient, agent: Agent) ->
     assert (await task.wait(timeout=20)).state is TaskState.CANCELLED
 
 
-async def test_a_task_can_be_watched(client: AsyncClient, agent: Agent) -> None:
-    """The stream tells states, progress and log lines, ends with the final state, and works for ended tasks too."""
+async def test_a_task_can_be_watched(client: AsyncClient, unstarted: Agent) -> None:
+    """The stream tells states, progress to the last and log lines, ends with the final state, and works for ended tasks too."""
     task = await client.tasks.submit("steps", 3)
-    updates = [update async for update in task.stream()]
-    assert updates[-1].state is TaskState.COMPLETED
+    updates = []
+    async for update in task.stream():
+        if not updates:
+            await unstarted.start()
+        updates.append(update)
+    await unstarted.stop()
+    assert (updates[0].state, updates[-1].state) == (TaskState.QUEUED, TaskState.COMPLETED)
     lines = [u.line.fields for u in updates if u.line is not None]
     assert lines == [{"n": 0}, {"n": 1}, {"n": 2}]
     assert [u.message for u in updates if u.kind == "progress"][-1:] == ["step 2"]

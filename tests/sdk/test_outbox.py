@@ -30,6 +30,20 @@ def test_progress_waits_for_the_acknowledgement_of_the_last_report() -> None:
     assert [(p.fraction, p.message) for p in outbox.take().progress] == [(0.3, "three")]
 
 
+def test_the_last_progress_goes_out_with_the_end() -> None:
+    """What an attempt says of its progress just before its end is told, though an earlier report is unanswered or sent again."""
+    outbox = Outbox()
+    outbox.progress("task_1", "t", 0.1, "one")
+    outbox.take()
+    outbox.progress("task_1", "t", 0.9, "last")
+    outbox.done(done(1))
+    report = outbox.take()
+    assert ([p.message for p in report.progress], [item.task_id for item in report.done]) == (["last"], ["task_1"])
+    outbox.resend()
+    again = outbox.take()
+    assert ([p.message for p in again.progress], again.done) == (["last"], report.done)
+
+
 def test_an_end_goes_out_at_once_with_all_its_lines() -> None:
     """The end of an attempt does not wait for acknowledgements, and its log lines are in the same or an earlier report."""
     outbox = Outbox()

@@ -332,7 +332,8 @@ def test_one_report_says_everything_of_a_task_in_one_move() -> None:
     move = moved(held(), said)
     assert (task_id, move.after.state, move.result) == ("task_1", S.COMPLETED, b"1")
     assert [line.message for line in move.lines] == ["a", "b"]
-    assert [fact.type for fact in move.facts] == ["task.logged", "task.completed"]
+    assert [fact.type for fact in move.facts] == ["task.started", "task.progressed", "task.logged", "task.completed"]
+    assert (move.after.progress_message, move.after.started_at) == ("half", held().state_at)
 
 
 def test_leases_of_one_task_are_kept_apart_in_one_report() -> None:

@@ -102,11 +102,12 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float], cap:
         if done is None and told.started and after.state is TaskState.ASSIGNED:
             after = start(after, now)
             facts.append(task_fact("task.started", after, actor, now))
-        if done is None and told.progress is not None:
-            began = after.state is TaskState.ASSIGNED
-            after = progress(after, told.progress.fraction, visible(told.progress.message)[:MESSAGE_MAX], now)
-            if began:
+        if told.progress is not None:
+            if after.state is TaskState.ASSIGNED:
+                # Of what began and ended within one report it is only known when it was given out, as where it says no more than its end.
+                after = start(after, now if done is None else after.state_at)
                 facts.append(task_fact("task.started", after, actor, now))
+            after = progress(after, told.progress.fraction, visible(told.progress.message)[:MESSAGE_MAX], now)
             facts.append(
                 task_fact("task.progressed", after, actor, now, progress=after.progress, message=after.progress_message)
             )

@@ -67,9 +67,8 @@ class Outbox:
             self._dropped[task_id] = self._dropped.get(task_id, 0) + 1
 
     def done(self, item: Done) -> None:
-        """An attempt has ended; its start and progress need no telling any more."""
+        """An attempt has ended; its start needs no telling any more. What it last said of its progress goes out with its end."""
         self._started.pop(item.task_id, None)
-        self._progress.pop(item.task_id, None)
         self._done.append(item)
         self._untold[item.task_id] = item.lease_token
 
@@ -226,8 +225,7 @@ class Outbox:
             if start.task_id not in ended:
                 self._started.setdefault(start.task_id, start)
         for progress in report.progress:
-            if progress.task_id not in ended:
-                self._progress.setdefault(progress.task_id, progress)
+            self._progress.setdefault(progress.task_id, progress)
         for used in report.used:
             self._used.setdefault(used.task_id, used)
         for logged in report.logs:
