@@ -426,7 +426,8 @@ async def test_tasks_of_an_ended_instance_are_found_and_queued_again(tmp_path: P
         task = await world.submit()
         stored = await world.task(task.id)
         orphan = assign(stored, "agent_x", "inst_gone", "token", world.clock.now())
-        assert await world.ledger.commit([Group([Move(orphan)])]) == [None]
+        ((held,),) = await world.ledger.commit([Group([Move(orphan)])])
+        assert held.version == stored.version + 1
         assert await world.reconciler.once() == 1
         assert world.reconciler.orphans == 1
         assert (await world.task(task.id)).state is S.QUEUED

@@ -79,15 +79,15 @@ class Charging:
                 group, moved = await self._drafted(steps)
                 if group is None:
                     return
-                (problem,) = await self._ledger.commit([group])
-                if problem is None:
-                    for step, task in moved:
+                (outcome,) = await self._ledger.commit([group])
+                if not isinstance(outcome, Problem):
+                    for step, task in zip(moved, outcome, strict=True):
                         if not isinstance(step.outcome, Over):
-                            step.outcome = replace(task, version=task.version + 1)
+                            step.outcome = task
                     return
-                if not isinstance(problem, Conflict):
-                    for step, _ in moved:
-                        step.outcome = problem
+                if not isinstance(outcome, Conflict):
+                    for step in moved:
+                        step.outcome = outcome
                     return
             for step in steps:
                 step.outcome = StoreUnavailable("the budget changes too fast; say it again")
@@ -109,11 +109,11 @@ class Charging:
                 left.append(step)
         return left
 
-    async def _drafted(self, steps: Sequence[Step]) -> tuple[Group | None, list[tuple[Step, Task]]]:
+    async def _drafted(self, steps: Sequence[Step]) -> tuple[Group | None, list[Step]]:
         now = self._clock.now()
         before = await self.accounts({owner for step in steps for owner in budgets.owners(step.move.after)})
         accounts = dict(before)
-        moved: list[tuple[Step, Task]] = []
+        moved: list[Step] = []
         moves: list[Move] = []
         for step in steps:
             task = step.move.after
@@ -123,7 +123,7 @@ class Charging:
             drawn = [owner for owner in budgets.owners(task) if owner in accounts]
             after, facts = self._one(step, task, drawn, accounts, now)
             if after is not None:
-                moved.append((step, after))
+                moved.append(step)
                 moves.append(Move(after, [*step.move.facts, *facts]))
         if not moves:
             return None, []

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Query
 from mcp_control.kernel.clock import Clock, to_datetime
-from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound, PayloadRemoved
+from mcp_control.kernel.errors import Conflict, Invalid, InvalidTransition, NotFound, PayloadRemoved, Problem
 from mcp_control.kernel.ids import IdSource
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.kernel.text import text_errors
@@ -184,11 +184,11 @@ class DeadLetters:
             now = self._clock.now()
             marked = replace(task, discarded=Request(at=now, by=actor.id, reason=reason))
             move = Move(marked, [task_fact("task.discarded", marked, actor.id, now)])
-            (problem,) = await self._ledger.commit([Group([move])])
-            if problem is None:
-                return replace(marked, version=marked.version + 1)
-            if not isinstance(problem, Conflict):
-                raise problem
+            (outcome,) = await self._ledger.commit([Group([move])])
+            if not isinstance(outcome, Problem):
+                return outcome[0]
+            if not isinstance(outcome, Conflict):
+                raise outcome
         raise Conflict("too many changes at once")
 
     async def _ended(self, actor: Actor, task_id: str) -> tuple[Task, bytes]:

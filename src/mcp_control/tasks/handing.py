@@ -185,7 +185,7 @@ class Handing:
                 [task.id for task, _, _ in started], [(session, task.id) for task, _, session in started if session]
             )
             raise
-        if outcome is not None:
+        if isinstance(outcome, Problem):
             for task, _, session in started:
                 if session is not None:
                     self._dispatcher.unreserve(session, task.id)
@@ -223,7 +223,7 @@ class Handing:
         lost: list[tuple[Session, str]] = []
         sent: list[tuple[Task, bytes, Session | None]] = []
         for item, outcome in zip(given, outcomes, strict=True):
-            if outcome is None:
+            if not isinstance(outcome, Problem):
                 sent.append(item)
             elif item[2] is not None:
                 lost.append((item[2], item[0].id))

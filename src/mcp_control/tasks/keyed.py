@@ -133,12 +133,13 @@ class KeyedSubmission:
         except BaseException:
             self._settler.handing.doubt([one.after.id for one in moves])
             raise
-        if outcome is not None:
+        if isinstance(outcome, Problem):
             return await self._repeated(task) or outcome
         if replaced is not None:
             await self._dispatcher.withdraw(replaced.after)
+        task = outcome[-1]
         await self._settler.handing.begin([(task, payload, None)])
-        return replace(task, version=1)
+        return task
 
     async def _repeated(self, task: Task) -> Duplicate | None:
         """Return the task that the idempotency key stands for, where the submission was refused for what that task holds."""

@@ -17,7 +17,7 @@ from mcp_control.kernel.errors import Conflict, Problem
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.limit_model import HoldChange
 from mcp_control.tasks.limiting import settled
-from mcp_control.tasks.model import LogLine, Task
+from mcp_control.tasks.model import FINAL_STATES, LogLine, Task
 from mcp_control.tasks.records import readable, write, write_log
 
 _NOTHING: Final = Change()
@@ -79,12 +79,9 @@ def _nobody_asks(task: Task, actor: str) -> tuple[Task, Sequence[Entity], Sequen
     raise RuntimeError("nobody keeps the questions")
 
 
-class _Kept:
-    __slots__ = ("payload", "task")
-
-    def __init__(self, task: Task, payload: bytes | None) -> None:
-        self.task = task
-        self.payload = payload
+class _Kept(msgspec.Struct, gc=False):
+    task: Task
+    payload: bytes | None
 
 
 def _plain(group: Group) -> Move | None:
@@ -182,25 +179,25 @@ class Ledger:
             if entry is not None and entry.payload is not None:
                 self._payload_room += len(entry.payload)
 
-    async def commit(self, groups: Sequence[Group]) -> list[Problem | None]:
-        """Commit groups, each all or nothing and on its own; returns an outcome per group.
+    async def commit(self, groups: Sequence[Group]) -> list[list[Task] | Problem]:
+        """Commit groups, each all or nothing and on its own; returns per group its tasks as they are stored now, or why it was refused.
 
         Raises:
             Problem: the store refused the whole call or its outcome is unknown; nothing is kept in memory then.
         """
         changes: list[Change] = []
-        written: list[list[tuple[Task, Move]]] = []
+        written: list[list[Task]] = []
         held: dict[int, list[HoldChange]] = {}
         for group in groups:
             if (plain := _plain(group)) is not None:  # nearly all: one task, and nothing that goes with it
                 task, entity = write(plain.after, plain.payload, plain.result)
                 changes.append(Change([entity], (), plain.facts))
-                written.append([(task, plain)])
+                written.append([task])
                 continue
             entities: list[Entity] = []
             deletes: list[Key] = []
             facts: list[Fact] = []
-            after: list[tuple[Task, Move]] = []
+            after: list[Task] = []
             for move in group.moves:
                 task = move.after
                 if move.lines:
@@ -219,7 +216,7 @@ class Ledger:
                 entities.append(entity)
                 entities += move.writes
                 facts += move.facts
-                after.append((task, move))
+                after.append(task)
             entities += group.writes
             facts += group.facts
             changes.append(Change(entities, deletes, facts))
@@ -227,28 +224,32 @@ class Ledger:
         try:
             outcomes = await self._store.commit(changes)
         except BaseException:
-            self.forget([task.id for after in written for task, _ in after])
+            self.forget([task.id for after in written for task in after])
             if self.holds is not None and held:
                 self.holds.unsure([one.name for became in held.values() for one in became])
             raise
-        for outcome, after in zip(outcomes, written, strict=True):
+        results: list[list[Task] | Problem] = []
+        for group, after, outcome in zip(groups, written, outcomes, strict=True):
             if outcome is None:
-                for task, move in after:
-                    self._keep(task, move)
-            elif isinstance(outcome, Conflict):
-                self.forget([task.id for task, _ in after])
+                for task, move in zip(after, group.moves, strict=True):
+                    self._keep(task, move.payload)
+                results.append(after)
+                continue
+            if isinstance(outcome, Conflict):
+                self.forget([task.id for task in after])
+            results.append(outcome)
         if self.holds is not None:
             for place, became in held.items():
                 if outcomes[place] is None:
                     self.holds.changed(became)
                 else:
                     self.holds.unsure([one.name for one in became])
-        return outcomes
+        return results
 
-    def _keep(self, task: Task, move: Move) -> None:
+    def _keep(self, task: Task, payload: bytes | None) -> None:
         kept = self._kept
-        if task.final:
-            self.forget([task.id])
+        if task.state in FINAL_STATES:
+            self.forget((task.id,))
             if task.draws:
                 self.drew(task)
             if task.links.group_id is not None:
@@ -261,7 +262,6 @@ class Ledger:
             if entry.task.version < task.version:
                 entry.task = task
             return
-        payload = move.payload
         if task.holds and any(hold.ends == "due" for hold in task.holds):
             payload = None  # a debounced task's payload may be replaced yet, by any server
         if payload is not None:
@@ -271,7 +271,7 @@ class Ledger:
                 self._payload_room -= len(payload)
         kept[task.id] = _Kept(task, payload)
         while len(kept) > self._capacity:
-            self.forget([next(iter(kept))])
+            self.forget((next(iter(kept)),))
 
     def _newer(self, task: Task) -> Task:
         """Return the newer of a task just read and the one in memory: a read may have been overtaken by a write."""

@@ -318,7 +318,7 @@ class Limits:
         accepted: list[tuple[Task, bytes, Session | None]] = []
         refused: Problem | None = None
         for was, item, outcome in zip(before, decided, outcomes, strict=True):
-            if outcome is None:
+            if not isinstance(outcome, Problem):
                 accepted.append(item)
                 continue
             if item[2] is not None:

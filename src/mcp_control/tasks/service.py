@@ -46,7 +46,7 @@ WAIT_MAX_SECONDS: Final = 60.0
 _ENDED: Final = frozenset(f"task.{state.value}" for state in FINAL_STATES)
 
 
-class Submitted(msgspec.Struct, frozen=True):
+class Submitted(msgspec.Struct, frozen=True, gc=False):
     """A submission's task, whether it was created now or by an earlier request with the same key, and warnings."""
 
     task: Task
@@ -152,12 +152,10 @@ class TaskOrchestrator:
             )
             raise
         accepted: builtins.list[tuple[Task, bytes, Session | None]] = []
-        for place, item, warned, outcome in zip(places, started, warnings, outcomes, strict=True):
-            task, _, session = item
-            if outcome is None:
-                accepted.append(item)
-                # The stored value is one version on; what callers see of it must carry that.
-                results[place] = Submitted(msgspec.structs.replace(task, version=1), True, warned)
+        for place, (task, payload, session), warned, outcome in zip(places, started, warnings, outcomes, strict=True):
+            if not isinstance(outcome, Problem):
+                accepted.append((outcome[0], payload, session))
+                results[place] = Submitted(outcome[0], True, warned)
                 continue
             if session is not None:
                 self._dispatcher.unreserve(session, task.id)

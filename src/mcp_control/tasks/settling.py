@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
-from msgspec.structs import replace
 
 from mcp_control.agents.sessions import Session, Sessions
 from mcp_control.kernel.clock import Clock
@@ -138,17 +137,19 @@ class Settler:
             raise
         conflicted: list[int] = []
         requeued: list[Task] = []
-        for (place, move), outcome in zip(moves, outcomes, strict=True):
+        for (place, _), outcome in zip(moves, outcomes, strict=True):
             if isinstance(outcome, Conflict):
                 conflicted.append(place)
-            elif outcome is not None:
+            elif isinstance(outcome, Problem):
                 results[place] = outcome
             else:
-                results[place] = self._after(move.after)
-                if move.after.waits:
-                    requeued.append(move.after)
+                (task,) = outcome
+                results[place] = task
+                self.handing.free_slot(task)
+                if task.waits:
+                    requeued.append(task)
                 else:
-                    self.handing.blocked(move.after)
+                    self.handing.blocked(task)
         if requeued:
             await self._dispatcher.enqueue(requeued)
         return conflicted
@@ -260,10 +261,12 @@ class Settler:
             raise
         conflicted: set[str] = set()
         for (run_id, done, advance, _, started), outcome in zip(batch, outcomes, strict=True):
-            follower.settled(run_id, advance, outcome is None)
-            if outcome is None:
-                for entry, after in done:
-                    _set(entry.future, self._after(after))
+            follower.settled(run_id, advance, not isinstance(outcome, Problem))
+            if not isinstance(outcome, Problem):
+                # First what was reported, then what the run starts.
+                for (entry, _), task in zip(done, outcome, strict=False):
+                    self.handing.free_slot(task)
+                    _set(entry.future, task)
                 await self.handing.begin(started)
                 if advance.cancel:
                     self.handing.background.begin(self._cancel(advance.cancel))
@@ -276,11 +279,6 @@ class Settler:
                 else:
                     _fail([entry for entry, _ in done], outcome)
         return conflicted
-
-    def _after(self, task: Task) -> Task:
-        """Free the slot of a lease that has ended, and return the task with the version it has in the store now."""
-        self.handing.free_slot(task)
-        return replace(task, version=task.version + 1)
 
     def _group(
         self, moves: Sequence[Move], advance: Advance, now: int
