@@ -15,6 +15,9 @@ from mcp_control.kernel.clock import Clock
 _ALPHABET: Final = "0123456789abcdefghijklmnopqrstuv"
 _PAIRS: Final = tuple(a + b for a in _ALPHABET for b in _ALPHABET)
 _BODY_CHARS: Final = 36
+_TIME_CHARS: Final = 9  # made of milliseconds alone; 3 bits of them are in the next one
+_FIVE_BITS: Final = (_ALPHABET * 8).encode()  # from a byte to the character of its lower five bits
+_BLOCK: Final = 4096
 ID_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -56,26 +59,39 @@ def is_id(text: str) -> bool:
 class IdSource:
     """Makes ids from a clock and a source of random bytes; reads the source in blocks, since a system call costs more than an id."""
 
-    __slots__ = ("_at", "_clock", "_pool", "_random")
+    __slots__ = ("_at", "_clock", "_head", "_millis", "_pool", "_random")
 
     def __init__(self, clock: Clock, random: Callable[[int], bytes] = os.urandom) -> None:
         self._clock = clock
         self._random = random
         self._pool = b""
         self._at = 0
+        self._millis = -1
+        self._head = ""
 
     def new(self, prefix: str) -> str:
-        """Return a fresh id for the noun `prefix`."""
-        return make_id(prefix, self._clock.now(), self.bytes16())
+        """Return a fresh id for the noun `prefix`; what `make_id` makes of random bytes, in less than half of its time."""
+        millis = self._clock.now()
+        if millis != self._millis:
+            self._millis = millis
+            self._head = make_id("", millis, bytes(16))[1 : 1 + _TIME_CHARS]
+        drawn = self._draw(26)
+        ends = drawn[25]  # of the 128 bits the first two and the last one
+        first, last = _ALPHABET[(millis & 7) << 2 | ends & 3], "0g"[ends >> 7]
+        return f"{prefix}_{self._head}{first}{drawn[:25].translate(_FIVE_BITS).decode()}{last}"
 
     def bytes16(self) -> bytes:
         """Return 16 fresh random bytes."""
-        if self._at >= len(self._pool):
-            self._pool = self._random(4096)
-            self._at = 0
-        self._at += 16
-        return self._pool[self._at - 16 : self._at]
+        return self._draw(16)
 
     def secret(self) -> str:
         """Return 256 random bits as 64 hexadecimal digits, for tokens."""
-        return (self.bytes16() + self.bytes16()).hex()
+        return self._draw(32).hex()
+
+    def _draw(self, count: int) -> bytes:
+        at = self._at
+        if at + count > len(self._pool):
+            self._pool = self._random(_BLOCK)
+            at = 0
+        self._at = at + count
+        return self._pool[at : at + count]

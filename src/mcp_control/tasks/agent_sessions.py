@@ -18,7 +18,7 @@ from mcp_control.storage.ports import Store
 from mcp_control.tasks.budget_model import Over
 from mcp_control.tasks.budgets import CODE, sentence
 from mcp_control.tasks.dispatcher import Dispatcher
-from mcp_control.tasks.ledger import Decide, Intent, Ledger, Move
+from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.records import assignment
@@ -230,17 +230,13 @@ class AgentSessions:
         now = self._clock.now()
         actor = session.agent.id
         intents: list[Intent] = []
-        ends: list[str] = []
         freed: list[tuple[str, Load | None]] = []
-        changed: dict[int, bool] = {}
-        for task_id, entries in gather(report).items():
-            for told in entries:
-                decide = deciding(told, actor, now, self._chance, self.log_cap)
-                intents.append(Intent(task_id, _noting(decide, changed, len(intents))))
-                ends.append(_ended(told.done))
-                if told.done is not None and self._ledger.leased(task_id, told.lease_token):
-                    # The slot is free as soon as the agent says so; its next task may share the commit of this result.
-                    freed.append((task_id, session.let_go(task_id)))
+        gathered = gather(report)
+        for (task_id, token), told in gathered.items():
+            intents.append(Intent(task_id, deciding(told, actor, now, self._chance, self.log_cap)))
+            if told.done is not None and self._ledger.leased(task_id, token):
+                # The slot is free as soon as the agent says so; its next task may share the commit of this result.
+                freed.append((task_id, session.let_go(task_id)))
         self._dispatcher.freed(session)
         over: dict[str, Over] = {}
         try:
@@ -256,17 +252,18 @@ class AgentSessions:
                 session.hold(task_id, load)
             return Ack(id=report.id, retry=True)
         refused: list[Refusal] = []
-        for place, (intent, outcome, result) in enumerate(zip(intents, ends, results, strict=True)):
-            if intent.task_id in over:
-                refused.append(Refusal(task_id=intent.task_id, code=CODE, detail=sentence(over[intent.task_id])))
+        for ((task_id, _), told), result in zip(gathered.items(), results, strict=True):
+            if task_id in over:
+                refused.append(Refusal(task_id=task_id, code=CODE, detail=sentence(over[task_id])))
             elif isinstance(result, Problem):
-                refused.append(Refusal(task_id=intent.task_id, code=result.code, detail=result.detail))
-                await self._refused(session, intent.task_id)
-            elif outcome:
+                refused.append(Refusal(task_id=task_id, code=result.code, detail=result.detail))
+                await self._refused(session, task_id)
+            elif told.done is not None:
                 self._let_go(session, result)
+                outcome = _ended(told.done)
                 if outcome == UNKNOWN_TYPE:
                     self._manager.sessions.turned_down(session, result.type)
-                if changed[place] and outcome in ("completed", "failed"):  # a repeated report counts once
+                if told.moved and outcome in ("completed", "failed"):  # a repeated report counts once
                     self._manager.registry.count(actor, outcome)
                     if outcome == "completed" and self.speeds is not None and self.speeds.asked:
                         began = result.started_at or now
@@ -370,26 +367,16 @@ class AgentSessions:
             raise LeaseSuperseded("this session is over")
 
 
-def _ended(done: Done | None) -> str:
+def _ended(done: Done) -> str:
     """Return how an attempt ended, for the figures of its agent; that what it needs is not to be had is no failure of it."""
-    if done is None:
-        return ""
-    if done.failure is not None and done.failure.code == UNKNOWN_TYPE:
+    failure = done.failure
+    if failure is None:
+        return done.outcome
+    if failure.code == UNKNOWN_TYPE:
         return UNKNOWN_TYPE
-    return "postponed" if done.failure is not None and done.failure.retry_after is not None else done.outcome
+    return done.outcome if failure.retry_after is None else "postponed"
 
 
 def _lost_on_its_way(task: Task, since: int) -> bool:
     """Say whether a task was given out before this moment and nobody has said yet that it has begun."""
     return task.state is TaskState.ASSIGNED and task.lease is not None and task.lease.since < since
-
-
-def _noting(decide: Decide, changed: dict[int, bool], place: int) -> Decide:
-    """Note under `place` whether the last decision moved the task."""
-
-    def noting(task: Task) -> Move | None:
-        move = decide(task)
-        changed[place] = move is not None
-        return move
-
-    return noting

@@ -188,7 +188,8 @@ class Dispatcher:
         # The instance may have reconnected since; its new session has taken over what the old one held.
         current = self._sessions.get(session.instance.id)
         if current is not None:
-            current.let_go(task_id)
+            if current is not session:
+                current.let_go(task_id)
             self.freed(current)
 
     async def enqueue(self, tasks: Sequence[Task]) -> None:

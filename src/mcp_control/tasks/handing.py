@@ -127,7 +127,7 @@ class Handing:
         )
         if self.gates is not None and (gates := self.gates.applying(tenant, new.spec)):
             task = gated(task, gates, now)
-        facts = [task_fact(f"task.{task.state.value}", task, actor, now)]
+        facts = [task_fact(f"task.{task.state}", task, actor, now)]
         # What draws from a budget is looked at before it is given out.
         session = self._dispatcher.place(task) if place and task.state is TaskState.QUEUED and not task.draws else None
         if session is not None:

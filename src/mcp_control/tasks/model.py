@@ -138,7 +138,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def opens(self, token: str) -> bool:
         """Say whether a token presented, which may be any text, is this lease's; takes the same time wherever they differ."""
-        return compare_digest(self.token.encode(), token.encode())
+        return token.isascii() and compare_digest(self.token, token)
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):

@@ -37,23 +37,24 @@ def write(task: Task, payload: bytes | None = None, result: bytes | None = None)
     """Return the task as it is after this write, and the entity that writes it over the version it was read at."""
     read_at = task.version
     after = replace(task, version=read_at + 1)
-    lease = after.lease or after.last_lease
-    waits = after.waits
-    gate = not waits and after.state is TaskState.BLOCKED and after.hold is None
+    state, lease, links = after.state, after.lease, after.links
+    known = lease or after.last_lease
+    final = state in FINAL_STATES
+    moves_on = after.hold is None
     # All fields in the order they are declared in, which a store may take as they are.
     index: dict[str, str | int | None] = {
         "tenant": after.tenant,
-        "state": after.state.value,
+        "state": str(state),
         "type": after.type,
-        "run": after.links.run_id,
-        "agent": lease.agent_id if lease else None,
-        "holder": after.lease.instance_id if after.lease else None,
+        "run": links.run_id,
+        "agent": known.agent_id if known else None,
+        "holder": lease.instance_id if lease else None,
         "unique_key": unique_key(after),
-        "due": due_at(after, CANCEL_GRACE_MS),
-        "finished": after.finished_at if after.state in FINAL_STATES else None,
-        "waiting": waiting_value(after.lane, after.rank) if waits else None,
-        "gate": waiting_value(after.waits_at, after.rank) if gate else None,
-        "group_id": after.links.group_id,
+        "due": None if final else due_at(after, CANCEL_GRACE_MS),
+        "finished": after.finished_at if final else None,
+        "waiting": waiting_value(after.lane, after.rank) if state is TaskState.QUEUED and moves_on else None,
+        "gate": waiting_value(after.waits_at, after.rank) if state is TaskState.BLOCKED and moves_on else None,
+        "group_id": links.group_id,
     }
     cold: dict[str, bytes] = {}
     if payload is not None:
@@ -78,7 +79,7 @@ def readable(entity: Entity) -> Task | None:
 
 def task_fact(kind: str, task: Task, actor: str, now: int, **more: object) -> Fact:
     """Return the fact that `kind` happened to a task, with what most readers want to know of it."""
-    data: dict[str, object] = {"type": task.type, "state": task.state.value}
+    data: dict[str, object] = {"type": task.type, "state": task.state}
     if task.attempt:
         data["attempt"] = task.attempt
     if task.lease is not None:

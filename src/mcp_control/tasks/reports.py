@@ -1,6 +1,6 @@
 """What agents report of their tasks, as decisions: pure functions over one task and everything one report says of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Final
 
@@ -32,27 +32,26 @@ class LogCap(msgspec.Struct, frozen=True):
 _CAP: Final = LogCap()
 
 
-class Told(msgspec.Struct):
-    """Everything one report says of one task."""
+class Told(msgspec.Struct, gc=False):
+    """Everything one report says of one task. `moved`: whether the last decision on it moved the task."""
 
     lease_token: str
     started: bool = False
     progress: Progress | None = None
-    lines: list[LogLine] = []
+    lines: Sequence[LogLine] = ()
     done: Done | None = None
+    moved: bool = False
 
 
-def gather(report: Report) -> dict[str, list[Told]]:
-    """Return what a report says, task by task; a second entry where the same task appears under another lease."""
-    found: dict[str, list[Told]] = {}
+def gather(report: Report) -> dict[tuple[str, str], Told]:
+    """Return what a report says, by task and lease token."""
+    found: dict[tuple[str, str], Told] = {}
 
     def told(task_id: str, token: str) -> Told:
-        entries = found.setdefault(task_id, [])
-        for entry in entries:
-            if entry.lease_token == token:
-                return entry
-        entries.append(Told(token))
-        return entries[-1]
+        entry = found.get((task_id, token))
+        if entry is None:
+            entry = found[task_id, token] = Told(token)
+        return entry
 
     for started in report.started:
         told(started.task_id, started.lease_token).started = True
@@ -79,7 +78,7 @@ def _repeated(task: Task, told: Told) -> None:
 
 def _digest(done: Done) -> str:
     """Return a short digest of what an attempt ended with, to tell a repeated report from a different one."""
-    ended = bytes(done.result) if done.failure is None else done.failure.code.encode()
+    ended = memoryview(done.result) if done.failure is None else done.failure.code.encode()
     # The outcome reported need not be the state it led to: a release of a task that was to be cancelled cancels it.
     return blake2b(ended, digest_size=8, person=done.outcome.encode()).hexdigest()
 
@@ -91,6 +90,7 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float], cap:
     """
 
     def decide(task: Task) -> Move | None:
+        told.moved = False
         if task.final:
             _repeated(task, told)
             return None
@@ -120,11 +120,10 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float], cap:
         result: bytes | None = None
         if done is not None:
             after, kind, result = _end(after, done, now, chance)
-            if after.final:
-                after = replace(after, result_digest=_digest(done))
             facts.append(task_fact(kind, after, actor, now, agent_id=task.lease.agent_id))
         if after is task and not lines:
             return None
+        told.moved = True
         return Move(after, facts, result=result, lines=lines)
 
     return decide
@@ -132,20 +131,25 @@ def deciding(told: Told, actor: str, now: int, chance: Callable[[], float], cap:
 
 def _end(task: Task, done: Done, now: int, chance: Callable[[], float]) -> tuple[Task, str, bytes | None]:
     if done.outcome == "completed":
-        return complete(task, now), "task.completed", bytes(done.result)
+        return complete(task, now, _digest(done)), "task.completed", bytes(done.result)
+    after, kind = _uncompleted(task, done, now, chance)
+    return replace(after, result_digest=_digest(done)) if after.final else after, kind, None
+
+
+def _uncompleted(task: Task, done: Done, now: int, chance: Callable[[], float]) -> tuple[Task, str]:
     if done.outcome == "cancelled":
-        return cancel(task, now), "task.cancelled", None
+        return cancel(task, now), "task.cancelled"
     if done.outcome == "released":
         after = release(task, now)
-        return after, "task.cancelled" if after.final else "task.released", None
+        return after, "task.cancelled" if after.final else "task.released"
     failure = done.failure
     if done.outcome == "asked":
         failure = refusal(task, done.ask)
         if failure is None and done.ask is not None:
             after = ask(task, done.ask, now)
-            return after, f"task.{after.state.value}", None
+            return after, f"task.{after.state}"
     after = fail(task, _bounded(failure or Failure()), now, chance(), _attempt_outcome(failure))
-    return after, f"task.{after.state.value}" if after.final else "task.retrying", None
+    return after, f"task.{after.state}" if after.final else "task.retrying"
 
 
 def _attempt_outcome(failure: Failure | None) -> str:

@@ -116,7 +116,7 @@ def end_attempt(task: Task, outcome: str, now: int, failure: Failure | None = No
         outcome=outcome,
         failure=failure,
     )
-    return kept_attempts([*(_shortened(attempt) for attempt in task.attempts), ended])
+    return kept_attempts([*map(_shortened, task.attempts), ended])
 
 
 def kept_attempts(attempts: list[Attempt]) -> list[Attempt]:
@@ -134,7 +134,7 @@ def _shortened(attempt: Attempt) -> Attempt:
     return replace(attempt, failure=replace(failure, traceback=failure.traceback[-OLD_TRACEBACK_MAX:]))
 
 
-def complete(task: Task, now: int) -> Task:
+def complete(task: Task, now: int, result_digest: str = "") -> Task:
     """Record the one final result of a task."""
     check(task, "complete")
     return replace(
@@ -149,6 +149,7 @@ def complete(task: Task, now: int) -> Task:
         lost=0,
         progress=1.0,
         failure=None,
+        result_digest=result_digest,
     )
 
 
