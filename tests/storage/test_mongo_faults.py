@@ -6,9 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from pymongo import AsyncMongoClient
 
 from mcp_control.kernel.changes import Change, StoredFact
 from mcp_control.kernel.errors import OutcomeUnknown, StoreUnavailable
+from mcp_control.storage.mongo.client import Document, Primary, database_of
+from mcp_control.storage.mongo.facts import Tail
+from mcp_control.storage.mongo.sequencer import NotPlacedError, Sequencer
 from mcp_control.storage.mongo.store import MongoStore
 from mcp_control.testing.databases import MongoSet
 from mcp_control.testing.store_conformance import OTHER, THING, fact, thing, told
@@ -149,3 +153,52 @@ async def test_without_a_majority_callers_hear_within_five_seconds(mongo_uri: st
         kept = [found.id for found in await store.get("thing", ["a", "w0", "w1", "w2", "back"]) if found is not None]
         await told(heard, len(kept))
         assert sorted(item.fact.subject for item in heard) == sorted(kept)
+
+
+async def test_what_a_call_waits_for_others_is_part_of_its_time(mongo_uri: str, mongo_set: MongoSet) -> None:
+    """However slow commits are, each call hears within five seconds of its own, also those that came while another one was under way."""
+    waited: list[float] = []
+
+    async def commit(number: int) -> object:
+        began = time.monotonic()
+        try:
+            return await store.commit([Change([thing(f"w{number}")], (), [fact(f"w{number}")])])
+        except (OutcomeUnknown, StoreUnavailable) as problem:
+            return problem
+        finally:
+            waited.append(time.monotonic() - began)
+
+    async with serving(mongo_uri, [], lead=True) as store:
+        assert await commit(0) == [None]
+        await asyncio.to_thread(
+            mongo_set.fail_command, "commitTransaction", times=None, blockConnection=True, blockTimeMS=3500
+        )
+        calls = []
+        for number in range(1, 5):
+            calls.append(asyncio.ensure_future(commit(number)))
+            await asyncio.sleep(0.25)  # they come one after the other
+        await asyncio.gather(*calls)
+        await asyncio.to_thread(mongo_set.clear_failures)
+        assert max(waited) < 5.5
+
+
+async def test_a_commit_waits_for_nobody_who_gives_facts_their_places(mongo_uri: str) -> None:
+    """Where somebody has the turn, or is next as it becomes free, a commit goes on without it at once."""
+    client: AsyncMongoClient[Document] = AsyncMongoClient(mongo_uri)
+    primary, database = Primary(client), database_of(client)
+    tail = Tail(primary, database, lambda facts: None, 0, lambda _: None)
+    sequencer = Sequencer(client, primary, database, tail, lambda topic, message: None)
+    await sequencer.turn.acquire()
+    following = asyncio.ensure_future(sequencer.turn.acquire())
+    await asyncio.sleep(0)
+    for _ in ("held", "free, but promised"):
+        with pytest.raises(NotPlacedError):
+            async with sequencer.turn_at_once():
+                pass
+        if not following.done():
+            sequencer.turn.release()
+    await following
+    sequencer.turn.release()
+    async with sequencer.turn_at_once():
+        assert sequencer.turn.locked()
+    await client.close()

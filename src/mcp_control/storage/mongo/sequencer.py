@@ -13,7 +13,8 @@ pending documents are read in the transaction's snapshot; it holds everything th
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 import msgspec
@@ -125,6 +126,19 @@ class Sequencer:
             self._told_at = self._clock()
         if self._lead:
             self._work.ask()
+
+    @asynccontextmanager
+    async def turn_at_once(self) -> AsyncIterator[None]:
+        """Hold `turn` for a commit. Raises NotPlacedError where somebody has it or is next: a commit waits for nobody's transaction."""
+        try:
+            async with asyncio.timeout(0):
+                await self.turn.acquire()
+        except TimeoutError:
+            raise NotPlacedError from None
+        try:
+            yield
+        finally:
+            self.turn.release()
 
     # --- within a transaction, holding `turn` ---------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """Group commit: calls that come while one transaction runs become the next (docs/decisions/0001-group-commit.md).
 
 A transaction that is interrupted is repeated until the caller's time is up; one whose commit was sent is never repeated, only its commit
-is, which MongoDB answers alike however often it is asked. What no answer could be had for is `OutcomeUnknown`.
+is, which MongoDB answers alike however often it is asked. What no answer could be had for is `OutcomeUnknown`. A call's time begins when
+it is made: what it waits for others is part of it.
 """
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -46,33 +46,16 @@ from mcp_control.storage.mongo.client import (
     unavailable,
 )
 from mcp_control.storage.mongo.commands import NOT_READ, many_updates, steps
+from mcp_control.storage.mongo.queue import Call, CallQueue, Outcomes
 from mcp_control.storage.mongo.schema import PENDING
 from mcp_control.storage.mongo.sequencer import NotPlacedError, Placed, Sequencer
 
 _log = structlog.get_logger(__name__)
 _DUPLICATE_KEY: Final = 11000
-_BATCH_BYTES: Final = 8 << 20
 _PAUSE: Final = 0.002  # before a transaction is repeated, doubled each time
 _LONGEST_PAUSE: Final = 0.1
+_LEAST: Final = 0.5  # seconds a transaction is given; who has less left hears for certain that nothing happened
 _TRANSIENT: Final = "TransientTransactionError"
-
-Outcomes = list[Problem | None]
-
-
-class _Call:
-    """One waiting `commit` call."""
-
-    __slots__ = ("future", "items", "size", "writes")
-
-    def __init__(self, items: list[Prepared], future: "asyncio.Future[Outcomes]") -> None:
-        self.items = items
-        self.future = future
-        self.writes = sum(len(item.change.writes) + len(item.change.deletes) or 1 for item in items)
-        self.size = sum(item.size for item in items)
-
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 class _AssumptionFailedError(Exception):
@@ -117,20 +100,18 @@ class GroupCommit:
         self._database = database
         self._shapes = shapes
         self._max_waiting = max_waiting
-        self._batch_writes = batch_writes
         self._sequencer = sequencer
         self._wrote = wrote
         self._loop = asyncio.get_running_loop()
         self._session: AsyncClientSession = client.start_session(causal_consistency=False)
-        self._waiting: deque[_Call] = deque()
-        self._waiting_changes = 0
+        self._queue = CallQueue(batch_writes)
         self._running: asyncio.Task[None] | None = None
         self._closed = False
 
     @property
     def waiting(self) -> int:
         """Changes that are queued behind the one transaction under way."""
-        return self._waiting_changes
+        return self._queue.changes
 
     @property
     def session_id(self) -> bytes:
@@ -146,11 +127,11 @@ class GroupCommit:
         """
         if self._closed:
             raise StoreUnavailable("the store is closed")
-        if self._waiting_changes and self._waiting_changes + len(changes) > self._max_waiting:
+        if self._queue and self._queue.changes + len(changes) > self._max_waiting:
             raise Overloaded("too many changes wait for MongoDB", retry_after=1)
-        call = _Call([prepare(self._shapes, change) for change in changes], self._loop.create_future())
-        self._waiting.append(call)
-        self._waiting_changes += len(changes)
+        deadline = self._loop.time() + BUDGET
+        call = Call([prepare(self._shapes, change) for change in changes], self._loop.create_future(), deadline)
+        self._queue.put(call)
         if self._running is None:
             self._running = asyncio.create_task(self._run(), name="mongo-commit")
         return call.future
@@ -166,32 +147,23 @@ class GroupCommit:
 
     async def _run(self) -> None:
         try:
-            while self._waiting:
+            while self._queue:
                 await asyncio.sleep(0)  # callers that were just answered may have more for this transaction
-                calls = self._take()
+                calls = self._queue.take()
                 try:
                     await self._one(calls)
                 except Exception as error:
                     _log.error("commit-failed", error=str(error), exc_info=True)
                     self._fail(calls, OutcomeUnknown("the store failed; the change may have happened"))
+                late = self._queue.take_due(self._loop.time() + _LEAST)
+                self._fail(late, StoreUnavailable("MongoDB is too slow for what waits", retry_after=1))
         finally:
             self._running = None
 
-    def _take(self) -> list[_Call]:
-        calls: list[_Call] = []
-        writes = size = 0
-        while self._waiting and writes < self._batch_writes and size < _BATCH_BYTES:
-            call = self._waiting.popleft()
-            self._waiting_changes -= len(call.items)
-            calls.append(call)
-            writes += call.writes
-            size += call.size
-        return calls
-
-    async def _one(self, calls: list[_Call]) -> None:
-        """Commit a batch, however many tries it takes, and answer its callers."""
+    async def _one(self, calls: list[Call]) -> None:
+        """Commit a batch, however many tries it takes, and answer its callers, all of them in the time of the one that came first."""
         items = [item for call in calls for item in call.items]
-        deadline = self._loop.time() + BUDGET
+        deadline = max(calls[0].deadline, self._loop.time() + _LEAST)
         pause = _PAUSE
         exact, aside = False, False
         while True:
@@ -210,12 +182,14 @@ class GroupCommit:
                     aside = True  # the head may be what was fought for
                     continue
                 self._fail(calls, interrupted.problem)
-                self._fail(self._take_all(), interrupted.problem)  # they have waited as long already
+                self._fail(self._queue.take_all(), interrupted.problem)  # it would be the same for them
                 return
             except (OutcomeUnknown, StoreUnavailable) as problem:
                 self._fail(calls, problem)
                 if isinstance(problem, OutcomeUnknown):
-                    self._fail(self._take_all(), StoreUnavailable("MongoDB does not confirm commits", retry_after=1))
+                    self._fail(
+                        self._queue.take_all(), StoreUnavailable("MongoDB does not confirm commits", retry_after=1)
+                    )
                 return
             except (OperationFailure, BSONError, DocumentTooLarge, OverflowError, ValueError) as error:
                 await self._refused(calls, error)
@@ -227,7 +201,7 @@ class GroupCommit:
                 at += len(call.items)
             return
 
-    async def _refused(self, calls: list[_Call], error: Exception) -> None:
+    async def _refused(self, calls: list[Call], error: Exception) -> None:
         """Something in the batch cannot be stored: find out which call it is."""
         if len(calls) > 1:
             for call in calls:
@@ -237,13 +211,7 @@ class GroupCommit:
         else:
             calls[0].fail(ValueError(f"a change cannot be stored in MongoDB: {error}"))
 
-    def _take_all(self) -> list[_Call]:
-        calls = [*self._waiting]
-        self._waiting.clear()
-        self._waiting_changes = 0
-        return calls
-
-    def _fail(self, calls: list[_Call], error: Problem) -> None:
+    def _fail(self, calls: list[Call], error: Problem) -> None:
         for call in calls:  # each its own, since raising adds a traceback
             call.fail(type(error)(error.detail, retry_after=error.retry_after))
 
@@ -256,7 +224,7 @@ class GroupCommit:
             if plan.facts:
                 self._wrote()
             return plan.outcomes
-        async with self._sequencer.turn:
+        async with self._sequencer.turn_at_once():
             try:
                 plan, placed = await self._attempt(items, exact, deadline, sequence=True)
             except _AssumptionFailedError:
@@ -287,7 +255,7 @@ class GroupCommit:
                 elif plan.facts:
                     await self._leave(plan)
         except BaseException as error:
-            await self._abort()
+            await self._abort(deadline)
             if isinstance(error, PyMongoError):
                 raise self._translated(error, exact=plan is not None and plan.exact) from error
             raise
@@ -344,10 +312,10 @@ class GroupCommit:
             return _InterruptedError(unavailable(error))
         return error
 
-    async def _abort(self) -> None:
+    async def _abort(self, deadline: float) -> None:
         if not self._session.in_transaction:
             return
-        with pymongo.timeout(1.0):
+        with pymongo.timeout(min(max(deadline - self._loop.time(), 0.1), 1.0)):
             try:
                 await self._session.abort_transaction()
             except PyMongoError as error:  # the next transaction of this session ends it
