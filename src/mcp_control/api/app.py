@@ -10,6 +10,7 @@ import itertools
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from functools import lru_cache
 from typing import Final
 
 import structlog
@@ -134,21 +135,21 @@ class ControlApp:
         return await authenticator.authenticate(header, now)
 
     async def _send(self, scope: Scope, receive: Receive, send: Send, answer: Reply, request_id: str) -> None:
-        given = {name for name, _ in answer.headers}
         headers = [*answer.headers, (b"x-request-id", request_id.encode())]
-        headers += [pair for pair in _SECURITY if pair[0] not in given]
-        if scope["scheme"] == "https":
-            headers.append(_HSTS)
+        secured, secured_lines = _secured(tuple([name for name, _ in answer.headers]), scope["scheme"])
         if answer.stream is None:
             if answer.status not in (204, 304):
                 headers.append((b"content-length", b"%d" % len(answer.body)))
-            exchange: Exchange | None = scope["extensions"].get(EXCHANGE)
+            # Taken out, since it leads back to the scope: without a cycle all of a request is freed with its answer.
+            exchange: Exchange | None = scope["extensions"].pop(EXCHANGE, None)
             if (
                 exchange is not None
                 and answer.status != 413
-                and exchange.answer(answer.status, _head(headers), answer.body)
+                and exchange.answer(answer.status, _head(headers) + secured_lines, answer.body)
             ):
                 return
+        headers += secured
+        if answer.stream is None:
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             if answer.status == 413:
                 # Closed with bytes unread, the connection would be reset and the answer lost with it.
@@ -182,6 +183,15 @@ class ControlApp:
             await refuse_socket(send, problem, request_id)
         finally:
             self._connections -= 1
+
+
+@lru_cache(maxsize=256)
+def _secured(given: tuple[bytes, ...], scheme: str) -> tuple[Headers, bytes]:
+    """Return the headers that protect every answer but for those it gives itself, and their lines; there are few such sets of names."""
+    headers = [pair for pair in _SECURITY if pair[0] not in given]
+    if scheme == "https":
+        headers.append(_HSTS)
+    return headers, _head(headers)
 
 
 def _head(headers: Headers) -> bytes:

@@ -96,6 +96,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
         self._patience: asyncio.TimerHandle | None = None
         self._in_head = False
         self._head_bytes = 0
+        self._arriving = 0
         self._refusal: Problem | None = None
 
     @override
@@ -132,6 +133,7 @@ class ControlHttpProtocol(HttpToolsProtocol):
         """Feed the parser, unless the head has grown beyond its limit without an end."""
         if self._refusal is not None:
             return
+        self._arriving = len(data)
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
             if self._patience is None:
@@ -152,12 +154,11 @@ class ControlHttpProtocol(HttpToolsProtocol):
         """The head is there: let it through when it is within its limit."""
         self._in_head = False
         self._head_came()
-        size = len(self.url)
-        for name, value in self.headers:
-            size += len(name) + len(value)
-        if size > self._headers_max:
-            self._refusal = HeadersTooLarge(f"at most {self._headers_max} bytes of headers")
-            raise ValueError("headers too large")  # the parser reports it, and the refusal below answers
+        if self._head_bytes + self._arriving > self._headers_max:  # all that came bounds the head, and is seldom more
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > self._headers_max:
+                self._refusal = HeadersTooLarge(f"at most {self._headers_max} bytes of headers")
+                raise ValueError("headers too large")  # the parser reports it, and the refusal below answers
         super().on_headers_complete()
         if self.cycle is not None:  # an upgrade has none
             self.scope["extensions"] = {EXCHANGE: Exchange(self.cycle)}  # type: ignore[dict-item]  # ours is not in the typed list

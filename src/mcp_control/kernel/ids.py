@@ -15,7 +15,7 @@ from mcp_control.kernel.clock import Clock
 _ALPHABET: Final = "0123456789abcdefghijklmnopqrstuv"
 _PAIRS: Final = tuple(a + b for a in _ALPHABET for b in _ALPHABET)
 _BODY_CHARS: Final = 36
-_TIME_CHARS: Final = 9  # made of milliseconds alone; 3 bits of them are in the next one
+_TIME_CHARS: Final = 9  # made of the time alone, but for the last 3 bits of its milliseconds: they share the next one
 _FIVE_BITS: Final = (_ALPHABET * 8).encode()  # from a byte to the character of its lower five bits
 _BLOCK: Final = 4096
 ID_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -59,21 +59,21 @@ def is_id(text: str) -> bool:
 class IdSource:
     """Makes ids from a clock and a source of random bytes; reads the source in blocks, since a system call costs more than an id."""
 
-    __slots__ = ("_at", "_clock", "_head", "_millis", "_pool", "_random")
+    __slots__ = ("_at", "_clock", "_head", "_head_of", "_pool", "_random")
 
     def __init__(self, clock: Clock, random: Callable[[int], bytes] = os.urandom) -> None:
         self._clock = clock
         self._random = random
         self._pool = b""
         self._at = 0
-        self._millis = -1
+        self._head_of = -1
         self._head = ""
 
     def new(self, prefix: str) -> str:
         """Return a fresh id for the noun `prefix`; what `make_id` makes of random bytes, in less than half of its time."""
         millis = self._clock.now()
-        if millis != self._millis:
-            self._millis = millis
+        if millis >> 3 != self._head_of:
+            self._head_of = millis >> 3
             self._head = make_id("", millis, bytes(16))[1 : 1 + _TIME_CHARS]
         drawn = self._draw(26)
         ends = drawn[25]  # of the 128 bits the first two and the last one

@@ -74,4 +74,4 @@ def spare_collections() -> None:
     """Keep what the start has made out of garbage collection, and collect less often: full collections were the longest pauses."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(50_000, 20, 50)  # beyond what a few large requests hold while they are under way

@@ -42,6 +42,10 @@ class Metrics:
     Args:
         routes: templates of all routes, e.g. `/api/v1/tasks/{id}`.
         types: task types that are known at start (those of the plugins); they name the lanes that are shown one by one.
+
+    Attributes:
+        task_waited: notes for a task's type how many seconds it waited for an agent.
+        task_ran: notes for a task's type how many seconds an attempt took.
     """
 
     def __init__(self, routes: Iterable[str] = (), types: Iterable[str] = ()) -> None:
@@ -59,10 +63,12 @@ class Metrics:
             "share_tasks", "tasks given to agents, by share; empty is tasks without a key", ("share",)
         )
         self._shares: dict[str, Counter] = {}
-        self._queued = _Times("mcp_control_task_queue_seconds", "time from due to assigned", _LONG)
-        self._ran = _Times("mcp_control_task_run_seconds", "time from assigned to ended", _LONG)
-        self._registry.register(self._queued)
-        self._registry.register(self._ran)
+        queued = _Times("mcp_control_task_queue_seconds", "time from due to assigned", _LONG, self._types)
+        ran = _Times("mcp_control_task_run_seconds", "time from assigned to ended", _LONG, self._types)
+        self._registry.register(queued)
+        self._registry.register(ran)
+        self.task_waited: Callable[[str, float], None] = queued.observe
+        self.task_ran: Callable[[str, float], None] = ran.observe
         self._budgets = {
             what: self._counter(f"budgets_{what}", f"budgets of which {share} was used, by limit", ("limit",))
             for what, share in (("warned", "four fifths of a limit"), ("exhausted", "a limit"))
@@ -111,14 +117,6 @@ class Metrics:
         if child is None:
             child = self._task_children[key] = self._tasks.labels(*key)
         child.inc(count)
-
-    def task_waited(self, type: str, seconds: float) -> None:
-        """Note how long a task waited for an agent."""
-        self._queued.observe(type if type in self._types else OTHER, seconds)
-
-    def task_ran(self, type: str, seconds: float) -> None:
-        """Note how long an attempt took."""
-        self._ran.observe(type if type in self._types else OTHER, seconds)
 
     def budget(self, what: str, limit: str) -> None:
         """Count a budget that was `warned` or `exhausted`, by limit (one of `LIMITS`)."""
@@ -242,20 +240,21 @@ class _Lanes(Collector):
 class _Times(Collector):
     """A histogram by task type that is written on the event loop alone: no locks, a tenth of the library's cost per task."""
 
-    def __init__(self, name: str, help: str, buckets: Sequence[float]) -> None:
-        self._name, self._help, self._buckets = name, help, tuple(buckets)
+    def __init__(self, name: str, help: str, buckets: Sequence[float], types: frozenset[str]) -> None:
+        self._name, self._help, self._buckets, self._types = name, help, tuple(buckets), types
         self._counts: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
 
     def observe(self, type: str, seconds: float) -> None:
         """Note a duration."""
-        counts = self._counts.get(type)
+        label = type if type in self._types else OTHER
+        counts = self._counts.get(label)
         if counts is None:
-            counts = self._counts[type] = [0] * (len(self._buckets) + 1)
-            self._sums[type] = 0.0
+            counts = self._counts[label] = [0] * (len(self._buckets) + 1)
+            self._sums[label] = 0.0
         counts[bisect_left(self._buckets, seconds)] += 1
         if seconds > 0:
-            self._sums[type] += seconds
+            self._sums[label] += seconds
 
     @override
     def collect(self) -> Iterable[Metric]:

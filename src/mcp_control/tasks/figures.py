@@ -38,13 +38,10 @@ class _Data(msgspec.Struct, gc=False):
 _decode: Final = msgspec.json.Decoder(_Data).decode
 
 
-class _Seen:
-    __slots__ = ("at", "attempt", "held")
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-        self.attempt = 0
-        self.held = False
+class _Seen(msgspec.Struct, gc=False):
+    at: int
+    attempt: int = 0
+    held: bool = False
 
 
 class TaskFigures:

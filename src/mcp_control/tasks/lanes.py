@@ -10,10 +10,9 @@ from mcp_control.agents.matching import Demand
 from mcp_control.agents.reserving import load_of
 from mcp_control.agents.sessions import Session
 from mcp_control.tasks.fairness import MEDIUM, Line, grade_of
-from mcp_control.tasks.model import DEFAULT_PRIORITY, Needs, Task
+from mcp_control.tasks.model import DEFAULT_PRIORITY, NO_NEEDS, Needs, Task
 
 _encode = msgspec.json.Encoder(order="sorted").encode
-_NO_NEEDS = Needs()
 
 
 class Lane:
@@ -55,7 +54,7 @@ def lane_key(
         needs = replace(needs, sticky=replace(needs.sticky, key=str(bucket_of(needs.sticky.key))))
     grade = grade_of(priority)
     key = f"{tenant}/{task_type}" if grade == MEDIUM else f"{tenant}/{task_type}!{grade}"
-    if type_version == "*" and needs == _NO_NEEDS and not share:
+    if type_version == "*" and needs == NO_NEEDS and not share:
         return key
     digest = blake2b(_encode([type_version, needs, share] if share else [type_version, needs]), digest_size=10)
     return f"{key}/{digest.hexdigest()}"

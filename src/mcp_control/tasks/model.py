@@ -103,6 +103,11 @@ class Fairness(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     weight: float = 1.0
 
 
+# One value for all that say nothing: a default is left out of what is stored only where it is the very same object.
+NO_NEEDS: Final = Needs()
+DEFAULT_RETRY: Final = RetryPolicy()
+
+
 class Origin(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=True):
     """Through which door and request a task came, and for whom."""
 
@@ -126,6 +131,9 @@ class Links(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=T
     context_id: str | None = None
     group_id: str | None = None
     references: list[str] = []
+
+
+NO_LINKS: Final = Links()
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -228,9 +236,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     lane: str
     order: int
     rank: int = 0
-    needs: Needs = Needs()
+    needs: Needs = NO_NEEDS
     labels: dict[str, str] = {}
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = DEFAULT_RETRY
     timeout_ms: int | None = None
     not_before: int | None = None
     deadline_at: int | None = None
@@ -257,7 +265,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_defaults=Tr
     digest: str = ""
     origin: Origin = Origin()
     moved_at: int | None = None
-    links: Links = Links()
+    links: Links = NO_LINKS
     trust: Literal["trusted", "external", "tainted"] = "trusted"
     traceparent: str | None = None
     log_lines: int = 0
@@ -313,9 +321,9 @@ class TaskSpec(msgspec.Struct, frozen=True, kw_only=True, gc=False, forbid_unkno
     type_version: str = "*"
     priority: int | str = DEFAULT_PRIORITY
     fairness: Fairness | None = None
-    needs: Needs = Needs()
+    needs: Needs = NO_NEEDS
     labels: dict[str, str] = {}
-    retry: RetryPolicy = RetryPolicy()
+    retry: RetryPolicy = DEFAULT_RETRY
     run_at: datetime | None = None
     timeout: float | None = None
     deadline: datetime | None = None

@@ -35,7 +35,7 @@ from mcp_control.tasks.keyed import KeyedSubmission, is_keyed
 from mcp_control.tasks.lanes import demand_of, lane_key
 from mcp_control.tasks.ledger import Group, Ledger, Waiters
 from mcp_control.tasks.listing import TaskFilter, page
-from mcp_control.tasks.model import FINAL_STATES, Links, LogChunk, Origin, Task, TaskSpec, TaskState
+from mcp_control.tasks.model import FINAL_STATES, LogChunk, Origin, Task, TaskSpec, TaskState
 from mcp_control.tasks.records import key_of, read_log, readable, view
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.spending import NO_LINEAGE, Lineage, Spending
@@ -44,6 +44,10 @@ from mcp_control.tasks.view_model import Explanation, TaskView
 
 WAIT_MAX_SECONDS: Final = 60.0
 _ENDED: Final = frozenset(f"task.{state.value}" for state in FINAL_STATES)
+
+
+# Keeps the place of each answer until it is known.
+_NOT_YET: Final = NotFound()
 
 
 class Submitted(msgspec.Struct, frozen=True, gc=False):
@@ -122,7 +126,7 @@ class TaskOrchestrator:
         self, actor: Actor, specs: Sequence[TaskSpec], origin: Origin
     ) -> builtins.list[Submitted | Problem]:
         now = self._clock.now()
-        results: builtins.list[Submitted | Problem] = [NotFound()] * len(specs)
+        results: builtins.list[Submitted | Problem] = [_NOT_YET] * len(specs)
         vetted = await self.vet(actor, specs, origin, now)
         started: builtins.list[tuple[Task, bytes, Session | None]] = []
         groups: builtins.list[Group] = []
@@ -322,9 +326,6 @@ class TaskOrchestrator:
             if lines >= limit:
                 break
         return chunks
-
-
-_NO_LINKS: Final = Links()
 
 
 def _probe(tenant: str, spec: TaskSpec, lane: str) -> Task:

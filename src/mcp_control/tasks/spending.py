@@ -33,7 +33,7 @@ from mcp_control.tasks.budget_model import (
 from mcp_control.tasks.charging import PAUSE_SECONDS, TRIES, Charging, Step
 from mcp_control.tasks.exhaustion import answering, exhausting, problem_of
 from mcp_control.tasks.ledger import Intent, Ledger, Move
-from mcp_control.tasks.model import HELD_STATES, Links, Task, TaskState
+from mcp_control.tasks.model import HELD_STATES, NO_LINKS, Links, Task, TaskState
 from mcp_control.tasks.settling import Settler
 
 _WAITING: Final = 500
@@ -62,7 +62,7 @@ class Lineage(msgspec.Struct, frozen=True):
             raise problem_of(over)
 
 
-NO_LINEAGE: Final = Lineage(Links(), [], [])
+NO_LINEAGE: Final = Lineage(NO_LINKS, [], [])
 
 
 class Spending:

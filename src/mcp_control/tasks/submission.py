@@ -14,16 +14,25 @@ from mcp_control.kernel.text import label_errors, name_errors, range_errors, tex
 from mcp_control.tasks.budgets import budget_errors
 from mcp_control.tasks.lanes import lane_key
 from mcp_control.tasks.limiting import spec_errors
-from mcp_control.tasks.model import PRIORITIES, Links, Needs, Origin, RetryPolicy, Task, TaskSpec, TaskState
+from mcp_control.tasks.model import (
+    DEFAULT_RETRY,
+    NO_LINKS,
+    NO_NEEDS,
+    PRIORITIES,
+    Links,
+    Needs,
+    Origin,
+    RetryPolicy,
+    Task,
+    TaskSpec,
+    TaskState,
+)
 from mcp_control.tasks.ranking import ORDER_SHIFT, POINT_MS, rank_of
 
 PAYLOAD_MAX: Final = 1 << 20
 TIMEOUT_MAX: Final = 30 * 86_400.0
 _AHEAD_MAX_MS: Final = 10 * 366 * 86_400_000
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")
-_NO_NEEDS: Final = Needs()
-_NO_RETRY: Final = RetryPolicy()
-_NO_LINKS: Final = Links()
 _NO_DRAWS: Final[list[str]] = []
 # Ordered: labels written in another order are the same labels.
 _encode: Final = msgspec.msgpack.Encoder(order="deterministic").encode
@@ -125,9 +134,9 @@ def check(spec: TaskSpec, now: int) -> None:
         found += range_errors("#/fairness/weight", spec.fairness.weight, 0.1, 100)
     if spec.labels:
         found += label_errors("#/labels", spec.labels)
-    if spec.needs != _NO_NEEDS:
+    if spec.needs != NO_NEEDS:
         found += needs_errors("#/needs", spec.needs)
-    if spec.retry != _NO_RETRY:
+    if spec.retry != DEFAULT_RETRY:
         found += retry_errors("#/retry", spec.retry)
     if spec.timeout is not None:
         found += range_errors("#/timeout", spec.timeout, 0.001, TIMEOUT_MAX)
@@ -168,7 +177,7 @@ def new_task(
     origin: Origin,
     now: int,
     order: int,
-    links: Links = _NO_LINKS,
+    links: Links = NO_LINKS,
     draws: list[str] = _NO_DRAWS,
     traceparent: str | None = None,
     generation: int = 1,
