@@ -201,6 +201,7 @@ async def composed(settings: Settings, fate: Fate, around: Around | None = None)
             clock,
             ids,
             lambda tenant: {one.name for _, spec in manager.registry.known(tenant) for one in spec.capabilities},
+            shared,
         )
         kept = StageResults(store, clock, manager.registry.registered, round(settings.retention.runs_days * 86_400_000))
         stack.push_async_callback(kept.background.close)

@@ -107,6 +107,29 @@ async def test_nothing_is_lost_by_a_restart_in_the_middle(here: World) -> None:
     assert (await here.run(run)).state is RunState.COMPLETED
 
 
+@pytest.mark.parametrize(("size", "more", "within"), [(10, 0, True), (1000, 0, False), (10, 20, False)])
+async def test_an_output_is_there_after_a_restart_wherever_it_is_kept(
+    here: World, size: int, more: int, within: bool
+) -> None:
+    """A small one of a run of few stages lies in the run, others beside it; later stages and callers get it either way."""
+    p = PipelineBuilder("kept")
+    first = p.stage("first", "work")
+    second = p.stage("second", "work", needs=[first])
+    last = p.stage("last", "work", needs=[second], with_={"x": first.field("x")})
+    for number in range(more):
+        p.stage(f"more{number}", "work", needs=[last])
+    run = await here.start(p.build())
+    text = "x" * size
+    await here.finish(await here.tasks(run), {"x": text})
+    here.restart()
+    await here.finish(await here.tasks(run), "second")
+    (task,) = await here.tasks(run)
+    assert await here.payload(task) == {"x": text}
+    here.restart()
+    assert msgspec.json.decode(await here.engine.output(ANNA, run.id, "first")) == {"x": text}
+    assert bool((await here.run(run)).stages[0].output) is within
+
+
 async def test_a_fan_out_over_nothing_completes_at_once(here: World) -> None:
     """Without items the combine task gets an empty list; without a combine task the output is one."""
     run = await here.start(fan(), parts=[])

@@ -103,14 +103,14 @@ class Incoming:
         run = read_run(replace(entity, hot=self._here(entity.hot)))
         run = replace(
             run,
-            version=0,
+            version=1,
             tenant=self._tenant,
             pipeline_id=self._pipeline.id,
             pipeline_number=self._pipeline.number,
             idempotency_key=None,
         )
-        after, written_run = write_run(run, self._cold(entity))
-        return after, replace(written_run, index={**written_run.index, "finished": self._now})
+        written_run = write_run(run, self._cold(entity))
+        return run, replace(written_run, index={**written_run.index, "finished": self._now})
 
     def artifact(self, entity: Entity) -> Artifact:
         """Return an artifact as it is here."""

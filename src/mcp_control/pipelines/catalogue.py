@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Change, Entity, IndexValue, Query, Where
 from mcp_control.kernel.clock import Clock
-from mcp_control.kernel.errors import Conflict, InvalidPipeline, NotFound
+from mcp_control.kernel.errors import Conflict, InvalidPipeline, NotFound, Problem
 from mcp_control.kernel.ids import IdSource, is_id
 from mcp_control.kernel.paging import Page, decode_cursor, encode_cursor
 from mcp_control.pipelines.definition import to_json
@@ -39,16 +39,25 @@ class Catalogue:
 
     Args:
         offered: names of the capabilities that registered agents of a tenant have, for warnings; None leaves that out.
+        shared: other servers write definitions too.
     """
 
     def __init__(
-        self, store: Store, clock: Clock, ids: IdSource, offered: Callable[[str], Collection[str]] | None = None
+        self,
+        store: Store,
+        clock: Clock,
+        ids: IdSource,
+        offered: Callable[[str], Collection[str]] | None = None,
+        shared: bool = False,
     ) -> None:
         self._store = store
         self._clock = clock
         self._ids = ids
         self._offered = offered
         self._known: dict[str, Pipeline] = {}  # the most lately used last
+        self._shared = shared
+        self._newest: dict[tuple[str, str], Pipeline] = {}  # by tenant and name; only where nobody else writes
+        self._written = 0
 
     async def check(self, actor: Actor, spec: PipelineSpec) -> builtins.list[str]:
         """Return warnings about a definition. Raises InvalidPipeline when it could not be accepted."""
@@ -102,9 +111,7 @@ class Catalogue:
             old = [] if latest is None else [write_pipeline(replace(latest, version=latest.version + 1), latest=False)]
             data = {"name": pipeline.name, "version": pipeline.number}
             created = fact("pipeline.created", pipeline.id, actor.id, now, data, tenant=actor.tenant)
-            outcome = (
-                await self._store.commit([Change([*old, write_pipeline(pipeline, latest=True)], (), [created])])
-            )[0]
+            outcome = await self._commit(Change([*old, write_pipeline(pipeline, latest=True)], (), [created]))
             if outcome is None:
                 return pipeline, True
             if not isinstance(outcome, Conflict):
@@ -218,7 +225,7 @@ class Catalogue:
             )
             for each in going
         ]
-        (problem,) = await self._store.commit([Change(writes, (), facts)])
+        problem = await self._commit(Change(writes, (), facts))
         if problem is not None and not isinstance(problem, Conflict):
             raise problem
         return problem is None
@@ -241,9 +248,25 @@ class Catalogue:
         rows = await self._store.find("pipeline", Query(where=where, order="number", descending=True, limit=1))
         return max((read_pipeline(row).number for row in rows), default=0)
 
+    async def _commit(self, change: Change) -> Problem | None:
+        try:
+            return (await self._store.commit([change]))[0]
+        finally:
+            self._written += 1
+            self._newest.clear()
+
     async def _latest(self, tenant: str, name: str) -> Pipeline | None:
+        known = self._newest.get((tenant, name))
+        if known is not None:
+            return known
+        written = self._written
         rows = await self._store.find("pipeline", Query(where=[Where("latest", "eq", scoped(tenant, name))], limit=1))
-        return self._read(rows[0]) if rows else None
+        found = self._read(rows[0]) if rows else None
+        if found is not None and not self._shared and written == self._written:  # else it may have been overtaken
+            self._newest[tenant, name] = found
+            if len(self._newest) > _KNOWN_MAX:
+                del self._newest[next(iter(self._newest))]
+        return found
 
     def _read(self, entity: Entity) -> Pipeline:
         """Return the definition in an entity, from memory where it is known at this version: decoding a large one takes long."""

@@ -65,9 +65,10 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """What follows. `run` is the very object that was given when nothing changed.
+    """What follows.
 
     Attributes:
+        run: at its next version where something follows; else the very object that was given.
         moved: stages whose state changed, as they are now; progressed: stages that counted a task and go on.
         asked: title and message, as JSON, of what stages ask people from now on, by place.
         hits: results of items that were taken from earlier runs, to be kept with the run; used: the keys of all that were taken.

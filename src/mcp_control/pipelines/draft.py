@@ -12,9 +12,12 @@ from mcp_control.pipelines.model import STAGE_FINAL, Run, RunState, StageRun, St
 from mcp_control.pipelines.plan import Plan, PlannedStage
 
 PAYLOAD_MAX: Final = 1 << 20
+_OUTPUT_SMALL: Final = 256
+_STAGES_FEW: Final = 16
 _GOING: Final = frozenset({RunState.PENDING, RunState.RUNNING, RunState.INPUT_REQUIRED})
 _TIMED: Final = frozenset({StageState.RUNNING, StageState.INPUT_REQUIRED})
 OPEN: Final = frozenset({StageState.PENDING, StageState.READY})
+_PENDING: Final = RunState.PENDING
 
 
 class Draft:
@@ -101,6 +104,12 @@ class Draft:
             )
         return payload
 
+    def small(self, output: Raw) -> bytes:
+        """Return an output that is kept with the stage; nothing where it is too large for that, or there are too many."""
+        if len(self.stages) > _STAGES_FEW or len(memoryview(output)) > _OUTPUT_SMALL:
+            return b""
+        return bytes(output)
+
     def scope(
         self,
         *,
@@ -139,6 +148,8 @@ class Draft:
             found = self.material.outputs.get(stage_id)
         if found is None:
             stage = self.stages[self.plan.place_of[stage_id]]
+            if stage.output:
+                return stage.output
             if stage.state in STAGE_FINAL and not stage.has_output:
                 return b"null"
             raise Missing(output=stage_id)
@@ -181,29 +192,37 @@ class Draft:
         started = self.now if run.started_at is None else run.started_at
         return replace(run, state=state, state_at=self.now, started_at=started)
 
+    def _stage_due(self) -> int | None:
+        due = [stage.deadline_at for stage in self.stages if stage.state in _TIMED and not stage.reason]
+        return min((at for at in due if at is not None), default=None)
+
+    def _still_asked(self) -> dict[int, bytes]:
+        stages = self.stages
+        return {at: text for at, text in self.asked.items() if stages[at].state is StageState.INPUT_REQUIRED}
+
     def decision(self) -> Decision:
         """Return what was decided."""
         before, run, stages = self.before, self.run, self.stages
         moved: list[StageRun] = []
         progressed: list[StageRun] = []
         changed = False
-        for place, (old, new) in enumerate(zip(before.stages, stages, strict=True)):
+        for old, new in zip(before.stages, stages, strict=True):
             if old is not new:
                 changed = True
                 if old.state is not new.state:
                     moved.append(new)
-                elif place in self.progressed:
+                elif self.plan.place_of[new.id] in self.progressed:
                     progressed.append(new)
         if run is before and not changed:
             return Decision(run=before, cancel=self.cancel)
         if self.plan.timed:
-            due = [stage.deadline_at for stage in stages if stage.state in _TIMED and not stage.reason]
-            run = replace(run, stage_due=min((at for at in due if at is not None), default=None))
+            run = replace(run, stage_due=self._stage_due())
         if self.plan.waiting:
             run = self._asking(run)
-        pending = run.state is RunState.PENDING
+        pending = run.state is _PENDING
         run = replace(
             run,
+            version=before.version + 1,
             stages=stages,
             summary=run.summary if self.summary is None else self.summary,
             started_at=self.now if (self.start or self.asked) and run.started_at is None else run.started_at,
@@ -214,7 +233,7 @@ class Draft:
             run=run,
             start=self.start,
             cancel=self.cancel,
-            asked={at: text for at, text in self.asked.items() if stages[at].state is StageState.INPUT_REQUIRED},
+            asked=self._still_asked() if self.asked else self.asked,
             outputs=self.outputs,
             result=self.result,
             hits=self.hits,

@@ -80,7 +80,7 @@ class Scope:
         state_of: gives the state of a stage.
     """
 
-    __slots__ = ("failures", "index", "item", "items", "output", "output_of", "params", "run", "state_of")
+    __slots__ = ("_members", "failures", "index", "item", "items", "output", "output_of", "params", "run", "state_of")
 
     def __init__(
         self,
@@ -104,6 +104,22 @@ class Scope:
         self.failures = failures
         self.output = output
         self.state_of = state_of
+        self._members: dict[str, dict[str, msgspec.Raw]] = {}
+
+    def inside(self, stage: str, path: tuple[Step, ...]) -> Raw:
+        """Return what a path leads to in the output of a stage; its members are told apart once. Raises ExpressionError."""
+        output = self.output_of(stage)
+        first = path[0] if path else ALL
+        if not isinstance(first, str) or first == ALL:
+            return _follow(output, path)
+        members = self._members.get(stage)
+        if members is None:
+            try:
+                members = self._members[stage] = _object(output)
+            except msgspec.MsgspecError:
+                return _follow(output, path)  # says what it is instead
+        text = members.get(first)
+        return _follow(output, path) if text is None else _follow(text, path[1:])
 
     def raw(self, root: str) -> Raw:
         """Return a root other than `stages` as JSON text."""
@@ -138,7 +154,7 @@ class Expression:
         stages, params: ids of stages and names of parameters that it mentions.
     """
 
-    __slots__ = ("_path", "_program", "_root", "params", "roots", "source", "stages")
+    __slots__ = ("_inside", "_path", "_program", "_root", "_stage", "params", "roots", "source", "stages")
 
     def __init__(self, source: str) -> None:
         """Compile.
@@ -152,7 +168,8 @@ class Expression:
         check_length(self.source)
         self._path: tuple[Step, ...] | None = None
         self._program: Program | None = None
-        self._root = ""
+        self._root = self._stage = ""
+        self._inside: tuple[Step, ...] = ()
         match = _PATH.fullmatch(self.source)
         if match and match[1] not in _KEYWORDS:
             self._plain(match)
@@ -175,6 +192,7 @@ class Expression:
             if not known or not isinstance(first, str) or first == ALL:
                 raise ExpressionError("a stage is named as in `stages.<id>.output` or `stages.<id>.state`")
             self.stages = frozenset({first})
+            self._stage, self._inside = first, path[2:]
         elif self._root == "params" and isinstance(first, str) and first != ALL:
             self.params = frozenset({first})
         self._path = path
@@ -220,8 +238,8 @@ class Expression:
         try:
             if self._root == "stages":
                 if path[1] == "state":
-                    return _encode(scope.state(str(path[0])))
-                return _follow(scope.output_of(str(path[0])), path[2:])
+                    return _encode(scope.state(self._stage))
+                return scope.inside(self._stage, self._inside)
             if self._root == "params" and path and path[0] != ALL:
                 value = scope.params.get(str(path[0]))
                 if value is None:

@@ -21,13 +21,17 @@ from mcp_control.pipelines.validate import ITEMS_MAX
 from mcp_control.pipelines.waiting import begin
 
 _NEW: Final = Window()
+# Bound once: to look a member up in its class takes nine times as long.
+_RUNNING: Final = StageState.RUNNING
+_COMPLETED: Final = StageState.COMPLETED
+_PAUSED: Final = RunState.PAUSED
 
 
 def go_on(draft: Draft, places: Iterable[int]) -> None:
     """Start the next items of running fan-outs among these stages, and the combining task where all items have ended."""
     for place in places:
         stage = draft.stages[place]
-        if stage.state is not StageState.RUNNING or stage.combining:
+        if stage.state is not _RUNNING or stage.combining:
             continue
         planned = draft.plan.stages[place]
         if draft.run.ending is not None and place not in draft.plan.cleaning:
@@ -64,7 +68,7 @@ def start_all(draft: Draft, places: list[int]) -> None:
             draft.close(place, StageState.SKIPPED, NOT_REACHED, "a stage it needs did not complete")
             places += planned.after
             continue
-        if run.state is RunState.PAUSED and ending is None:
+        if run.state is _PAUSED and ending is None:
             _hold(draft, place)
             continue
         try:
@@ -74,7 +78,7 @@ def start_all(draft: Draft, places: list[int]) -> None:
                 continue
             if place in plan.waiting:  # holds no slot, so that it takes no width either
                 begin(draft, place)
-                running += draft.stages[place].state is StageState.COMPLETED
+                running += draft.stages[place].state is _COMPLETED
             elif plan.choosy and not _may_start(draft, planned, running):
                 _hold(draft, place)
                 continue
@@ -85,7 +89,7 @@ def start_all(draft: Draft, places: list[int]) -> None:
             draft.fail(place, str(error))
         if draft.run.ending is not ending:
             return
-        if draft.stages[place].state is StageState.COMPLETED:
+        if draft.stages[place].state is _COMPLETED:
             running -= 1
             places += planned.after
 
@@ -98,7 +102,7 @@ def needs_met(draft: Draft, place: int) -> bool | None:
         met: bool | None = True
         for need in planned.needs:
             state = stages[need].state
-            if state is not StageState.COMPLETED:
+            if state is not _COMPLETED:
                 if state in STAGE_FINAL:
                     return False
                 met = None
@@ -108,25 +112,33 @@ def needs_met(draft: Draft, place: int) -> bool | None:
         state = stages[need].state
         if state not in STAGE_FINAL:
             return None
-        completed = completed or state is StageState.COMPLETED
+        completed = completed or state is _COMPLETED
     return completed or when != "any_completed" or not planned.needs
 
 
 def start_stage(draft: Draft, place: int) -> None:
     """Start the tasks of a stage. Raises ExpressionError, Missing."""
     planned = draft.plan.stages[place]
-    stage = replace(draft.stages[place], state=StageState.RUNNING, started_at=draft.now)
-    if (seconds := planned.stage.deadline_seconds) is not None:
-        stage = replace(stage, deadline_at=draft.now + as_millis(seconds))
+    stage = draft.stages[place]
+    seconds = planned.stage.deadline_seconds
+    due = stage.deadline_at if seconds is None else draft.now + as_millis(seconds)
     if planned.over is None:
         made = draft.made(planned, None, stage.round, planned.payload.render(draft.scope()))
+        draft.stages[place] = stage = replace(
+            stage,
+            state=_RUNNING,
+            started_at=draft.now,
+            deadline_at=due,
+            total=1,
+            since=stage.since if planned.nested else stage.round,
+        )
         if hit := _hits(draft, planned, [made]):
-            draft.stages[place] = replace(stage, total=1, done=1, ended=b"\x01", cached=1, since=stage.round)
+            draft.stages[place] = replace(stage, done=1, ended=b"\x01", cached=1, since=stage.round)
             complete(draft, place, hit[0])
             return
-        draft.stages[place] = replace(stage, total=1, since=stage.since if planned.nested else stage.round)
         draft.start.append(made)
         return
+    stage = replace(stage, state=_RUNNING, started_at=draft.now, deadline_at=due)
     items = _elements(draft, planned)
     total = len(items) + (planned.combine is not None)
     kept = int.from_bytes(stage.ended, "little") if stage.total == total else 0
@@ -238,7 +250,7 @@ def _may_start(draft: Draft, planned: PlannedStage, running: int) -> bool:
         return True
     # Lower ranks are looked at first, so that what could start before this one runs by now.
     return not any(
-        stage.state is StageState.RUNNING and plan.stages[place].rank[0] < planned.rank[0]
+        stage.state is _RUNNING and plan.stages[place].rank[0] < planned.rank[0]
         for place, stage in enumerate(draft.stages)
     )
 

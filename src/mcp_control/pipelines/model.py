@@ -86,7 +86,8 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
         since: the first round whose results still count (a retry within a fan-out keeps those that are there).
         deadline_at: when it fails unless it has ended.
         given: what it waited for, until it has ended.
-        has_output: its output is kept as the run's cold part `output/<id>`.
+        has_output: its output is kept, as the run's cold part `output/<id>` unless it is here.
+        output: its output as JSON where that is small, in a run of few stages: so it takes no row of its own.
         counts: numbers its output told under `counts` (for data: rows_in, rows_out, rejected), summed over items until it ends.
     """
 
@@ -106,6 +107,7 @@ class StageRun(msgspec.Struct, frozen=True, kw_only=True, gc=False, omit_default
     since: int = 0
     given: Given | None = None
     has_output: bool = False
+    output: bytes = b""
     counts: dict[str, int] = {}
     started_at: int | None = None
     deadline_at: int | None = None

@@ -9,7 +9,9 @@ import msgspec
 
 from mcp_control.pipelines.definition_model import NESTED, PipelineSpec, Stage
 from mcp_control.pipelines.expressions import Expression
+from mcp_control.pipelines.model import StageRun, StageState
 from mcp_control.pipelines.templates import Template
+from mcp_control.pipelines.view_model import StageView
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -30,6 +32,7 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
         rank: order in which stages start where there is a choice: higher priority first, then the place.
         nested: the pipeline of which it, or each of its items, is a run.
         windowed: its items are started bit by bit; lenient: some of them may fail.
+        untouched: as it is in a new run; shown: what callers see of it then.
     """
 
     place: int
@@ -38,6 +41,8 @@ class PlannedStage(msgspec.Struct, frozen=True, kw_only=True):
     needs: tuple[int, ...]
     after: tuple[int, ...]
     payload: Template
+    untouched: StageRun
+    shown: StageView
     over: Expression | None = None
     combine: Template | None = None
     gate: Expression | None = None
@@ -159,6 +164,8 @@ def _planned(place: int, stage: Stage, place_of: dict[str, int], after: tuple[in
         needs=tuple(place_of[need] for need in stage.needs),
         after=after,
         payload=_payload(stage),
+        untouched=StageRun(id=stage.id),
+        shown=StageView(name=stage.id, state=StageState.PENDING, uses=stage.uses, needs=stage.needs, progress=0.0),
         over=None if fan_out is None else Expression(fan_out.over),
         combine=None if fan_out is None or fan_out.combine is None else Template(fan_out.combine.with_),
         gate=None if stage.gate is None else Expression(stage.gate.check),

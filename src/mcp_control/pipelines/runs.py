@@ -6,6 +6,7 @@ from typing import Final
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from mcp_control.kernel.changes import Fact
 from mcp_control.kernel.clock import to_datetime
@@ -17,12 +18,14 @@ from mcp_control.pipelines.decide import decide
 from mcp_control.pipelines.decision import Decision, Material, Missing, Start
 from mcp_control.pipelines.draft import Draft
 from mcp_control.pipelines.input_model import COMPENSATION, ApprovalState, Question
+from mcp_control.pipelines.lately import Lately
 from mcp_control.pipelines.launching import payload_of
 from mcp_control.pipelines.loading import Loader
 from mcp_control.pipelines.model import RUN_FINAL, Pipeline, Run, StageState
 from mcp_control.pipelines.plan import Plan, compile_plan, off_loop
 from mcp_control.pipelines.records import decided, read_pipeline, read_run, stage_fact, write_run
 from mcp_control.pipelines.results import StageResults
+from mcp_control.pipelines.starting import earlier
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.followers import Advance, Finished, NewTask
 from mcp_control.tasks.model import Links, RetryPolicy, TaskSpec, TaskState
@@ -119,6 +122,7 @@ class Runs:
         self._plans = plans
         self._capacity = capacity
         self._active: OrderedDict[str, Active] = OrderedDict()
+        self._lately = Lately()
         self._proposals: dict[int, _Proposal] = {}
 
     async def load(self, run_id: str, *, fresh: bool = False) -> Active | None:
@@ -141,16 +145,17 @@ class Runs:
         self._keep(active)
         return active
 
-    def params_of(self, run_id: str) -> Mapping[str, bytes] | None:
-        """Return the parameters of an active run, None where they are not in memory."""
-        active = self._active.get(run_id)
-        return None if active is None else active.material.params
+    def known(self, run: Run) -> tuple[Mapping[str, bytes] | None, bytes | None]:
+        """Return the parameters of a run and what it gave; None and None where they are not in memory."""
+        active = self._active.get(run.id)
+        return self._lately.of(run) if active is None else (active.material.params, None)
 
     def _keep(self, active: Active) -> None:
         if active.run.state in RUN_FINAL:
             self._active.pop(active.run.id, None)
             return
         self._active[active.run.id] = active
+        self._active.move_to_end(active.run.id)
         if len(self._active) > self._capacity:
             self._active.popitem(last=False)
 
@@ -222,13 +227,18 @@ class Runs:
             closing: questions to people that are closed by it; see `closing`.
         """
         parts = dict(cold) if cold else {}
+        stages, place_of = decision.run.stages, active.plan.place_of
         for name, output in decision.outputs.items():
-            parts[f"output/{name}"] = bytes(output)
+            if not stages[place_of[name]].output:
+                parts[f"output/{name}"] = bytes(output)
         for name, hits in decision.hits.items():
             parts[f"kept/{name}"] = msgspec.json.encode({item: msgspec.Raw(text) for item, text in hits.items()})
         if decision.result is not None:
             parts["result"] = bytes(decision.result)
-        run, entity = write_run(decision.run, parts)
+        run = decision.run
+        if run.version == before.version:  # changed by what was asked, and by nothing that follows
+            run = replace(run, version=before.version + 1)
+        entity = write_run(run, parts)
         told = [*facts, *decided(before, run, decision.moved, actor, now)]
         for stage in decision.progressed:
             if now - active.told_at.get(stage.id, 0) >= _PROGRESS_EVERY_MS:
@@ -277,6 +287,8 @@ class Runs:
         if self._kept is not None and (proposal.done or proposal.decision.used):
             self._kept.later(run.tenant, active.plan, run_id, proposal.done, proposal.decision.used)
         self._keep(active)
+        if run.state in RUN_FINAL:
+            self._lately.note(run, active.material.params, proposal.decision.result)
         return run
 
     def _remember(self, active: Active, decision: Decision) -> None:
@@ -299,7 +311,7 @@ class Runs:
 
     async def follow(self, run_id: str, finished: Sequence[Finished], now: int) -> Advance:
         """See `Follower.follow`. A run that cannot be decided on ends `failed`, so that it blocks no agent's report."""
-        active = await self.load(run_id)
+        active = self._active.get(run_id) or await self.load(run_id)
         if active is None:
             return Advance()
         run = active.run
@@ -336,11 +348,8 @@ def _new_task(run: Run, start: Start) -> NewTask:
     stage = start.stage.stage
     # What runs after a run has failed is not held to the deadline that it may have missed.
     undo = stage.compensate if start.item == COMPENSATION else None
-    due = (
-        None if undo is not None or stage.run_when == "always" else run.deadline_at,
-        run.stages[start.stage.place].deadline_at,
-    )
-    deadline = min((at for at in due if at is not None), default=None)
+    due = None if undo is not None or stage.run_when == "always" else run.deadline_at
+    deadline = earlier(due, run.stages[start.stage.place].deadline_at)
     priority = stage.priority if start.priority is None else start.priority
     combine = stage.fan_out.combine if start.item == -1 and stage.fan_out is not None else None
     other = undo or combine

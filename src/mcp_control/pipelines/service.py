@@ -1,9 +1,7 @@
 """PipelineEngine: the verbs for pipelines and runs that every door calls, and the follower that moves runs on."""
 
-import asyncio
 import builtins
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from hashlib import sha256
 from typing import Final
 
@@ -22,7 +20,7 @@ from mcp_control.pipelines.counting import waited_for
 from mcp_control.pipelines.decision import Material
 from mcp_control.pipelines.definition_model import PipelineSpec
 from mcp_control.pipelines.listing import page
-from mcp_control.pipelines.model import RUN_FINAL, Parent, Pipeline, Run, RunRequest, RunState
+from mcp_control.pipelines.model import Parent, Pipeline, Run, RunRequest, RunState
 from mcp_control.pipelines.params import resolve
 from mcp_control.pipelines.plan import Plan, off_loop
 from mcp_control.pipelines.records import pipeline_view, read_run, run_fact, run_view, scoped
@@ -30,6 +28,7 @@ from mcp_control.pipelines.results import StageResults
 from mcp_control.pipelines.runs import Active, Free, Plans, Runs
 from mcp_control.pipelines.starting import Along, budget_of, budget_writes, check_request, new_run
 from mcp_control.pipelines.view_model import PipelineView, RunView
+from mcp_control.pipelines.waiters import Waiters
 from mcp_control.security.model import Actor
 from mcp_control.security.policy import allow
 from mcp_control.storage.ports import Store
@@ -41,7 +40,6 @@ from mcp_control.tasks.submission import check_key
 
 _TRIES: Final = 10
 WAIT_MAX_SECONDS: Final = 60.0
-_ENDED: Final = frozenset(f"run.{state.value}" for state in RUN_FINAL)
 _INSIDE_MAX: Final = 64
 _encode: Final = msgspec.json.Encoder().encode
 _params: Final = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -74,7 +72,7 @@ class PipelineEngine:
         self._plans = Plans(store)
         self._runs = Runs(store, self._plans, shared=shared, free=free, kept=kept)
         self.moved: Callable[[Run, Plan | None], None] = lambda _run, _plan: None
-        self._waiting: dict[str, builtins.list[asyncio.Future[None]]] = {}
+        self._waiters = Waiters()
 
     # --- definitions ----------------------------------------------------------------------------------------------
 
@@ -155,7 +153,7 @@ class PipelineEngine:
         advance.writes.extend([*along.writes, *budget_writes(run, budget_of(pipeline, request))])
         advance.facts.extend(along.facts)
         await self._apply(actor, run.id, advance)
-        return replace(decision.run, version=1)
+        return decision.run
 
     async def _repeated(self, actor: Actor, request: RunRequest, digest: str) -> Run | None:
         key = scoped(actor.tenant, actor.id, request.idempotency_key or "")
@@ -176,7 +174,7 @@ class PipelineEngine:
     async def view(self, actor: Actor, run: Run) -> RunView:
         """Return a run as callers see it, with its parameters, what it gave, and the progress of running tasks in that of their stages."""
         plan = await self._plans.load(run.pipeline_id)
-        params, output = self._runs.params_of(run.id), None
+        params, output = self._runs.known(run)
         if params is None:
             entity = (await self._store.get("run", [run.id], ("params", "result") if run.has_output else ("params",)))[
                 0
@@ -194,20 +192,15 @@ class PipelineEngine:
 
     async def wait(self, actor: Actor, run_id: str, seconds: float) -> Run:
         """Return a run when it has ended, or as it is after so many seconds, at most 60. Raises NotFound."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(run_id, []).append(future)
+        future = self._waiters.expect(run_id)
         try:
-            if not (await self._load(actor, run_id)).run.final:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(min(seconds, WAIT_MAX_SECONDS)):
-                        await future
-            return await self.run(actor, run_id)
+            run = await self.run(actor, run_id)
+            if not run.final:
+                ended = await self._waiters.wait(future, min(seconds, WAIT_MAX_SECONDS))
+                run = ended or await self.run(actor, run_id)
+            return run
         finally:
-            futures = self._waiting.get(run_id, [])
-            if future in futures:
-                futures.remove(future)
-            if not futures:
-                self._waiting.pop(run_id, None)
+            self._waiters.abandon(run_id, future)
 
     async def runs(
         self,
@@ -228,8 +221,11 @@ class PipelineEngine:
     async def output(self, actor: Actor, run_id: str, stage: str) -> bytes:
         """Return the output of a stage as JSON. Raises NotFound while there is none."""
         run = (await self._load(actor, run_id)).run
-        if not any(each.id == stage and each.has_output for each in run.stages):
+        found = next((each for each in run.stages if each.id == stage and each.has_output), None)
+        if found is None:
             raise NotFound("there is no such stage, or it has no output yet")
+        if found.output:
+            return found.output
         entity = (await self._store.get("run", [run_id], (f"output/{stage}",)))[0]
         if entity is None:
             raise NotFound("no such run")
@@ -367,30 +363,21 @@ class PipelineEngine:
 
     # --- the hook -------------------------------------------------------------------------------------------------
 
-    async def follow(self, run_id: str, finished: Sequence[Finished], now: int) -> Advance:
+    def follow(self, run_id: str, finished: Sequence[Finished], now: int) -> Coroutine[None, None, Advance]:
         """See `Follower.follow`."""
-        return await self._runs.follow(run_id, finished, now)
+        return self._runs.follow(run_id, finished, now)
 
     def settled(self, run_id: str, advance: Advance, ok: bool) -> None:
         """See `Follower.settled`."""
         run = self._runs.settled(run_id, advance, ok)
         if run is not None:
             if run.final:
-                self._ended(run_id)
+                self._waiters.ended(run_id, run)
             self.moved(run, self._runs.plan_of(run_id))
 
     def heard(self, facts: Sequence[StoredFact]) -> None:
         """Hear that runs ended, by whatever server. Called with all facts, on the loop."""
-        if not self._waiting:
-            return
-        for stored in facts:
-            if stored.fact.type in _ENDED:
-                self._ended(stored.fact.subject)
-
-    def _ended(self, run_id: str) -> None:
-        for future in self._waiting.pop(run_id, ()):
-            if not future.done():
-                future.set_result(None)
+        self._waiters.heard(facts)
 
 
 def _digest(ref: str, request: RunRequest) -> str:

@@ -78,7 +78,10 @@ class Template:
             members: dict[str, object] = dict(msgspec.json.decode(root, type=dict[str, msgspec.Raw]))
         else:
             assert isinstance(root, dict)
-            members = {name: _render(node, scope) for name, node in root.items()}
+            members = {
+                name: msgspec.Raw(node.raw(scope)) if isinstance(node, Expression) else _render(node, scope)
+                for name, node in root.items()
+            }
         for name, text in (beside or {}).items():
             if name not in members:
                 members[name] = msgspec.Raw(text)

@@ -66,7 +66,7 @@ def _answered(draft: Draft, place: int, approval: Approval, late: bool) -> None:
         complete(draft, place, given.output)
         return
     draft.outputs[stage.id] = given.output
-    draft.stages[place] = replace(stage, has_output=True)
+    draft.stages[place] = replace(stage, has_output=True, output=draft.small(given.output))
     draft.fail(place, f"`{given.option}` was chosen", "rejected")
 
 
