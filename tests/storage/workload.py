@@ -192,7 +192,9 @@ class Workload:
         assert answer.status_code < 300, answer.text
         self._known["limit"] = "teams"
         for number in range(3):
-            await submit(self._client, "it.nobody", number, labels={"team": "b"}, fairness={"key": "customer-7"})
+            given: dict[str, Any] = {"labels": {"team": "b"}, "fairness": {"key": "customer-7"}}
+            last = await submit(self._client, "it.nobody", number, **given)
+        await self._get(f"{API}/tasks/{last}/explain")
         for _ in range(2):
             once = {"type": "it.nobody", "unique": {"key": "u"}, "idempotency_key": "unique"}
             await self._post("/tasks", once)
@@ -216,6 +218,7 @@ class Workload:
         made = await self._post("/groups", {"tasks": [one], "on": callbacks, "open": True, "idempotency_key": "group"})
         await self._post("/groups", {"tasks": [one], "on": callbacks, "open": True, "idempotency_key": "group"})
         await self._post(f"/groups/{made['id']}/tasks", {"tasks": [{"type": "it.unheard"}], "idempotency_key": "more"})
+        await self._get(f"{API}/groups/{made['id']}")
         await self._post(f"/groups/{made['id']}/seal", {})
         self._known |= {"group": made["id"], "group_id": made["id"]}
         where = {"group": made["id"], "state": ["queued"]}

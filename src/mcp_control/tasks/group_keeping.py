@@ -182,10 +182,10 @@ async def spoiled_members(store: Store, group_id: str, limit: int) -> list[str]:
 async def count_members(store: Store, group: TaskGroup) -> dict[TaskState, int]:
     """Return how many members are in which state; states of none are left out."""
     states: Sequence[TaskState] = tuple(TaskState)
-    found = await asyncio.gather(
-        *(
-            store.count("task", [Where("group_id", "eq", group.id), Where("state", "eq", state.value)], group.total + 1)
-            for state in states
-        )
-    )
+
+    async def counted(state: TaskState) -> int:
+        where = [Where("group_id", "eq", group.id), Where("state", "eq", state.value)]
+        return await store.count("task", where, group.total + 1)
+
+    found = await asyncio.gather(*map(counted, states))
     return {state: count for state, count in zip(states, found, strict=True) if count}

@@ -376,7 +376,6 @@ TASK_KIND: Final = Kind(
         Index("task_waiting", ("waiting", "id"), shared=True),
         Index("task_state", ("state", "id")),
         Index("task_type", ("type", "id")),
-        Index("task_type_state", ("type", "state", "id")),
         Index("task_run", ("run", "id")),
         Index("task_agent", ("agent", "id")),
         Index("task_holder", ("holder", "id")),

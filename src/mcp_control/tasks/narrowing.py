@@ -13,7 +13,7 @@ from mcp_control.storage.ports import Store
 
 _FEW: Final = 1000  # counted at most: with so many, which one leads makes little difference to a page
 _LEADING: Final = ("run", "agent", "group_id", "type")
-_WITH_STATE: Final = ("group_id", "type")  # an index has both
+_WITH_STATE: Final = ("group_id",)  # an index has both
 
 
 async def narrowed(store: Store, where: Sequence[Where]) -> tuple[list[Where], list[Where]]:
