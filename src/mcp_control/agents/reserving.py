@@ -146,6 +146,19 @@ def fits(load: Load, left: Load) -> int:
     return max(0, least)
 
 
+def lacking(load: Load, left: Load) -> float:
+    """Return how much is missing for a task that takes `load`, as the sum of the shares of it that are; 0 where it fits."""
+    wanted = {name: float(getattr(load, name)) for name in _SCARCE}
+    return sum(max(0.0, 1 - float(getattr(left, name)) / amount) for name, amount in wanted.items() if amount > 0)
+
+
+def leaves(kept: Load, load: Load, left: Load) -> bool:
+    """Say whether a task that takes `load` touches nothing of what is kept: enough of all it uses is left beyond that, for now."""
+    return all(
+        getattr(left, name) - taken >= getattr(kept, name) for name in _SCARCE if (taken := getattr(load, name)) > 0
+    )
+
+
 def short_of(load: Load, left: Load) -> Scarce | None:
     """Return the first thing of which too little is left for one more task; None where it fits."""
     for name in _SCARCE:

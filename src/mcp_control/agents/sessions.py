@@ -111,12 +111,15 @@ class Session:
             free = min(free, more)
         if load is None or free <= 0:
             return free
+        # The free slots of a poller are bounded by tasks, too: what it still takes is a number of tasks.
+        return min(fits(load, self.left()), free)
+
+    def left(self) -> Load:
+        """Return what its tasks leave of it."""
         left = capacity(self.slots, self.agent.spec.resources)
         if self.account is not None:
             left = self.account.left(left)
-        # The free slots of a poller are bounded by tasks, too: what it still takes is a number of tasks.
-        most = fits(load, Load(self.slots - self.taken, left.cpu, left.memory_mb, left.gpu))
-        return min(most, free)
+        return Load(self.slots - self.taken, left.cpu, left.memory_mb, left.gpu)
 
     def hold(self, task_id: str, load: Load | None, task_type: str | None = None) -> None:
         """Count a task as held, with what it takes; one whose type is not known here counts for all that are limited."""

@@ -1,7 +1,7 @@
 """Which sessions may take tasks of a lane, and which of them do: matching, homes of sticky keys, and the strategy."""
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 from mcp_control.agents.balancing import Candidate, home_of, spread
 from mcp_control.agents.matching import fitting, misfit
@@ -9,6 +9,8 @@ from mcp_control.agents.model import AgentSpec, Strategy
 from mcp_control.agents.sessions import Session
 from mcp_control.tasks.lanes import Lane
 from mcp_control.tasks.speeds import Speeds
+
+_LOOKED_AT: Final = 16
 
 
 class Fleet(Protocol):
@@ -70,6 +72,29 @@ class Chooser:
                 lane.home = home
                 found.append(lane)
         return found
+
+    def pick(self, lane: Lane, free: Iterable[Session], contenders: Sequence[Lane]) -> Session | None:
+        """Return the session for one task of a lane, of those that are free and that no contender could use; None where there is none."""
+        best: Session | None = None
+        best_load, looked, plain = 2.0, 0, self.plain(lane)
+        open_to: list[Session] = []
+        for session in free:
+            if session not in lane.sessions or any(session in other.sessions for other in contenders):
+                continue
+            left = session.free
+            special = lane.load is not None or session.types is not None
+            if left <= 0 or (special and not lane.room(session)):
+                continue
+            if not plain:
+                open_to.append(session)
+                continue
+            load = (session.slots - left) / session.slots + session.last
+            if load < best_load:
+                best, best_load = session, load
+            looked += 1
+            if looked >= _LOOKED_AT:
+                break
+        return open_to[self.spread(lane, open_to, 1)[0]] if open_to else best
 
     def spread(self, lane: Lane, sessions: Sequence[Session], count: int) -> list[int]:
         """Choose sessions that have room for up to so many tasks of a lane; returns their places."""

@@ -19,25 +19,21 @@ from mcp_control.kernel.loops import Wake
 from mcp_control.storage.ports import RANK_MAX, Depth, Queue, Queued
 from mcp_control.tasks.choosing import Chooser
 from mcp_control.tasks.fairness import Line, Shares, allot, grade_of
+from mcp_control.tasks.keeping_free import Keeper
 from mcp_control.tasks.lanes import Lane, demand_of
 from mcp_control.tasks.model import Task
 from mcp_control.tasks.peers import Peers
 from mcp_control.tasks.ranking import POINT_MS, ranks
+from mcp_control.tasks.records import queued
 
 _log = structlog.get_logger(__name__)
 _PAUSE_SECONDS: Final = 0.2
 _AT_ONCE: Final = 512
 _COMMITS: Final = 4
-_LOOKED_AT: Final = 16
 _NEAR: Final = ranks(1000)  # so close in rank, lanes are served one after the other rather than entry by entry
 Lookup = Callable[[str], Awaitable[Task | None]]
 HandOut = Callable[[list[tuple[str, Session]]], Awaitable[None]]
 """Assigns the tasks and sends them. Sees to what could not be assigned by itself, and does not raise."""
-
-
-def queued(task: Task) -> Queued:
-    """Return a task as an entry of its lane."""
-    return Queued(task.lane, task.id, task.rank)
 
 
 class Dispatcher:
@@ -77,6 +73,7 @@ class Dispatcher:
         self._lanes: dict[str, Lane] = {}
         self._waiting: dict[str, Lane] = {}
         self._free: dict[Session, None] = {}
+        self._keeper = Keeper()
         self._wake = Wake()
         self._room = asyncio.Semaphore(_COMMITS)
         self._giving = Background("dispatch")
@@ -94,6 +91,7 @@ class Dispatcher:
     def closed(self, session: Session) -> None:
         """Forget a session."""
         self._free.pop(session, None)
+        self._keeper.forget(session)
         for lane in self._lanes.values():
             lane.sessions.discard(session)
 
@@ -143,27 +141,7 @@ class Dispatcher:
             return None
         share, all_waiting = lane.line.share, self._waiting.values()
         contenders = [other for other in all_waiting if other.rank <= task.rank or other.line.share is not share]
-        best: Session | None = None
-        best_load, looked, plain = 2.0, 0, self.chooser.plain(lane)
-        open_to: list[Session] = []
-        for session in self._free:
-            if session not in lane.sessions or any(session in other.sessions for other in contenders):
-                continue
-            free = session.free
-            special = lane.load is not None or session.types is not None
-            if free <= 0 or (special and not lane.room(session)):
-                continue
-            if not plain:
-                open_to.append(session)
-                continue
-            load = (session.slots - free) / session.slots + session.last
-            if load < best_load:
-                best, best_load = session, load
-            looked += 1
-            if looked >= _LOOKED_AT:
-                break
-        if open_to:
-            best = open_to[self.chooser.spread(lane, open_to, 1)[0]]
+        best = self.chooser.pick(lane, self._free, contenders)
         if best is None or task.id in best.held:  # somebody else is about to begin the same task
             return None
         self._reserve(best, task.id, lane)
@@ -300,9 +278,15 @@ class Dispatcher:
     async def _fairly(self, lanes: Sequence[Lane]) -> bool:
         """Share the free slots out between the shares of a tenant, by their weights."""
         lines: dict[Line, list[Lane]] = {}
+        keeper = self._keeper
         for lane in lanes:
-            if any(session in lane.sessions and lane.room(session) > 0 for session in self._free):
+            if any(
+                session in lane.sessions and lane.room(session) > 0 and (not keeper or keeper.open(lane, session))
+                for session in self._free
+            ):
                 lines.setdefault(lane.line, []).append(lane)
+            elif lane.load is not None:
+                keeper.passed(lane, self._monotonic())
         if len({line.share for line in lines}) < 2:
             return await self._in_order([lane for lane in lanes if lane.line in lines])
         free = sum(
@@ -326,6 +310,10 @@ class Dispatcher:
         Returns how many were given out; None where there was no room for any, or nothing waits any more.
         """
         sessions = [session for session in self._free if session in lane.sessions and lane.room(session) > 0]
+        if self._keeper:
+            sessions = [session for session in sessions if self._keeper.open(lane, session)]
+        if not sessions and lane.load is not None:
+            self._keeper.passed(lane, self._monotonic())
         wanted = min(wanted, sum(map(lane.room, sessions)))
         if wanted <= 0:
             return None
@@ -347,6 +335,8 @@ class Dispatcher:
             self._reserve(session, task_id, lane)
         if len(chosen) < len(entries):
             await self._put_back(lane, entries[len(chosen) :])
+        if lane.load is not None:
+            self._keeper.served(lane)
         if self.shares.keyed:
             self.shares.served(lane.line, len(pairs), self._monotonic())
         self._giving.begin(self._give(pairs))
@@ -385,6 +375,7 @@ class Dispatcher:
         """Drop lanes in which nothing waits; called now and then, so that lanes of the past cost nothing."""
         for key in [key for key, lane in self._lanes.items() if not lane.waiting]:
             del self._lanes[key]
+        self._keeper.tidy(self._lanes.values())
         self._sticky = sum(lane.demand.bucket is not None for lane in self._lanes.values())
         self._settle_homes()
         if self.shares.keyed:

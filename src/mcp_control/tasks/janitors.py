@@ -16,10 +16,10 @@ from mcp_control.tasks.agent_sessions import AgentSessions
 from mcp_control.tasks.asking import KIND as QUESTION_KIND
 from mcp_control.tasks.asking import inbox_ids
 from mcp_control.tasks.budget_model import BUDGET_KIND
-from mcp_control.tasks.dispatcher import Dispatcher, queued
+from mcp_control.tasks.dispatcher import Dispatcher
 from mcp_control.tasks.ledger import Intent, Ledger
 from mcp_control.tasks.model import Task, TaskState
-from mcp_control.tasks.records import readable, write
+from mcp_control.tasks.records import queued, readable, write
 from mcp_control.tasks.settling import Settler
 from mcp_control.tasks.verbs import losing, timing
 

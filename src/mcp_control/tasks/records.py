@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from mcp_control.events.log import fact
 from mcp_control.kernel.changes import Entity, Fact
 from mcp_control.kernel.clock import to_datetime
-from mcp_control.storage.ports import Store, waiting_value
+from mcp_control.storage.ports import Queued, Store, waiting_value
 from mcp_control.tasks.budgets import amounts, shown
 from mcp_control.tasks.due import due_at
 from mcp_control.tasks.model import FINAL_STATES, GENERATION_KIND, LogChunk, LogLine, Task, TaskState
@@ -226,3 +226,8 @@ def view(
         payload=msgspec.UNSET if payload is None else msgspec.Raw(payload),
         result=msgspec.UNSET if result is None else msgspec.Raw(result),
     )
+
+
+def queued(task: Task) -> Queued:
+    """Return a task as an entry of its lane."""
+    return Queued(task.lane, task.id, task.rank)
