@@ -21,7 +21,7 @@ _RUNNING: Final = StageState.RUNNING
 _COMPLETED: Final = TaskState.COMPLETED
 
 
-class Told(msgspec.Struct):
+class Told(msgspec.Struct, gc=False):
     """What an output tells about itself: numbers under `counts`, anything under `summary`."""
 
     counts: dict[str, object] | None = None

@@ -54,7 +54,7 @@ class Material:
         self.codes: Mapping[str, tuple[str, ...]] = {}
 
 
-class Start(msgspec.Struct, frozen=True):
+class Start(msgspec.Struct, frozen=True, gc=False):
     """A task to create. `item` is None for the task of a plain stage, -1 for the combine task; `priority` None is that of the stage."""
 
     stage: PlannedStage
@@ -64,7 +64,7 @@ class Start(msgspec.Struct, frozen=True):
     priority: int | None = None
 
 
-class Decision(msgspec.Struct, frozen=True, kw_only=True):
+class Decision(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What follows.
 
     Attributes:

@@ -141,7 +141,7 @@ class Parent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     draws: list[str] = []
 
 
-class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """One execution of one version of a pipeline. Stage outputs and parameters are cold parts beside it.
 
     Attributes:
@@ -196,7 +196,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.state in RUN_FINAL
 
 
-class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
     """Start a pipeline: its parameters by name, the version (None: the newest), and the usual idempotency key.
 
     `budget`: overrules the definition's, limit by limit; `no_cache`: take no results of earlier runs.

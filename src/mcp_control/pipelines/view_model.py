@@ -11,7 +11,7 @@ from mcp_control.tasks.budget_model import Amounts, Budget
 from mcp_control.tasks.view_model import Explanation
 
 
-class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What a stage waits for: the approval of this id, or a signal of this name; and until when."""
 
     approval: str | None = None
@@ -19,7 +19,7 @@ class WaitView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     due_at: datetime | None = None
 
 
-class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class StageView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A stage of a run as callers see it. `progress` is 0 to 1 over its tasks; `eta` is there while it runs.
 
     `cached` is how many of its tasks took the result of an earlier run.
@@ -79,7 +79,7 @@ class ParentView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     item: int | None = None
 
 
-class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RunView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A run as callers see it."""
 
     id: str
