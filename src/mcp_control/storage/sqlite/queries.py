@@ -37,19 +37,17 @@ def count_sql(table: Table, where: Sequence[Where], limit: int) -> Bound:
     return f'SELECT count(*) FROM (SELECT 1 FROM "{table.name}"{clause} LIMIT ?)', values
 
 
-def is_short(kind: Kind, query: Query) -> bool:
+def is_led(kind: Kind, query: Query) -> bool:
     """Say whether an index leads straight to the rows, so that the cost is that of the rows asked for and no scan or sort is needed.
 
-    True for ids, and for equality on the first fields of an index where the order goes on with its next field.
+    True for ids, and for equality on the first fields of an index where the order goes on with its next field, within bounds or not.
     """
-    if query.limit > 64 or any(where.op not in ("eq", "in") for where in query.where):
-        return False
     if len(query.where) == 1 and query.where[0].field == "id":
-        return query.order in (None, "id")
-    if any(where.op == "in" for where in query.where):
+        return query.where[0].op in ("eq", "in") and query.order in (None, "id")
+    if any(where.op == "in" or (where.op != "eq" and where.field != query.order) for where in query.where):
         return False
-    equal = {where.field for where in query.where}
-    if not equal:
+    equal = {where.field for where in query.where if where.op == "eq"}
+    if not query.where or query.order in equal:
         return False
     wanted = () if query.order is None else (query.order,)
     for index in kind.indexes:

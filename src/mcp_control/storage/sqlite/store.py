@@ -233,9 +233,12 @@ class SqliteStore:
         self._open_writer()
         table = self._table(kind)
         statements = queries.find_sql(table, query)
-        if queries.is_short(table.kind, query):
-            return self._on_loop(lambda: _find(self._read, table, query, statements))
-        return await self._in_pool(lambda connection: _find(connection.execute, table, query, statements))
+        if queries.is_led(table.kind, query):
+            # What is looked for again and again, such as what has come due, is mostly not there: that is seen here.
+            found = self._on_loop(lambda: _find(self._read, table, query, statements, min(query.limit, _SHORT_LIST)))
+            if len(found) < _SHORT_LIST or query.limit <= _SHORT_LIST:
+                return found
+        return await self._in_pool(lambda connection: _find(connection.execute, table, query, statements, query.limit))
 
     async def count(self, kind: str, where: Sequence[Where], limit: int) -> int:
         """See `Store.count`."""
@@ -349,12 +352,12 @@ def _get(read: _Execute, table: Table, ids: Sequence[str], cold: Sequence[str]) 
         return found
 
 
-def _find(read: _Execute, table: Table, query: Query, statements: list[queries.Bound]) -> list[Entity]:
+def _find(read: _Execute, table: Table, query: Query, statements: list[queries.Bound], limit: int) -> list[Entity]:
     with _snapshot(read, query.cold):
         found: list[Entity] = []
         for sql, values in statements:
-            if len(found) < query.limit:
-                rows = read(sql, (*values, query.limit - len(found))).fetchall()
+            if len(found) < limit:
+                rows = read(sql, (*values, limit - len(found))).fetchall()
                 found.extend([_entity(read, table, row, query.cold) for row in rows])
         return found
 
