@@ -89,6 +89,59 @@ async def test_items_take_results_and_keep_them_through_a_restart(tmp_path: Path
         assert await here.engine.output(ANNA, ended.id, "each") == b'["item 0","computed","item 2"]'
 
 
+async def test_the_combining_task_takes_a_result_too_and_only_for_the_same_items(tmp_path: Path) -> None:
+    """A fan-out all of whose results are kept ends at once, combined; with one item computed anew and otherwise, so is the combination."""
+    p = PipelineBuilder("kept")
+    p.param("number", "integer")
+    p.stage("each", "work", fan_out="[1, 2]", combine="work", with_={"of": "${{ item }}"}, cache_seconds=60)
+    p.stage("after", "work", needs=["each"], with_={"all": "${{ stages.each.output }}"})
+    spec = p.build()
+    async with world(tmp_path) as here:
+        await here.engine.create(ANNA, spec)
+        run = await _run(here)
+        await here.finish(await here.tasks(run), lambda task: f"item {task.links.item}")
+        (combine,) = await here.tasks(run)
+        assert combine.links.item == -1
+        await here.finish([combine], "joined")
+        await here.settled()
+        second = await _run(here)
+        assert (second.stages[0].state, second.stages[0].cached, second.stages[0].done) == (StageState.COMPLETED, 3, 3)
+        assert await here.engine.output(ANNA, second.id, "each") == b'"joined"'
+        (after,) = await here.tasks(second)
+        assert after.links.stage == "after"
+        here.clock.advance(61)
+        third = await _run(here)
+        first, _ = items = await here.tasks(third)
+        await here.finish(items, lambda task: f"item {task.links.item}" if task is first else "other")
+        await here.settled()
+        (again,) = await here.tasks(third)
+        assert again.links.item == -1
+        assert (await here.run(third)).stages[0].cached == 0
+        here.restart()
+        await here.finish([again], "joined anew")
+        assert await here.engine.output(ANNA, third.id, "each") == b'"joined anew"'
+
+
+async def test_the_combining_task_takes_a_result_after_items_that_were_computed(tmp_path: Path) -> None:
+    """Items computed anew that give what they gave before need no new combination; what follows starts with the last item."""
+    p = PipelineBuilder("kept")
+    p.param("number", "integer")
+    p.stage("each", "work", fan_out="[1, 2]", combine="work", with_={"of": "${{ params.number }}"}, cache_seconds=60)
+    async with world(tmp_path) as here:
+        await here.engine.create(ANNA, p.build())
+        run = await _run(here, 1)
+        await here.finish(await here.tasks(run), "same")
+        await here.finish(await here.tasks(run), "joined")
+        await here.settled()
+        other = await _run(here, 2)
+        await here.finish(await here.tasks(other), "same")
+        ended = await here.run(other)
+        assert (ended.state, ended.stages[0].cached) == (RunState.COMPLETED, 1)
+        assert await here.engine.output(ANNA, other.id, "each") == b'"joined"'
+        here.restart()
+        assert await here.engine.output(ANNA, other.id, "each") == b'"joined"'
+
+
 async def test_a_run_stays_while_its_results_are_kept_or_were_used(tmp_path: Path) -> None:
     """Runs after it go; it goes when neither its results nor who used them need it."""
     async with world(tmp_path / "store") as here:

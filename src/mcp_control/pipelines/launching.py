@@ -16,7 +16,7 @@ from mcp_control.pipelines.draft import OPEN, Draft
 from mcp_control.pipelines.expressions import Expression, Raw, Scope, elements, join
 from mcp_control.pipelines.model import NOT_REACHED, NOT_WANTED, STAGE_FINAL, RunState, StageRun, StageState, Window
 from mcp_control.pipelines.plan import PlannedStage
-from mcp_control.pipelines.result_model import key_of
+from mcp_control.pipelines.result_model import combine_of, key_of
 from mcp_control.pipelines.validate import ITEMS_MAX
 from mcp_control.pipelines.waiting import begin
 
@@ -174,7 +174,16 @@ def start_combine(draft: Draft, place: int) -> None:
     if failures and "failures" not in planned.combine.roots:
         beside["failures"] = join(failures)
     payload = planned.combine.render(draft.scope(items=items, failures=failures), beside)
-    draft.start.append(draft.made(planned, -1, stage.round, payload))
+    made = draft.made(planned, -1, stage.round, payload)
+    if hit := _hits(draft, planned, [made], combining=True):
+        ended = int.from_bytes(stage.ended, "little") | 1 << stage.total - 1
+        size = (stage.total + 7) >> 3
+        draft.stages[place] = replace(
+            stage, combining=True, ended=ended.to_bytes(size, "little"), done=stage.done + 1, cached=stage.cached + 1
+        )
+        complete(draft, place, hit[0])
+        return
+    draft.start.append(made)
     draft.stages[place] = replace(stage, combining=True)
 
 
@@ -199,19 +208,17 @@ def _takes(draft: Draft, stage: StageRun) -> bool:
     return not draft.run.no_cache and not stage.round
 
 
-def _hits(draft: Draft, planned: PlannedStage, wanted: list[Start]) -> dict[int, Raw]:
+def _hits(draft: Draft, planned: PlannedStage, wanted: list[Start], *, combining: bool = False) -> dict[int, Raw]:
     """Return the kept results of tasks about to start, by their place among these. Raises Missing."""
     stage = planned.stage
     if stage.cache is None or not _takes(draft, draft.stages[planned.place]):
         return {}
     known, tenant = draft.material.kept, draft.run.tenant
-    keys = [
-        [
-            key_of(tenant, stage.uses, stage.version, code, each.payload)
-            for code in draft.material.codes.get(stage.id, ())
-        ]
-        for each in wanted
-    ]
+    asked, name = (stage.uses, stage.version), stage.id
+    if combining and stage.fan_out is not None and stage.fan_out.combine is not None:
+        asked, name = (stage.fan_out.combine.uses, "*"), combine_of(stage.id)
+    codes = draft.material.codes.get(name, ())
+    keys = [[key_of(tenant, *asked, code, each.payload) for code in codes] for each in wanted]
     if missing := [key for some in keys for key in some if key not in known]:
         raise Missing(kept=missing)
     hits: dict[int, Raw] = {}

@@ -30,6 +30,11 @@ def key_of(tenant: str, type: str, version: str, code: str, payload: bytes) -> s
     return f"result_{sha256(head + _SEPARATOR + payload).hexdigest()}"
 
 
+def combine_of(stage_id: str) -> str:
+    """Return the name under which the code versions of a stage's combining task are known; no stage has it."""
+    return f"{stage_id}/combine"
+
+
 STAGE_RESULT_KIND: Final = Kind(
     name="stage_result",
     fields=(Field("run"), Field("until", "int")),

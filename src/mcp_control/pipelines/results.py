@@ -6,7 +6,7 @@ from typing import Final
 
 import msgspec
 
-from mcp_control.agents.matching import misfit
+from mcp_control.agents.matching import Demand, misfit
 from mcp_control.agents.model import Agent
 from mcp_control.kernel.background import Background
 from mcp_control.kernel.changes import Change, Entity, Key, Query, Where
@@ -15,7 +15,7 @@ from mcp_control.kernel.errors import Conflict
 from mcp_control.pipelines.control import as_millis
 from mcp_control.pipelines.forecast import demand_of
 from mcp_control.pipelines.plan import Plan
-from mcp_control.pipelines.result_model import STAGE_RESULT_KIND, StageResult, key_of
+from mcp_control.pipelines.result_model import STAGE_RESULT_KIND, StageResult, combine_of, key_of
 from mcp_control.storage.ports import Store
 from mcp_control.tasks.model import TaskState
 from mcp_control.tasks.records import read as read_task
@@ -45,20 +45,14 @@ class StageResults:
         self.background = Background("results")
 
     def codes(self, tenant: str, plan: Plan) -> dict[str, tuple[str, ...]]:
-        """Return by stage which versions of its code agents declare; stages with a cache alone are looked at."""
+        """Return by stage, and by `combine_of` it, which versions of its code agents declare; stages with a cache alone are looked at."""
         agents = self._agents(tenant)
         found: dict[str, tuple[str, ...]] = {}
         for place in plan.cached:
             stage = plan.stages[place].stage
-            demand = demand_of(stage)
-            versions = {
-                each.version
-                for agent in agents
-                if misfit(agent.id, agent.spec, demand) is None
-                for each in agent.spec.capabilities
-                if each.name == stage.uses
-            }
-            found[stage.id] = tuple(sorted(versions))
+            found[stage.id] = _versions(agents, demand_of(stage))
+            if stage.fan_out is not None and stage.fan_out.combine is not None:
+                found[combine_of(stage.id)] = _versions(agents, demand_of(stage, stage.fan_out.combine.uses))
         return found
 
     async def find(self, keys: Sequence[str]) -> dict[str, bytes | None]:
@@ -153,6 +147,18 @@ async def held(store: Store, runs: Sequence[str]) -> set[str]:
         if await store.find(_NAME, Query(where=[Where("run", "eq", run_id)], limit=1)):
             found.add(run_id)
     return found
+
+
+def _versions(agents: Sequence[Agent], demand: Demand) -> tuple[str, ...]:
+    """Return the versions of the code in which agents offer what is asked."""
+    versions = {
+        each.version
+        for agent in agents
+        if misfit(agent.id, agent.spec, demand) is None
+        for each in agent.spec.capabilities
+        if each.name == demand.type
+    }
+    return tuple(sorted(versions))
 
 
 def _entity(key: str, run_id: str, until: int, result: bytes | None) -> Entity:

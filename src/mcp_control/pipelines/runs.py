@@ -339,7 +339,7 @@ def _to_keep(plan: Plan, finished: Sequence[Finished]) -> list[str]:
     for each in finished:
         place = plan.place_of.get(each.task.links.stage or "")
         kept = place is not None and plan.stages[place].stage.cache is not None
-        if kept and each.task.state is TaskState.COMPLETED and (each.task.links.item or 0) >= 0:
+        if kept and each.task.state is TaskState.COMPLETED and each.task.links.item != COMPENSATION:
             found.append(each.task.id)
     return found
 
