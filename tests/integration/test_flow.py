@@ -147,7 +147,7 @@ async def _ran(client: httpx2.AsyncClient, n: int, key: str, *, no_cache: bool =
 
 @pytest.mark.timeout(120)
 async def test_a_result_is_computed_once_for_the_same_input(backend: str, tmp_path: Path) -> None:
-    """A second run takes the results of the first, item by item; one that is told to computes anew; the output is the same."""
+    """A second run takes the results of the first, item by item and combined; one that is told to computes anew; the output is the same."""
     server = ServerProcess(tmp_path / "one", node="one")
     server.start()
     try:
@@ -159,13 +159,15 @@ async def test_a_result_is_computed_once_for_the_same_input(backend: str, tmp_pa
 
                 async def taken() -> bool:
                     # Results are kept soon after the run ended; until then they are computed.
-                    return (await _ran(client, 3, uuid4().hex))[0] == {"one": 1, "each": 3}
+                    return (await _ran(client, 3, uuid4().hex))[0] == {"one": 1, "each": 4}
 
                 await until(taken, 30, "all results are taken")
                 assert (await _ran(client, 3, "third"))[1] == output
                 assert (await _ran(client, 3, "anew", no_cache=True))[0] == {"one": 0, "each": 0}
                 more, _ = await _ran(client, 4, "more")
-                assert more == {"one": 0, "each": 4}, "items count that were there before, by whatever stage"
+                assert more == {"one": 0, "each": 4}, (
+                    "items count that were there before, by whatever stage; their combination is new"
+                )
                 assert await violations(client) == {}
     finally:
         assert server.stop() == 0
