@@ -1,12 +1,14 @@
 """Start and end of a server."""
 
 import asyncio
+import gc
 import json
 from pathlib import Path
 
 import httpx2
 import pytest
 import websockets
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from mcp_control.kernel.errors import StoreUnavailable
 from mcp_control.server import Ready, serve
@@ -38,6 +40,24 @@ async def test_a_plugin_that_is_missing_is_named_and_does_not_keep_the_server_fr
         answer = await client.get("/health/ready")
         assert (answer.status_code, answer.json()["state"]) == (200, "degraded")
         assert (await client.get("/api/v1/status")).json()["problems"] == ["plugins: nope is not installed"]
+
+
+@pytest.mark.embedded
+async def test_requests_leave_nothing_for_the_garbage_collector(tmp_path: Path) -> None:
+    """All of a request is freed with its answer: of many, only the last of an open connection is still there."""
+    async with (
+        running_server(tmp_path) as server,
+        httpx2.AsyncClient(base_url=server.url, headers=server.headers) as client,
+    ):
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                assert (await client.get("/api/v1/plugins")).status_code == 200
+            there = sum(isinstance(one, RequestResponseCycle) for one in gc.get_objects())
+        finally:
+            gc.enable()
+        assert there <= 2
 
 
 @pytest.mark.embedded
