@@ -71,6 +71,7 @@ class GridFsBlobs:
     """
 
     def __init__(self, database: Database) -> None:
+        self._client = database.client
         self._files = database["blobs.files"]
         self._chunks = database["blobs.chunks"]
         self._uploads = database["blobs.uploads"]
@@ -151,26 +152,29 @@ class GridFsBlobs:
     async def read(self, sha256: str, start: int = 0, length: int | None = None) -> AsyncIterator[bytes]:
         """See `Blobs.read`. A blob that is deleted meanwhile ends in NotFound."""
         try:
-            file = await self._files.find_one({"filename": sha256}) if _DIGEST.fullmatch(sha256) else None
-            if file is None:
-                raise NotFound("there is no such blob")
-            end = file["length"] if length is None else min(start + length, file["length"])
-            while start < end:
-                first = start // _PIECE
-                wanted = {
-                    "files_id": file["_id"],
-                    "n": {"$gte": first, "$lt": first + _AT_ONCE, "$lte": (end - 1) // _PIECE},
-                }
-                pieces = await self._chunks.find(wanted).sort("n").to_list()
-                if not pieces:
-                    raise NotFound("the blob was deleted while it was read")
-                for piece in pieces:
-                    at = piece["n"] * _PIECE
-                    if not at <= start < at + len(piece["data"]):
+            # In one session no read sees less than the one before: after a change of the primary it could, and pieces would seem gone.
+            async with self._client.start_session(causal_consistency=True) as session:
+                find = self._files.find_one
+                file = await find({"filename": sha256}, session=session) if _DIGEST.fullmatch(sha256) else None
+                if file is None:
+                    raise NotFound("there is no such blob")
+                end = file["length"] if length is None else min(start + length, file["length"])
+                while start < end:
+                    first = start // _PIECE
+                    wanted = {
+                        "files_id": file["_id"],
+                        "n": {"$gte": first, "$lt": first + _AT_ONCE, "$lte": (end - 1) // _PIECE},
+                    }
+                    pieces = await self._chunks.find(wanted, session=session).sort("n").to_list()
+                    if not pieces:
                         raise NotFound("the blob was deleted while it was read")
-                    data = piece["data"][start - at : end - at]
-                    start += len(data)
-                    yield data
+                    for piece in pieces:
+                        at = piece["n"] * _PIECE
+                        if not at <= start < at + len(piece["data"]):
+                            raise NotFound("the blob was deleted while it was read")
+                        data = piece["data"][start - at : end - at]
+                        start += len(data)
+                        yield data
         except PyMongoError as error:
             raise unavailable(error) from error
 
