@@ -191,7 +191,9 @@ class MongoSet:
         until(lambda: self._dropped(database), f"database {database} is dropped")
 
     def drop_all(self, prefix: str) -> None:
-        """Remove all databases whose names begin so."""
+        """Remove all databases whose names begin so. Nobody may use this replica set at the time."""
+        with suppress(PyMongoError):  # a transaction that a killed server left open would hold this up for a minute
+            self._clients[self.primary()].admin.command("killAllSessions", [])
         for name in self._clients[self.primary()].list_database_names():
             if name.startswith(prefix):
                 self.drop(name)
